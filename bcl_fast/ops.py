@@ -1,0 +1,353 @@
+"""The operators a training step is made of, and the only place that knows backends.
+
+Every stage of SPEC 2 has one name and one signature in every backend; `DISPATCH` says who serves it. Around the
+stages stand five operators that torch.compile sees as opaque (torch.library, with fakes): the neighbour refresh,
+the statistics and choices of a forward, the masked gradient of a backward, the pull, and its increment alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .spec import EPS, BCLConfig
+
+# --- Backends --------------------------------------------------------------------------------------------------------
+
+# Stage -> backend -> where the function of that name is found.
+DISPATCH: dict[str, dict[str, str]] = {
+    "neighbours": {"reference": "reference", "portable": "portable"},
+    "competition": {"reference": "reference", "portable": "portable"},
+    "selection": {"reference": "reference", "portable": "portable"},
+    "targets": {"reference": "reference", "portable": "portable"},
+    "targets_pull_": {"reference": "reference", "portable": "portable"},
+    "gradient": {"reference": "reference", "portable": "portable"},
+    "rank": {"reference": "reference", "portable": "portable"},
+}
+BACKENDS = ("reference", "portable")
+FASTEST = "portable"  # what `fused=True` means on every device, until a faster backend exists
+
+
+@functools.cache
+def stage(name: str, backend: str) -> Callable[..., Any]:
+    """The function that serves a stage on a backend."""
+    return getattr(importlib.import_module("." + DISPATCH[name][backend], __package__), name)
+
+
+def backends(device_type: str) -> dict[str, str | None]:
+    """Backend name -> None where it can serve on this type of device ("cpu", "cuda", ...), else why it cannot."""
+    reason = None if device_type != "meta" else "meta tensors hold no numbers"
+    return dict.fromkeys(BACKENDS, reason)
+
+
+def resolve_backend(fused: bool, backend: str | None) -> str:
+    """The backend that serves a layer: the one named, else the fastest (`fused`), else the reference.
+
+    Raises ValueError for an unknown name, and for `fused=False` with a backend other than the reference.
+    """
+    if not isinstance(fused, bool):
+        raise TypeError(f"fused must be True or False, got {fused!r}")
+    if backend is None:
+        return FASTEST if fused else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    if not fused and backend != "reference":
+        raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
+    return backend
+
+
+# --- Owners: who receives a backward's pending pull ------------------------------------------------------------------
+
+
+class Owner(Protocol):
+    """A layer, as the masked-gradient operator sees it."""
+
+    def receive(self, pending: list[Tensor], compiled: bool) -> None: ...
+
+
+_owners: WeakValueDictionary[int, Owner] = WeakValueDictionary()
+_owner_numbers = itertools.count(1)
+
+
+def register_owner(owner: Owner) -> int:
+    """A number by which `masked_gradient` finds `owner`, as long as it lives. Numbers are never used twice."""
+    number = next(_owner_numbers)
+    _owners[number] = owner
+    return number
+
+
+# --- Counters read on the host ---------------------------------------------------------------------------------------
+
+_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # counter -> (version, value) when last seen
+
+
+def read_counter(counter: Tensor) -> int:
+    """The value of an int64 scalar; a device is asked only where somebody else wrote the counter since."""
+    version, value = _counters.get(counter, (None, None))
+    if version != counter._version:
+        value = int(counter)
+        _counters[counter] = (counter._version, value)
+    return value
+
+
+def write_counter_(counter: Tensor, value: int) -> None:
+    """counter = value, and `read_counter` knows."""
+    counter.fill_(value)
+    _counters[counter] = (counter._version, value)
+
+
+# --- The operators ---------------------------------------------------------------------------------------------------
+
+_library = torch.library.Library("bcl_fast", "DEF")
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the function below as the operator of this schema, computed outside any autocast."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = function.__name__
+
+        def outside_autocast(*arguments: Any) -> Any:
+            device = next(a for a in arguments if isinstance(a, Tensor)).device.type
+            if not torch.is_autocast_enabled(device):
+                return function(*arguments)
+            with torch.autocast(device, enabled=False):
+                return function(*arguments)
+
+        _library.define(name + schema)
+        _library.impl(name, outside_autocast, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
+    torch.library.register_fake("bcl_fast::" + function.__name__.removesuffix("_fake"), function)
+    return function
+
+
+def require_finite(**tensors: Tensor) -> None:
+    """Raise a ValueError that names the first tensor holding NaN or Inf (`check_finite` of SPEC 3)."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise ValueError(f"{name} must be finite (check_finite=True), got {bad} NaN or Inf of {tensor.numel()}")
+
+
+@_operator(
+    "(Tensor weight, Tensor? som_offset, Tensor(a!) neighbors, Tensor step, Tensor(b!) refreshed_at,"
+    " int recompute_every, bool check_finite, str backend) -> ()"
+)
+def refresh_neighbours_(
+    weight: Tensor,
+    som_offset: Tensor | None,
+    neighbors: Tensor,
+    step: Tensor,
+    refreshed_at: Tensor,
+    recompute_every: int,
+    check_finite: bool,
+    backend: str,
+) -> None:
+    """Step 1 where it is due: at multiples of `recompute_every`, once per value of `step` (int64 scalars)."""
+    now = read_counter(step)
+    if now % recompute_every or read_counter(refreshed_at) == now:
+        return
+    stands = _float(weight if som_offset is None else weight + som_offset)
+    if check_finite:
+        require_finite(weight=stands)
+    neighbors.copy_(stage("neighbours", backend)(stands, neighbors.shape[1]))
+    write_counter_(refreshed_at, now)
+
+
+@_fake
+def refresh_neighbours__fake(
+    weight, som_offset, neighbors, step, refreshed_at, recompute_every, check_finite, backend
+) -> None:
+    return None
+
+
+def _float(tensor: Tensor) -> Tensor:
+    """float64 as it is, everything else as float32: the dtype of statistics and pull."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _forces(novelty: Tensor, win_rate: Tensor, forces: str, rescue_onset: float, pull_onset: float):
+    """Steps 10 and 11 per feature: winner_share u, som_strength v, and the factor of rank_score in the mask or None."""
+    effective_win = win_rate * novelty
+    coupled = forces == "coupled"
+    winner_share = effective_win if coupled else win_rate.clone()
+    som_strength = torch.ones_like(novelty) if coupled else 1 - novelty
+    if rescue_onset:
+        winner_share = torch.where(win_rate < rescue_onset, winner_share, 1.0)
+    if pull_onset:
+        som_strength = torch.where(win_rate < pull_onset, som_strength, 0.0)
+    return winner_share, som_strength, novelty * effective_win if coupled else None
+
+
+@_operator(
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor activation, Tensor neighbors, float temperature, str affinity,"
+    " bool need_weighting, str rescue_weighting, int rescue_k, str forces, str gradient_mask, float rescue_onset,"
+    " float pull_onset, bool check_finite, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def statistics(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Tensor,
+    neighbors: Tensor,
+    temperature: float,
+    affinity: str,
+    need_weighting: bool,
+    rescue_weighting: str,
+    rescue_k: int,
+    forces: str,
+    gradient_mask: str,
+    rescue_onset: float,
+    pull_onset: float,
+    check_finite: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Steps 2 to 11 of a forward: x [B, N], weight [D, N] (W + O in offset space), activation [B, D] float32 or 64.
+
+    Returns mask ([B, D] for gradient_mask `soft`, else empty), spent (a bool on the host: was the pull of this forward
+    consumed?), and the choices: winner [B], pair_feature [B, k], pair_pull [B, k], rescue_rows [D, r],
+    rescue_weight [D, r], winner_share [D], som_strength [D].
+    """
+    if check_finite:
+        require_finite(x=x, weight=weight, activation=activation)
+    bias = None if bias is None else bias.to(activation.dtype)
+    rank_score, coverage, novelty, win_rate, winner, pair_pull = stage("competition", backend)(
+        activation, neighbors, temperature
+    )
+    norm = torch.linalg.vector_norm
+    x_inverse_norm = 1 / (norm(x, dim=1, dtype=activation.dtype) + EPS)
+    weight_inverse_norm = x_inverse_norm.new_empty(0) if affinity == "rank" else 1 / (norm(_float(weight), dim=1) + EPS)
+    need = 1 / (coverage + 1) if need_weighting else None
+    rescue_rows, rescue_weight = stage("selection", backend)(
+        activation, bias, x_inverse_norm, weight_inverse_norm, need, affinity, rescue_weighting, rescue_k
+    )
+    winner_share, som_strength, factor = _forces(novelty, win_rate, forces, rescue_onset, pull_onset)
+    if gradient_mask != "soft":
+        rank_score = rank_score.new_empty(0)
+    elif factor is not None:
+        rank_score.mul_(factor)
+    spent = torch.zeros((), dtype=torch.bool)
+    pairs = neighbors[winner], pair_pull
+    return rank_score, spent, winner, *pairs, rescue_rows, rescue_weight, winner_share, som_strength
+
+
+@_fake
+def statistics_fake(x, weight, bias, activation, neighbors, temperature, affinity, need_weighting, rescue_weighting,
+                    rescue_k, forces, gradient_mask, rescue_onset, pull_onset, check_finite, backend):  # fmt: skip
+    (B, D), k = activation.shape, neighbors.shape[1]
+    r = torch.sym_min(rescue_k, B) if rescue_k else B
+
+    def whole(*shape):
+        return activation.new_empty(shape, dtype=torch.int64)
+
+    mask = activation.new_empty((B, D) if gradient_mask == "soft" else (0,))
+    spent = torch.empty((), dtype=torch.bool, device="cpu")
+    pairs = whole(B, k), activation.new_empty(B, k)
+    rescue = whole(D, r), activation.new_empty(D, r)
+    return mask, spent, whole(B), *pairs, *rescue, activation.new_empty(D), activation.new_empty(D)
+
+
+@_operator(
+    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, Tensor[] pending, SymInt owner,"
+    " bool compiled, str backend) -> (Tensor, Tensor)"
+)
+def masked_gradient(
+    grad_output: Tensor,
+    mask: Tensor,
+    winner: Tensor,
+    gradient_mask: str,
+    pending: Sequence[Tensor],
+    owner: int,
+    compiled: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Step 12 before its products: grad_output * G [B, D] and the bias gradient [D], in the dtype of the statistics.
+
+    Also hands `pending`, what the pull of this forward needs, to the layer registered as `owner` (0: nobody). That is
+    part of this operator because it must happen once per backward, also in a compiled one.
+    """
+    layer = _owners.get(owner)
+    if layer is not None:
+        layer.receive(list(pending), compiled)
+    masked, bias_gradient = stage("gradient", backend)(
+        _float(grad_output),
+        mask if gradient_mask == "soft" else None,
+        winner if gradient_mask == "winner_take_all" else None,
+    )
+    return (masked.clone() if masked is grad_output else masked), bias_gradient
+
+
+@_fake
+def masked_gradient_fake(grad_output, mask, winner, gradient_mask, pending, owner, compiled, backend):
+    masked = torch.empty_like(_float(grad_output), memory_format=torch.contiguous_format)
+    return masked, masked.new_empty(grad_output.shape[1])
+
+
+_CHOICES = (
+    "Tensor x, Tensor pair_feature, Tensor pair_pull, Tensor rescue_rows, Tensor rescue_weight, Tensor winner_share,"
+    " str target_projection, str backend"
+)
+
+
+@_operator("(Tensor(a!) weight, Tensor(b!)? som_offset, Tensor som_strength, float som_lr, " + _CHOICES + ") -> ()")
+def targets_pull_(
+    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: float, *choices: Any
+) -> None:
+    """Steps 9a to 13: the pull, in place on weight [D, N] or, where there is one, on som_offset. Not for float16."""
+    *choices, backend = choices
+    stage("targets_pull_", backend)(weight, som_offset, som_strength, som_lr, *choices)
+
+
+@_fake
+def targets_pull__fake(weight, som_offset, som_strength, som_lr, *choices) -> None:
+    return None
+
+
+@_operator("(Tensor weight, Tensor? som_offset, Tensor som_strength, " + _CHOICES + ") -> Tensor")
+def som_increment(weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, *choices: Any) -> Tensor:
+    """v (target - W) [D, N] in the dtype of the statistics: a pull to be averaged or rounded before it is applied."""
+    x, *choices, backend = choices
+    stands = _float(weight if som_offset is None else weight + som_offset)
+    return stage("targets", backend)(x.to(stands.dtype), *choices).sub_(stands).mul_(som_strength[:, None])
+
+
+@_fake
+def som_increment_fake(weight, som_offset, som_strength, *choices):
+    return torch.empty_like(_float(weight), memory_format=torch.contiguous_format)
+
+
+# --- For observers ----------------------------------------------------------------------------------------------------
+
+
+def record(
+    step: int,
+    x: Tensor,
+    weight: Tensor,
+    som_offset: Tensor | None,
+    bias: Tensor | None,
+    activation: Tensor,
+    neighbors: Tensor,
+    config: BCLConfig,
+) -> Any:
+    """One step's `reference.Record` with every tensor of the SPEC, each with storage of its own."""
+    from . import reference
+
+    dtype = activation.dtype
+    stands = weight.to(dtype, copy=True) if som_offset is None else (weight + som_offset).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.record(step, x.to(dtype), stands, bias, activation, neighbors, config)
