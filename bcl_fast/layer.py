@@ -15,18 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .autograd import CompetitiveLinear, product_dtype
+from .autograd import MaskedLinear
 from .rounding import add_rounded_
 from .spec import BCLConfig, check_number
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 @dataclass
 class PendingPull:
     """What one forward leaves for its pull: the input, the choices, and the marks that go with them."""
 
-    spent: Tensor  # bool scalar on the host, shared with the graph: a second backward over it finds True
+    ticket: Tensor  # int64 scalar on the host, shared with the graph: 0 once consumed, so that it happens once
     x: Tensor  # [B, N]
     pair_feature: Tensor  # [B, k]
     pair_pull: Tensor  # [B, k]
@@ -38,20 +39,8 @@ class PendingPull:
     neighbors: Tensor | None = None  # [D, k], likewise
 
     @property
-    def samples(self) -> int:
-        return self.x.shape[0]
-
-    @property
     def choices(self) -> tuple[Tensor, ...]:
         return self.pair_feature, self.pair_pull, self.rescue_rows, self.rescue_weight, self.winner_share
-
-
-@dataclass
-class MergedPull:
-    """Several pulls averaged by their number of samples."""
-
-    increment: Tensor  # [D, N], before the step size
-    samples: int
 
 
 class BCLLayer(nn.Linear):
@@ -173,14 +162,14 @@ class BCLLayer(nn.Linear):
         """What belongs to this object in this process, and is neither copied nor saved."""
         self._owner = ops.register_owner(self)
         self._due: dict[int, list[PendingPull]] = {}  # running backward -> pulls whose turn came in it
-        self._queue: list[PendingPull | MergedPull] = []  # consumed, to be applied by the bound optimizer's step
+        self._kept: tuple[Tensor, int] | None = None  # mean increment and its samples, for the bound optimizer's step
         self._binding: Any = None
         self._observers: tuple[Callable[[Any], None], ...] = ()
         self._hook: tuple[Callable[[], Tensor | None], Any] | None = None
         self._warned_of_drift = False
         self._attach_hook()
 
-    _RUNTIME = ("_owner", "_due", "_queue", "_binding", "_observers", "_hook", "_warned_of_drift")
+    _RUNTIME = ("_owner", "_due", "_kept", "_binding", "_observers", "_hook", "_warned_of_drift")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -221,33 +210,47 @@ class BCLLayer(nn.Linear):
             offset = self.som_offset
             return F.linear(input, self.weight if offset is None else self.weight + offset, self.bias)
         self._check_training()
-        config = self._config
-        with torch.no_grad():
-            torch.ops.bcl_fast.refresh_neighbours_(
-                self.weight,
-                self.som_offset,
-                self.neighbors,
-                self.step,
-                self._refreshed_at,
-                config.recompute_every,
-                config.check_finite,
-                self._backend,
-            )
-        dtype = product_dtype(self.weight)
+        x, weight, bias = input.reshape(-1, self.in_features), self.weight, self.bias
+        dtype = _product_dtype(weight)
         with torch.autocast(input.device.type, enabled=False):
-            output = CompetitiveLinear.apply(
-                input.reshape(-1, self.in_features),
-                self.weight,
-                self.bias,
-                self.som_offset,
-                self.neighbors,
-                config,
-                dtype,
-                self._owner,
-                bool(self._observers),
-                self._backend,
-            )
+            with torch.no_grad():
+                shifted = None if self.som_offset is None else weight + self.som_offset
+                stands = weight if shifted is None else shifted
+                activation = _product(x, stands, bias, dtype)
+                mask, winner, *pending = self._statistics(x, stands, activation)
+                if self._observers:
+                    pending += [activation.clone(), self.neighbors.clone()]
+            output = MaskedLinear.apply(
+                x, weight, bias, shifted, activation, mask, winner, dtype, self._config.gradient_mask, self._backend,
+                *pending,
+            )  # fmt: skip
         return output.reshape(*input.shape[:-1], self.out_features)
+
+    def _statistics(self, x: Tensor, stands: Tensor, activation: Tensor) -> tuple[Tensor, ...]:
+        """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
+        config = self._config
+        return torch.ops.bcl_fast.statistics_(
+            x,
+            stands,
+            self.bias,
+            activation,
+            self.neighbors,
+            self.step,
+            self._refreshed_at,
+            self._owner,
+            config.recompute_every,
+            config.temperature,
+            config.affinity,
+            config.need_weighting,
+            config.rescue_weighting,
+            config.rescue_k,
+            config.forces,
+            config.gradient_mask,
+            config.rescue_onset,
+            config.pull_onset,
+            config.check_finite,
+            self._backend,
+        )
 
     def _check_input(self, input: Tensor) -> None:
         if not isinstance(input, Tensor):
@@ -277,11 +280,8 @@ class BCLLayer(nn.Linear):
 
     def receive(self, pending: list[Tensor], compiled: bool) -> None:
         """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
-        pull = PendingPull(*pending)
-        if pull.spent:
-            return  # a second backward over the same graph
-        if self._queue and self.weight.grad is None:
-            self._queue.clear()  # the gradients these pulls came with were thrown away: a step that a scaler skipped
+        if self.weight.grad is None:
+            self._kept = None  # its gradients were thrown away: a scaler skipped their step
         task = torch._C._current_graph_task_id()
         if task not in self._due:
             self._due[task] = []
@@ -289,7 +289,9 @@ class BCLLayer(nn.Linear):
             torch.autograd.Variable._execution_engine.queue_callback(partial(self._due.pop, task, None))
         elif compiled:
             raise RuntimeError("under torch.compile one forward of a BCLLayer per backward is supported, got a second")
-        self._due[task].append(pull)
+        if compiled:  # the compiled backward reuses its buffers for other values after this call
+            pending[1:] = [tensor.clone() for tensor in pending[1:]]
+        self._due[task].append(PendingPull(*pending))
         self._attach_hook()
         if _ranks() > 1 and not self._warned_of_drift:
             self._warned_of_drift = True
@@ -319,63 +321,64 @@ class BCLLayer(nn.Linear):
 
     @torch.no_grad()
     def _consume(self) -> None:
+        """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
         pulls = self._due.pop(torch._C._current_graph_task_id(), [])
         if not pulls:
             return
-        observers, records = self._observers, []
-        if observers and pulls[-1].activation is not None:
-            seen = pulls[-1]
-            state = self.weight, self.som_offset, self.bias, seen.activation, seen.neighbors, self.config
-            records = [ops.record(int(self.step), seen.x, *state)]
+        observers, last = self._observers, pulls[-1]
+        record = None
+        if observers and last.activation is not None:
+            state = self.weight, self.som_offset, self.bias, last.activation, last.neighbors, self.config
+            record = ops.record(int(self.step), last.x, *state)
         for pull in pulls:
-            pull.spent.data.fill_(True)  # .data: the graph's own version counter must not see it
-            pull.activation = pull.neighbors = None
-            self._enqueue(pull)
-        if self._binding is None:
-            self._apply_queue(found_inf=None)
+            pull.ticket.data.zero_()  # a second backward over the graph finds no owner; .data: no version to check
+        if self._pulls:
+            self._pull(pulls)
         self.step.add_(1)
-        for observer in observers:
-            for record in records:
+        if record is not None:
+            for observer in observers:
                 observer(record)
 
-    def _enqueue(self, pull: PendingPull) -> None:
-        """Keep a pull for the next application; only a single one is kept unformed."""
-        if self.frozen or self._som_lr == 0:
-            return
-        if not self._queue:
-            self._queue.append(pull)
-            return
-        held = self._queue.pop()
-        samples = held.samples + pull.samples
-        increment = self._increment(held).mul_(held.samples / samples)
-        increment.add_(self._increment(pull), alpha=pull.samples / samples)
-        self._queue.append(MergedPull(increment, samples))
+    @property
+    def _pulls(self) -> bool:
+        return not self.frozen and self._som_lr > 0
 
-    def _increment(self, pull: PendingPull | MergedPull) -> Tensor:
-        if isinstance(pull, MergedPull):
-            return pull.increment
-        choices = *pull.choices, self._config.target_projection, self._backend
-        return torch.ops.bcl_fast.som_increment(self.weight, self.som_offset, pull.som_strength, pull.x, *choices)
+    @property
+    def _destination(self) -> Tensor:
+        return self.weight if self.som_offset is None else self.som_offset
 
-    def _apply_queue(self, found_inf: Tensor | None) -> None:
-        """Step 13: apply what is queued, but nothing where a scaler reports found_inf = 1 (a tensor on the device)."""
-        if not self._queue:
+    def _pull(self, pulls: list[PendingPull]) -> None:
+        if self._binding is None and len(pulls) == 1 and self._destination.dtype not in LOW_PRECISION:
+            (pull,) = pulls
+            choices = *pull.choices, self._config.target_projection, self._backend
+            torch.ops.bcl_fast.targets_pull_(
+                self.weight, self.som_offset, pull.som_strength, self._som_lr, pull.x, *choices
+            )
             return
-        pull = self._queue.pop()
-        if self.frozen or self._som_lr == 0:
-            return
-        destination = self.weight if self.som_offset is None else self.som_offset
-        low_precision = destination.dtype in (torch.float16, torch.bfloat16)
-        if isinstance(pull, MergedPull) or low_precision or found_inf is not None:
-            increment = self._increment(pull).mul_(self._som_lr)
-            if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
-                increment = torch.where(found_inf > 0, 0.0, increment)
-            add_rounded_(destination, increment, self.step)
-            return
+        for pull in pulls:
+            self._average(pull)
+        if self._binding is None:
+            self._apply_average(found_inf=None)
+
+    def _average(self, pull: PendingPull) -> None:
+        """Merge the increment of a pull into the kept mean, by numbers of samples."""
         choices = *pull.choices, self._config.target_projection, self._backend
-        torch.ops.bcl_fast.targets_pull_(
-            self.weight, self.som_offset, pull.som_strength, self._som_lr, pull.x, *choices
+        increment = torch.ops.bcl_fast.som_increment(
+            self.weight, self.som_offset, pull.som_strength, pull.x, *choices
         )
+        mean, samples = self._kept or (torch.zeros_like(increment), 0)
+        total = samples + pull.x.shape[0]
+        self._kept = mean.mul_(samples / total).add_(increment, alpha=pull.x.shape[0] / total), total
+
+    def _apply_average(self, found_inf: Tensor | None) -> None:
+        """Step 13 with the kept mean; nothing where a scaler reports found_inf = 1 (a tensor on the device)."""
+        kept, self._kept = self._kept, None
+        if kept is None or not self._pulls:
+            return
+        increment = kept[0].mul_(self._som_lr)
+        if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
+            increment = torch.where(found_inf > 0, 0.0, increment)
+        add_rounded_(self._destination, increment, self.step)
 
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull once per optimizer step instead of once per backward, in a hook before that step.
@@ -396,7 +399,7 @@ class BCLLayer(nn.Linear):
             owner = layer()
             if owner is not None:
                 with torch.no_grad():
-                    owner._apply_queue(getattr(optimizer, "found_inf", None))
+                    owner._apply_average(getattr(optimizer, "found_inf", None))
 
         self._binding = optimizer.register_step_pre_hook(before_step)
 
@@ -424,6 +427,21 @@ class BCLLayer(nn.Linear):
             kept = list(self._observers)
             kept.remove(callback)
             self._observers = tuple(kept)
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype `nn.Linear` would multiply in: that of the weight, or of the autocast that is on."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + c of the operands rounded to `dtype`, itself not rounded below float32: [B, N], [D, N], [D] -> [B, D]."""
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    x, weight, bias = (None if tensor is None else tensor.to(dtype).to(exact) for tensor in (x, weight, bias))
+    return F.linear(x, weight, bias)
 
 
 def _ranks() -> int:

@@ -1,8 +1,8 @@
 """The operators a training step is made of, and the only place that knows backends.
 
 Every stage of SPEC 2 has one name and one signature in every backend; `DISPATCH` says who serves it. Around the
-stages stand five operators that torch.compile sees as opaque (torch.library, with fakes): the neighbour refresh,
-the statistics and choices of a forward, the masked gradient of a backward, the pull, and its increment alone.
+stages stand four operators that torch.compile sees as opaque (torch.library, with fakes): the statistics and choices of
+a forward with the neighbour refresh, the masked gradient of a backward, the pull, and its increment alone.
 """
 
 from __future__ import annotations
@@ -77,11 +77,14 @@ _owners: WeakValueDictionary[int, Owner] = WeakValueDictionary()
 _owner_numbers = itertools.count(1)
 
 
-def register_owner(owner: Owner) -> int:
-    """A number by which `masked_gradient` finds `owner`, as long as it lives. Numbers are never used twice."""
+def register_owner(owner: Owner) -> Tensor:
+    """The number by which `masked_gradient` finds `owner` as long as it lives; it is never used again.
+
+    An int64 scalar on the host: as a tensor it is data to torch.compile, so that layers share compiled code.
+    """
     number = next(_owner_numbers)
     _owners[number] = owner
-    return number
+    return torch.tensor(number)
 
 
 # --- Counters read on the host ---------------------------------------------------------------------------------------
@@ -142,38 +145,6 @@ def require_finite(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be finite (check_finite=True), got {bad} NaN or Inf of {tensor.numel()}")
 
 
-@_operator(
-    "(Tensor weight, Tensor? som_offset, Tensor(a!) neighbors, Tensor step, Tensor(b!) refreshed_at,"
-    " int recompute_every, bool check_finite, str backend) -> ()"
-)
-def refresh_neighbours_(
-    weight: Tensor,
-    som_offset: Tensor | None,
-    neighbors: Tensor,
-    step: Tensor,
-    refreshed_at: Tensor,
-    recompute_every: int,
-    check_finite: bool,
-    backend: str,
-) -> None:
-    """Step 1 where it is due: at multiples of `recompute_every`, once per value of `step` (int64 scalars)."""
-    now = read_counter(step)
-    if now % recompute_every or read_counter(refreshed_at) == now:
-        return
-    stands = _float(weight if som_offset is None else weight + som_offset)
-    if check_finite:
-        require_finite(weight=stands)
-    neighbors.copy_(stage("neighbours", backend)(stands, neighbors.shape[1]))
-    write_counter_(refreshed_at, now)
-
-
-@_fake
-def refresh_neighbours__fake(
-    weight, som_offset, neighbors, step, refreshed_at, recompute_every, check_finite, backend
-) -> None:
-    return None
-
-
 def _float(tensor: Tensor) -> Tensor:
     """float64 as it is, everything else as float32: the dtype of statistics and pull."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -192,18 +163,33 @@ def _forces(novelty: Tensor, win_rate: Tensor, forces: str, rescue_onset: float,
     return winner_share, som_strength, novelty * effective_win if coupled else None
 
 
+def _refresh_neighbours_(
+    weight: Tensor, neighbors: Tensor, step: Tensor, refreshed_at: Tensor, recompute_every: int, backend: str
+) -> None:
+    """Step 1 where it is due: at multiples of `recompute_every`, once per value of `step` (int64 scalars)."""
+    now = read_counter(step)
+    if now % recompute_every == 0 and read_counter(refreshed_at) != now:
+        neighbors.copy_(stage("neighbours", backend)(_float(weight), neighbors.shape[1]))
+        write_counter_(refreshed_at, now)
+
+
 @_operator(
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor activation, Tensor neighbors, float temperature, str affinity,"
-    " bool need_weighting, str rescue_weighting, int rescue_k, str forces, str gradient_mask, float rescue_onset,"
-    " float pull_onset, bool check_finite, str backend)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor activation, Tensor(a!) neighbors, Tensor step,"
+    " Tensor(b!) refreshed_at, Tensor owner, int recompute_every, float temperature, str affinity, bool need_weighting,"
+    " str rescue_weighting, int rescue_k, str forces, str gradient_mask, float rescue_onset, float pull_onset,"
+    " bool check_finite, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
-def statistics(
+def statistics_(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     activation: Tensor,
     neighbors: Tensor,
+    step: Tensor,
+    refreshed_at: Tensor,
+    owner: Tensor,
+    recompute_every: int,
     temperature: float,
     affinity: str,
     need_weighting: bool,
@@ -216,23 +202,27 @@ def statistics(
     check_finite: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """Steps 2 to 11 of a forward: x [B, N], weight [D, N] (W + O in offset space), activation [B, D] float32 or 64.
+    """Steps 1 to 11 of a forward: x [B, N], weight [D, N] (W + O in offset space), activation [B, D] float32 or 64.
 
-    Returns mask ([B, D] for gradient_mask `soft`, else empty), spent (a bool on the host: was the pull of this forward
-    consumed?), and the choices: winner [B], pair_feature [B, k], pair_pull [B, k], rescue_rows [D, r],
+    Writes neighbors [D, k] and refreshed_at where the refresh is due. That is part of this operator because a compiler
+    must then run it in the forward: one without a lasting effect it may move to the backward.
+
+    Returns mask ([B, D] for gradient_mask `soft`, else empty), winner [B], and what the pull needs: ticket (a copy of
+    `owner`; 0 once the pull of this forward is consumed), pair_feature [B, k], pair_pull [B, k], rescue_rows [D, r],
     rescue_weight [D, r], winner_share [D], som_strength [D].
     """
     if check_finite:
         require_finite(x=x, weight=weight, activation=activation)
+    _refresh_neighbours_(weight, neighbors, step, refreshed_at, recompute_every, backend)
     bias = None if bias is None else bias.to(activation.dtype)
     rank_score, coverage, novelty, win_rate, winner, pair_pull = stage("competition", backend)(
         activation, neighbors, temperature
     )
     norm = torch.linalg.vector_norm
     x_inverse_norm = 1 / (norm(x, dim=1, dtype=activation.dtype) + EPS)
-    weight_inverse_norm = x_inverse_norm.new_empty(0) if affinity == "rank" else 1 / (norm(_float(weight), dim=1) + EPS)
+    weight_inverse_norm = 1 / (norm(weight, dim=1, dtype=activation.dtype) + EPS)
     need = 1 / (coverage + 1) if need_weighting else None
-    rescue_rows, rescue_weight = stage("selection", backend)(
+    rescue = stage("selection", backend)(
         activation, bias, x_inverse_norm, weight_inverse_norm, need, affinity, rescue_weighting, rescue_k
     )
     winner_share, som_strength, factor = _forces(novelty, win_rate, forces, rescue_onset, pull_onset)
@@ -240,30 +230,29 @@ def statistics(
         rank_score = rank_score.new_empty(0)
     elif factor is not None:
         rank_score.mul_(factor)
-    spent = torch.zeros((), dtype=torch.bool)
-    pairs = neighbors[winner], pair_pull
-    return rank_score, spent, winner, *pairs, rescue_rows, rescue_weight, winner_share, som_strength
+    return rank_score, winner, owner.clone(), neighbors[winner], pair_pull, *rescue, winner_share, som_strength
 
 
 @_fake
-def statistics_fake(x, weight, bias, activation, neighbors, temperature, affinity, need_weighting, rescue_weighting,
-                    rescue_k, forces, gradient_mask, rescue_onset, pull_onset, check_finite, backend):  # fmt: skip
+def statistics__fake(x, weight, bias, activation, neighbors, step, refreshed_at, owner, recompute_every, temperature,
+                     affinity, need_weighting, rescue_weighting, rescue_k, forces, gradient_mask, rescue_onset,
+                     pull_onset, check_finite, backend):  # fmt: skip
     (B, D), k = activation.shape, neighbors.shape[1]
     r = torch.sym_min(rescue_k, B) if rescue_k else B
+
+    def real(*shape):
+        return activation.new_empty(shape)
 
     def whole(*shape):
         return activation.new_empty(shape, dtype=torch.int64)
 
-    mask = activation.new_empty((B, D) if gradient_mask == "soft" else (0,))
-    spent = torch.empty((), dtype=torch.bool, device="cpu")
-    pairs = whole(B, k), activation.new_empty(B, k)
-    rescue = whole(D, r), activation.new_empty(D, r)
-    return mask, spent, whole(B), *pairs, *rescue, activation.new_empty(D), activation.new_empty(D)
+    mask = real(B, D) if gradient_mask == "soft" else real(0)
+    return mask, whole(B), torch.empty_like(owner), whole(B, k), real(B, k), whole(D, r), real(D, r), real(D), real(D)
 
 
 @_operator(
-    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, Tensor[] pending, SymInt owner,"
-    " bool compiled, str backend) -> (Tensor, Tensor)"
+    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, Tensor[] pending, bool compiled, str backend)"
+    " -> (Tensor, Tensor)"
 )
 def masked_gradient(
     grad_output: Tensor,
@@ -271,18 +260,18 @@ def masked_gradient(
     winner: Tensor,
     gradient_mask: str,
     pending: Sequence[Tensor],
-    owner: int,
     compiled: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Step 12 before its products: grad_output * G [B, D] and the bias gradient [D], in the dtype of the statistics.
 
-    Also hands `pending`, what the pull of this forward needs, to the layer registered as `owner` (0: nobody). That is
+    Also hands `pending`, what the pull of this forward needs, to the layer whose number stands in its ticket. That is
     part of this operator because it must happen once per backward, also in a compiled one.
     """
-    layer = _owners.get(owner)
-    if layer is not None:
-        layer.receive(list(pending), compiled)
+    ticket = pending[0]
+    owner = _owners.get(int(ticket))
+    if owner is not None:
+        owner.receive(list(pending), compiled)
     masked, bias_gradient = stage("gradient", backend)(
         _float(grad_output),
         mask if gradient_mask == "soft" else None,
@@ -292,7 +281,7 @@ def masked_gradient(
 
 
 @_fake
-def masked_gradient_fake(grad_output, mask, winner, gradient_mask, pending, owner, compiled, backend):
+def masked_gradient_fake(grad_output, mask, winner, gradient_mask, pending, compiled, backend):
     masked = torch.empty_like(_float(grad_output), memory_format=torch.contiguous_format)
     return masked, masked.new_empty(grad_output.shape[1])
 

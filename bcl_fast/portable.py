@@ -95,7 +95,7 @@ def competition(
     rank_score = margin.mul_(temperature).sigmoid_()
     coverage = rank_score.sum(dim=1)
     total = rank_score.sum(dim=0)
-    novelty = (1 / (coverage + EPS)) @ rank_score / (total + EPS)
+    novelty = rank_score.T.mv(1 / (coverage + EPS)) / (total + EPS)
     pair_pull = _pair_pull(rank_score, neighbors, neighbors[winner])
     return rank_score, coverage, novelty, total / rank_score.shape[0], winner, pair_pull
 

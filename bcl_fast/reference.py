@@ -161,7 +161,7 @@ def rescue_weight(weighted_affinity: Tensor, rows: Tensor, rescue_weighting: str
     """The share of every chosen sample in its feature's target (step 9b): [B, D], [D, r] -> [D, r]."""
     if rescue_weighting == "hard":
         return torch.full_like(rows, 1 / rows.shape[1], dtype=weighted_affinity.dtype)
-    value = weighted_affinity.gather(0, rows.T).T.clamp(min=0)
+    value = weighted_affinity.T.gather(1, rows).clamp(min=0)
     return value / (value.sum(dim=1, keepdim=True) + EPS)
 
 

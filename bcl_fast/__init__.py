@@ -1,0 +1,24 @@
+"""Bidirectional Competitive Learning for PyTorch: a linear layer whose features compete."""
+
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
+from pathlib import Path
+
+from .layer import BCLLayer, attach_bcl
+from .spec import PRESETS, BCLConfig
+
+__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl"]
+__version__ = "0.1.0"
+
+
+def _find_kernels() -> None:
+    """In a checkout or an editable install kernels/ lies beside this package, not in it: import bcl_fast.kernels there."""
+    package = Path(__file__).parent
+    if not (package / "kernels").is_dir():
+        spec = ModuleSpec(__name__ + ".kernels", None, is_package=True)  # no loader: a namespace package
+        spec.submodule_search_locations = [str(package.parent / "kernels")]
+        sys.modules[spec.name] = globals()["kernels"] = module_from_spec(spec)
+
+
+_find_kernels()

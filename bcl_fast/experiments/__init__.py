@@ -1,0 +1,1 @@
+"""Training runs on images: the data, the autoencoder, one condition -> one record, and pictures of it."""

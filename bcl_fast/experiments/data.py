@@ -1,0 +1,78 @@
+"""The images that experiments train on, each set as one tensor, and the order in which they are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DATA_SETS = ("digits", "mnist")
+TRAIN_SHARE = 0.85  # the first images of a set are trained on, the rest is held out
+
+
+@dataclass(frozen=True)
+class Images:
+    """One data set, flattened and split; values in [0, 1], not standardised."""
+
+    name: str  # one of DATA_SETS
+    train: Tensor  # [n, pixels] float32
+    held_out: Tensor  # [m, pixels] float32
+    shape: tuple[int, int]  # height and width of an image
+
+    def to(self, device: torch.device | str) -> Images:
+        """The same images on `device`."""
+        return Images(self.name, self.train.to(device), self.held_out.to(device), self.shape)
+
+
+def split(name: str, images: Tensor) -> Images:
+    """images [n, height, width] in [0, 1] -> the first 85 % to train on, the others held out."""
+    flat = images.to(torch.float32).flatten(1)
+    cut = int(TRAIN_SHARE * len(flat))
+    return Images(name, flat[:cut], flat[cut:], tuple(images.shape[1:]))
+
+
+def digits() -> Images:
+    """The 1,797 digits of 8 x 8 pixels that scikit-learn brings: 1,527 to train on."""
+    from sklearn.datasets import load_digits
+
+    return split("digits", torch.from_numpy(load_digits().images) / 16)
+
+
+def mnist(root: Path | str, download: bool = False) -> Images:
+    """The 60,000 training images of MNIST, 28 x 28 pixels, under `root`: 51,000 to train on.
+
+    Raises FileNotFoundError where `root` does not hold them, ConnectionError where they cannot be downloaded.
+    """
+    from torchvision.datasets import MNIST
+
+    try:
+        images = MNIST(root=root, train=True, download=download).data
+    except RuntimeError as error:  # what torchvision raises for both
+        if download:
+            raise ConnectionError(f"cannot download MNIST to {root}: {error}") from error
+        raise FileNotFoundError(
+            f"no MNIST in {root}: name the folder that holds MNIST/raw (--data-dir), or fetch it (--download)"
+        ) from error
+    return split("mnist", images / 255)
+
+
+def batches(images: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
+    """Batches [batch_size, pixels] of images [n, pixels] without end, in an order that `seed` alone decides.
+
+    The order is that of a DataLoader with drop_last whose RandomSampler draws from a generator seeded with `seed`.
+    Raises ValueError where `images` do not fill one batch.
+    """
+    if batch_size > len(images):
+        raise ValueError(f"batch_size must be at most {len(images)}, the number of training images, got {batch_size}")
+    return _endless(images, batch_size, torch.Generator().manual_seed(seed))
+
+
+def _endless(images: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    while True:
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for rows in order.split(batch_size):
+            if len(rows) == batch_size:
+                yield images[rows]

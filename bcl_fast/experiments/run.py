@@ -1,0 +1,210 @@
+"""One condition -> one record: train an autoencoder and measure it at chosen steps.
+
+`Condition.seed` decides everything random, in the same way with BCL and without: `torch.manual_seed(seed)` right before
+the model is built (on the CPU, encoder first), and a generator of its own, seeded with the same number, for the order
+of the images. Two conditions that differ in `config` alone start from equal weights and see equal batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..diagnostics import step_metrics
+from ..layer import BCLLayer
+from ..spec import BCLConfig, check_choice, check_number
+from .data import DATA_SETS, Images, batches
+from .model import Autoencoder
+
+LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
+ROW_FACTORS = (1, 1.5, 2, 2.5, 3, 4, 5, 7)  # of every power of ten
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one training run is made of; equal conditions give equal records.
+
+    Raises TypeError or ValueError that names the field, its value and what is allowed.
+    """
+
+    data: str  # digits, mnist
+    config: BCLConfig | None  # None: a plain nn.Linear, no BCL at all
+    steps: int  # >= 1
+    seed: int = 0  # >= 0
+    features: int = 64  # >= 2
+    batch_size: int = 128  # >= 1
+    lr: float = 1e-3  # > 0, of Adam
+    loss: str = "l1"  # l1, mse
+    backend: str | None = None  # of the layer, None: its fastest
+    device: str = "cpu"  # whatever torch.device takes
+
+    def __post_init__(self) -> None:
+        check_choice("data", self.data, DATA_SETS)
+        check_choice("loss", self.loss, tuple(LOSSES))
+        for name, low in (("steps", 1), ("seed", 0), ("features", 2), ("batch_size", 1)):
+            check_number(name, getattr(self, name), low=low, integer=True)
+        check_number("lr", self.lr, low=0, open_low=True)
+
+    def control(self) -> Condition:
+        """The same condition with no BCL at all."""
+        return dataclasses.replace(self, config=None, backend=None)
+
+
+def row_steps(steps: int) -> tuple[int, ...]:
+    """The 0-based steps to measure in a run of `steps`: 0 to 10, then in pairs (49, 50) that spread, and the last.
+
+    Pairs, because neighbours are refreshed at multiples of 50: metrics jump between the two.
+    """
+    marks = (int(factor * 10**power) for power in range(1, 1 + len(str(steps))) for factor in ROW_FACTORS)
+    chosen = {*range(11), *(step for mark in marks for step in (mark - 1, mark)), steps - 1}
+    return tuple(sorted(step for step in chosen if step < steps))
+
+
+class Training:
+    """One condition being trained, a step at a time.
+
+    `rows` holds one dict per measured step. Its loss, `wt_sim` and BCL metrics belong to the state before that step's
+    update, `wt_sim_post` to the state after it; see `diagnostics` for the metrics. Without BCL those of the weight and
+    of Adam remain.
+    """
+
+    def __init__(self, condition: Condition, data: Images, rows: Collection[int]) -> None:
+        if data.name != condition.data:
+            raise ValueError(f"data must be the images of the condition ({condition.data!r}), got {data.name!r}")
+        self.condition = condition
+        self.done = 0
+        self.rows: list[dict[str, float]] = []
+        self._measured = frozenset(rows)
+        self._data = data.to(condition.device)
+        self._batches = batches(self._data.train, condition.batch_size, condition.seed)
+        torch.manual_seed(condition.seed)
+        model = Autoencoder(data.train.shape[1], condition.features, condition.config, condition.backend)
+        self.model = model.to(condition.device)
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=condition.lr)
+        self._loss = LOSSES[condition.loss]
+
+    def step(self) -> dict[str, float] | None:
+        """Train on the next batch; the row of this step where it is measured."""
+        images = next(self._batches)
+        row = self._measured_update(images) if self.done in self._measured else None
+        if row is None:
+            self._update(images)
+        else:
+            self.rows.append(row)
+        self.done += 1
+        return row
+
+    def _update(self, images: Tensor) -> Tensor:
+        loss = self._loss(self.model(images), images)
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+        return loss.detach()
+
+    def _measured_update(self, images: Tensor) -> dict[str, float]:
+        """An update between two looks at the weight; only such a step pays for observing."""
+        encoder, records = self.model.encoder, []
+        before = self.model.encoder_weight.clone()
+        with encoder.observe(records.append) if isinstance(encoder, BCLLayer) else nullcontext():
+            loss = self._update(images)
+        after = self.model.encoder_weight
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def held_out(self) -> dict[str, float]:
+        """How the model in its present state serves the images it was not trained on."""
+        images = self._data.held_out
+        reconstruction = self.model(images)
+        return {
+            "l1": F.l1_loss(reconstruction, images).item(),
+            "mse": F.mse_loss(reconstruction, images).item(),
+            "firing_features": int(self.model.fires(images).sum()),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """Everything about this run as plain values: condition, backend, what was done and measured."""
+        return {
+            "condition": dataclasses.asdict(self.condition),
+            "backend": getattr(self.model.encoder, "backend", None),
+            "steps_done": self.done,
+            "interrupted": self.done < self.condition.steps,
+            "rows": self.rows,
+            "held_out": self.held_out(),
+        }
+
+
+def run(
+    condition: Condition,
+    data: Images,
+    rows: Collection[int] | None = None,
+    on_row: Callable[[dict[str, float]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Train one condition and return its record; `on_row` is called with each row as it is measured.
+
+    `rows` are the steps to measure, None: `row_steps`. A KeyboardInterrupt ends the run early, marked in the record.
+    """
+    training = Training(condition, data, row_steps(condition.steps) if rows is None else rows)
+    advance([training], lambda new: None if new[0] is None else on_row(new[0]))
+    return training.record()
+
+
+def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] | None]], None]) -> None:
+    """Train side by side to the end, a step of each in turn, then `on_step` with their rows of that step.
+
+    A KeyboardInterrupt ends it early.
+    """
+    try:
+        for _ in range(max(training.condition.steps for training in trainings)):
+            on_step([training.step() for training in trainings])
+    except KeyboardInterrupt:
+        pass  # `Training.done` tells
+
+
+# --- Records on disk --------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on beside the code."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` only where the block ends without an error."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all; NaN and Inf, which JSON lacks, become null."""
+    with replacing(path) as part:
+        part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,150 @@
+"""torch.compile(fullgraph=True): the same numbers as eager, and errors where it cannot give them."""
+
+import copy
+
+import pytest
+import torch
+from test_layer import D, N, backends, batch, make, same, state
+from torch import nn
+
+from bcl_fast.layer import BCLLayer
+from bcl_fast.testing import VARIANTS
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def train(layer, call, steps=6, **kinds):
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-2)
+    for step in range(steps):
+        x = batch(seed=step, **kinds).requires_grad_()
+        call(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return x.grad
+
+
+@backends
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_training_is_bit_equal_across_the_refresh(backend, compiler):
+    plain, other = make(backend, recompute_every=4), make(backend, recompute_every=4)
+    compiled = torch.compile(other, fullgraph=True, backend=compiler)
+    assert train(plain, plain, 10).equal(train(other, compiled, 10))
+    assert same(state(plain), state(other)) and int(other.step) == 10
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_compiles(options):
+    plain, other = make(**options), make(**options)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    assert train(plain, plain).equal(train(other, compiled))
+    assert same(state(plain), state(other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    plain, other = make(dtype=dtype), make(dtype=dtype)
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    assert train(plain, plain, dtype=dtype).equal(train(other, compiled, dtype=dtype))
+    assert same(state(plain), state(other))
+
+
+def test_autocast():
+    plain, other = make(), make()
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert train(plain, plain).equal(train(other, compiled))
+    assert same(state(plain), state(other))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_model_of_two_layers(compiler):
+    """The second layer's input is a buffer of the compiled graph, which reuses it before the pull."""
+    torch.manual_seed(0)
+    model = nn.Sequential(BCLLayer(N, D), nn.ReLU(), BCLLayer(D, 7, recompute_every=2), nn.ReLU(), nn.Linear(7, 3))
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True, backend=compiler)
+    train(model, model)
+    train(twin, compiled)
+    for name, value in state(model).items():
+        torch.testing.assert_close(twin.state_dict()[name], value, msg=name)
+
+
+def test_changing_batch_sizes_compile_once_more_and_no_further():
+    layer = make()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for B in (17, 18, 19, 40, 33):
+        compiled(batch(B)).sum().backward()
+    assert counter.frame_count == 2 and int(layer.step) == 5
+
+
+def test_layers_share_compiled_code():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    layers = [make(seed=seed) for seed in range(12)]
+    for layer in layers:
+        torch.compile(layer, fullgraph=True, backend=counter)(batch()).sum().backward()
+    assert counter.frame_count <= 2 and all(int(layer.step) == 1 for layer in layers)
+
+
+def test_a_schedule_of_som_lr_recompiles_nothing():
+    layer = make()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for step in range(5):
+        layer.som_lr = 0.1 / (step + 1)
+        compiled(batch()).sum().backward()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_second_forward_per_backward_raises_before_anything_changes(compiler):
+    layer = make()
+    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    compiled(batch()).sum().backward()
+    layer.zero_grad()
+    before = state(layer)
+    loss = compiled(batch(seed=2)).sum() + compiled(batch(seed=3)).sum()
+    with pytest.raises(RuntimeError, match="one forward of a BCLLayer per backward is supported, got a second"):
+        loss.backward()
+    assert same(before, state(layer)) and layer.weight.grad is None
+    compiled(batch()).sum().backward()
+    assert int(layer.step) == 2
+
+
+def test_a_forward_without_a_backward_is_replaced_by_the_next():
+    layer, other = make(), make()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(batch(seed=5))
+    compiled(batch()).sum().backward()
+    other(batch()).sum().backward()
+    assert same(state(layer), state(other))
+
+
+def test_evaluation_compiles():
+    layer = make().eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert compiled(batch()).equal(layer(batch()))
+
+
+def test_bound_optimizer():
+    layers = [make(), make()]
+    calls = [layers[0], torch.compile(layers[1], fullgraph=True, backend="aot_eager")]
+    for layer, call in zip(layers, calls, strict=True):
+        optimizer = torch.optim.SGD(layer.parameters(), 1e-2)
+        layer.bind_optimizer(optimizer)
+        for step in range(6):
+            call(batch(seed=step)).square().mean().backward()
+            if step % 3 == 2:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert same(state(layers[0]), state(layers[1]))
+
+
+def test_observing_raises():
+    layer = make()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with layer.observe(lambda record: None), pytest.raises(Exception, match=r"observe\(\) works in eager mode only"):
+        compiled(batch())

@@ -1,0 +1,203 @@
+"""Who may import whom, read from the source, and what `import bcl_fast` may not need."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from bcl_fast.ops import DISPATCH
+
+ROOT = Path(__file__).resolve().parents[1]
+BACKENDS = {"reference", "portable", "kernels", "cpu", "cuda"}
+
+# Module -> modules of ours it may import. A package stands for all of its modules.
+ALLOWED = {
+    "__init__": {"layer", "spec"},
+    "spec": set(),
+    "rounding": set(),
+    "kernels": set(),
+    "native": set(),
+    "losses": set(),
+    "reference": {"spec"},
+    "portable": {"spec"},
+    "cpu": {"spec", "native"},
+    "cuda": {"spec", "native"},
+    "ops": {"spec", "rounding"},
+    "autograd": {"spec", "ops"},
+    "layer": {"spec", "rounding", "ops", "autograd"},
+    "diagnostics": {"spec", "reference"},
+    "testing": {"spec", "reference"},
+    "measure": {"spec", "ops", "layer", "testing"},
+    "experiments": {"spec", "layer", "losses", "diagnostics", "experiments"},
+    "__main__": {"__init__", "ops", "measure", "experiments"},
+}
+ALLOWED_IN_FUNCTIONS = {"ops": BACKENDS}
+# Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
+ONLY_IN = {"matplotlib": {"experiments.plots"}, "importlib": {"__init__", "ops"}}
+NEVER = {"kernels", "tests", "bench"}
+
+
+class Import(NamedTuple):
+    """One imported name, absolute: `from .spec import EPS` in bcl_fast/ops.py is bcl_fast.spec."""
+
+    target: str
+    line: int
+    in_function: bool
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name below bcl_fast -> file, for every module of the package as it is installed."""
+    found = {}
+    for folder, prefix in ((ROOT / "bcl_fast", ""), (ROOT / "kernels", "kernels.")):
+        for path in folder.rglob("*.py"):
+            found[prefix + ".".join(path.relative_to(folder).with_suffix("").parts)] = path
+    return found
+
+
+def layer_of(name: str) -> str:
+    """The row of ALLOWED that holds a module: the first part of its dotted name."""
+    return name.partition(".")[0]
+
+
+def imports(source: str, name: str, known: set[str]) -> list[Import]:
+    """Every import statement in the source of the module `name`; `known` are the modules and packages below bcl_fast."""
+    package = ["bcl_fast", *name.split(".")[:-1]]
+    found = []
+
+    def visit(node: ast.AST, in_function: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(alias.name, node.lineno, in_function) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base = ".".join(base + ([node.module] if node.module else []))
+            for alias in node.names:
+                submodule = f"{base}.{alias.name}".removeprefix("bcl_fast.") in known
+                target = f"{base}.{alias.name}" if submodule else base
+                found.append(Import(target, node.lineno, in_function))
+        in_function = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            visit(child, in_function)
+
+    visit(ast.parse(source), False)
+    return found
+
+
+def violations(source: str, name: str, known: set[str]) -> list[str]:
+    """What the source of the module `name` imports against the tables above."""
+    mine, found = layer_of(name), []
+    if mine not in ALLOWED:
+        return [f"{name}: a new module; say in ALLOWED what it may import"]
+    for target, line, in_function in imports(source, name, known):
+        top, _, rest = target.partition(".")
+        if top == "bcl_fast":
+            other = layer_of(rest or "__init__")
+            allowed = ALLOWED[mine] | (ALLOWED_IN_FUNCTIONS.get(mine, set()) if in_function else set())
+            wrong = other not in allowed
+        elif top in ("triton", "matplotlib") and not in_function:
+            wrong = name not in ONLY_IN.get(top, ()) and not (top == "triton" and mine == "kernels")
+        else:
+            wrong = top in NEVER or name not in ONLY_IN.get(top, {name})
+        # What imports matplotlib as it is imported must itself be imported inside functions.
+        plots = target == "bcl_fast.experiments.plots" and not in_function
+        if wrong or plots:
+            found.append(f"{name}, line {line}: {target}{' inside a function' if in_function else ''}")
+    return found
+
+
+MODULES = modules()
+PACKAGES = {name.rpartition(".")[0] for name in MODULES} - {""}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_module_imports_only_what_is_below_it(name):
+    assert violations(MODULES[name].read_text(encoding="utf-8"), name, set(MODULES) | PACKAGES) == []
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("spec", "from .reference import rank"),
+        ("spec", "import bcl_fast.reference"),
+        ("reference", "from bcl_fast.kernels import competition"),
+        ("kernels.competition", "from ..ops import stage"),
+        ("kernels.competition", "from .selection import selection"),
+        ("layer", "def f():\n    from . import portable"),
+        ("layer", "import bcl_fast"),
+        ("ops", "from . import reference"),
+        ("ops", "if True:\n    from .portable import rank"),
+        ("ops", "def f():\n    from .native import load"),
+        ("ops", "import triton"),
+        ("portable", "import importlib"),
+        ("experiments.run", "from matplotlib import pyplot"),
+        ("experiments.run", "from .plots import draw"),
+        ("experiments.run", "from ..ops import stage"),
+        ("__main__", "from .experiments import plots"),
+        ("measure", "from bench.stages import sizes"),
+        ("measure", "import tests"),
+        ("ops", "def f():\n    import kernels.competition"),
+        ("helpers", ""),
+    ],
+)
+def test_the_check_sees(name, source):
+    known = {"kernels.competition", "kernels.selection", "reference", "portable", "experiments", "experiments.plots"}
+    assert violations(source, name, known)
+
+
+@pytest.mark.parametrize(
+    "name, source",
+    [
+        ("ops", "def f():\n    from . import reference\n    from .kernels import competition\n    import triton"),
+        ("kernels.competition", "import triton\nimport triton.language as tl\nimport torch"),
+        (
+            "experiments.plots",
+            "from matplotlib import pyplot\nfrom .model import Autoencoder\nfrom ..layer import BCLLayer",
+        ),
+        ("experiments.run", "def f():\n    from .plots import draw"),
+        ("__main__", "from . import __version__, ops"),
+    ],
+)
+def test_the_check_allows(name, source):
+    known = {"kernels.competition", "kernels", "reference", "ops", "experiments.plots"}
+    assert violations(source, name, known) == []
+
+
+def test_dispatch_names_backends_only():
+    served = {layer_of(module) for row in DISPATCH.values() for module in row.values()}
+    assert served <= BACKENDS
+
+
+def test_nothing_imports_the_bare_name_kernels():
+    files = [ROOT / "setup.py", *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").rglob("*.py")]
+    for path in files:
+        found = imports(path.read_text(encoding="utf-8"), path.stem, set())
+        assert [i for i in found if i.target.split(".")[0] == "kernels"] == [], path
+
+
+COLD = """
+import sys
+
+blocked = ["triton", "matplotlib", "typer", "rich", "sklearn", "torchvision", "tensorboard"]
+sys.modules.update(dict.fromkeys(blocked))  # None: importing it is an ImportError
+import torch
+import bcl_fast
+
+layer = bcl_fast.BCLLayer(6, 4)
+layer(torch.randn(5, 6)).sum().backward()
+assert int(layer.step) == 1
+assert all(sys.modules[name] is None for name in blocked)
+"""
+
+
+def test_importing_and_training_need_torch_alone():
+    subprocess.run([sys.executable, "-c", COLD], cwd=ROOT, check=True)
+
+
+def test_importing_brings_no_optional_module():
+    code = "import sys, torch; before = set(sys.modules); import bcl_fast; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    brought = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "bcl_fast" in brought
+    assert brought <= {"bcl_fast", "torch", "_weakref"} | set(sys.stdlib_module_names)

@@ -1,0 +1,142 @@
+"""The operators: torch.library's own checks, backend resolution, and counters read without a device."""
+
+import gc
+
+import pytest
+import torch
+
+from bcl_fast import ops
+from bcl_fast.testing import VARIANTS, columns, neighbours_of
+
+B, D, N, K = 9, 5, 4, 3
+backend = pytest.mark.parametrize("backend", ops.BACKENDS)
+CONFIGS = {name: ops.BCLConfig(**options) for name, options in VARIANTS.items()}
+
+
+def statistics_arguments(backend, config, dtype=torch.float32, bias=True):
+    x, weight = columns("random", B, N, dtype), columns("random", D, N, dtype, seed=1)
+    c = columns("random", 1, D, dtype, seed=2)[0] if bias else None
+    return (
+        x, weight, c, torch.nn.functional.linear(x, weight, c), neighbours_of(D, K), torch.tensor(0), torch.tensor(-1),
+        torch.tensor(0), config.recompute_every, config.temperature, config.affinity, config.need_weighting,
+        config.rescue_weighting, config.rescue_k, config.forces, config.gradient_mask, config.rescue_onset,
+        config.pull_onset, config.check_finite, backend,
+    )  # fmt: skip
+
+
+def pending(backend, config, dtype=torch.float32):
+    arguments = statistics_arguments(backend, config, dtype)
+    mask, winner, ticket, *choices = torch.ops.bcl_fast.statistics_(*arguments)
+    return arguments, mask, winner, [ticket, arguments[0], *choices]
+
+
+@backend
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_opcheck_statistics(backend, config):
+    torch.library.opcheck(torch.ops.bcl_fast.statistics_.default, statistics_arguments(backend, config))
+
+
+@backend
+@pytest.mark.parametrize("kind", ["soft", "winner_take_all", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck_masked_gradient(backend, kind, dtype):
+    _, mask, winner, left = pending(backend, ops.BCLConfig(gradient_mask=kind), torch.float64 if dtype.itemsize == 8
+                                    else torch.float32)  # fmt: skip
+    arguments = columns("random", B, D).to(dtype), mask, winner, kind, left, False, backend
+    torch.library.opcheck(torch.ops.bcl_fast.masked_gradient.default, arguments)
+
+
+@backend
+@pytest.mark.parametrize("offset", [False, True])
+def test_opcheck_pull_and_increment(backend, offset):
+    (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig())
+    som_offset = torch.zeros_like(weight) if offset else None
+    tail = x, *choices, "none", backend
+    torch.library.opcheck(torch.ops.bcl_fast.targets_pull_.default, (weight, som_offset, strength, 0.1, *tail))
+    torch.library.opcheck(torch.ops.bcl_fast.som_increment.default, (weight, som_offset, strength, *tail))
+
+
+@backend
+def test_increment_is_the_pull_before_its_step_size(backend):
+    (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig(), torch.float64)
+    tail = x, *choices, "none", backend
+    expected = weight + 0.1 * torch.ops.bcl_fast.som_increment(weight, None, strength, *tail)
+    torch.ops.bcl_fast.targets_pull_(weight, None, strength, 0.1, *tail)
+    torch.testing.assert_close(weight, expected)
+
+
+def test_every_backend_serves_every_stage():
+    for name, served in ops.DISPATCH.items():
+        assert set(served) == set(ops.BACKENDS)
+        for backend in ops.BACKENDS:
+            assert ops.stage(name, backend).__name__ == name
+
+
+@pytest.mark.parametrize(
+    "fused, backend, expected",
+    [(True, None, ops.FASTEST), (False, None, "reference"), (True, "reference", "reference"),
+     (True, "portable", "portable"), (False, "reference", "reference")],
+)  # fmt: skip
+def test_resolve_backend(fused, backend, expected):
+    assert ops.resolve_backend(fused, backend) == expected
+
+
+def test_resolve_backend_refuses():
+    with pytest.raises(ValueError, match="backend must be .*'reference', 'portable', got 'fastest'"):
+        ops.resolve_backend(True, "fastest")
+    with pytest.raises(ValueError, match="backend='portable' needs fused=True"):
+        ops.resolve_backend(False, "portable")
+    with pytest.raises(TypeError, match="fused must be True or False, got 'yes'"):
+        ops.resolve_backend("yes", None)
+
+
+def test_backends_say_why_not():
+    assert ops.backends("cpu") == dict.fromkeys(ops.BACKENDS)
+    assert all(ops.backends("meta").values())
+
+
+class Counted(torch.Tensor):
+    """A counter that notices every reading of its value on the host."""
+
+    readings = 0
+
+    def __int__(self):
+        Counted.readings += 1
+        return int(self.as_subclass(torch.Tensor))
+
+
+def test_counter_is_read_from_the_device_only_when_somebody_else_wrote_it():
+    counter = torch.tensor(7).as_subclass(Counted)
+    Counted.readings = 0
+    assert [ops.read_counter(counter) for _ in range(3)] == [7, 7, 7]
+    assert Counted.readings == 1
+    ops.write_counter_(counter, 8)
+    assert ops.read_counter(counter) == 8 and Counted.readings == 1
+    counter.add_(1)  # not through write_counter_
+    assert ops.read_counter(counter) == 9 and Counted.readings == 2
+
+
+def test_a_dead_owner_is_forgotten():
+    class Layer:
+        def receive(self, pending, compiled):
+            raise AssertionError("dead")
+
+    layer = Layer()
+    number = int(ops.register_owner(layer))
+    assert ops._owners[number] is layer
+    del layer
+    gc.collect()
+    assert number not in ops._owners
+
+
+@backend
+def test_require_finite_names_the_tensor(backend):
+    arguments = list(statistics_arguments(backend, ops.BCLConfig(check_finite=True)))
+    neighbors = arguments[4].clone()
+    for place, name in ((0, "x"), (1, "weight"), (3, "activation")):
+        bad = list(arguments)
+        bad[place] = bad[place].clone()
+        bad[place][0, 0] = torch.nan
+        with pytest.raises(ValueError, match=f"^{name} must be finite .* got 1 NaN or Inf of {bad[place].numel()}"):
+            torch.ops.bcl_fast.statistics_(*bad)
+    assert arguments[4].equal(neighbors)  # nothing was refreshed before the error

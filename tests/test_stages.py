@@ -1,0 +1,321 @@
+"""Every backend against the reference, stage by stage, by the exactness contract: one body, each backend a parameter.
+
+Choices are equal bit by bit given the same inputs; sums stay within budgets judged by float64.
+"""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bcl_fast import reference as ref
+from bcl_fast.ops import BACKENDS, stage
+from bcl_fast.spec import EPS
+from bcl_fast.testing import COLUMNS, budget, columns, neighbours_of, relative_error
+
+SIZES = [(1, 2, 1), (2, 3, 5), (7, 5, 3), (37, 64, 16), (257, 129, 31), (1024, 512, 784)]
+RULES = ("rank", "clamped_cosine", "cosine")
+DTYPES = (torch.float32, torch.float64)
+CANDIDATES = [name for name in BACKENDS if name != "reference"]
+
+backend = pytest.mark.parametrize("backend", CANDIDATES)
+size = pytest.mark.parametrize("B, D, N", SIZES, ids=str)
+kinds = pytest.mark.parametrize("kind", COLUMNS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def vectors(seed, *lengths, dtype):
+    """Positive vectors, as norms and needs are."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(n, generator=generator, dtype=dtype) + 0.05 for n in lengths]
+
+
+def by_row(rows, shares):
+    """The choices with each feature's rows in ascending order: sets, not sequences, are the contract."""
+    order = rows.argsort(dim=1)
+    return rows.gather(1, order), shares.gather(1, order)
+
+
+def check_selection(backend, activation, bias, rinv, winv, need, rule, weighting, rescue_k):
+    arguments = activation, bias, rinv, winv, need, rule, weighting, rescue_k
+    rows, shares = by_row(*stage("selection", backend)(*arguments))
+    expected_rows, expected_shares = by_row(*ref.selection(*arguments))
+    assert rows.dtype == torch.int64 and shares.dtype == activation.dtype
+    assert rows.equal(expected_rows)
+    assert relative_error(shares, expected_shares) <= 1e-6
+
+
+@backend
+@dtypes
+@kinds
+@size
+def test_selection_is_bit_equal(backend, B, D, N, kind, dtype):
+    activation = columns(kind, B, D, dtype)
+    rinv, winv, need, bias = vectors(1, B, D, B, D, dtype=dtype)
+    rules = RULES if B * D < 1e5 else ("rank",)
+    for rule in rules:
+        check_selection(backend, activation, bias, rinv, winv, need, rule, "hard", 5)
+        check_selection(backend, activation, None, torch.ones_like(rinv), winv, None, rule, "soft", 3)
+
+
+@backend
+@pytest.mark.parametrize("rescue_k", [1, 2, 36, 37, 38, 0])
+@pytest.mark.parametrize("weighting", ["hard", "soft"])
+@pytest.mark.parametrize("rule", RULES)
+def test_selection_takes_any_rescue_k(backend, rescue_k, weighting, rule):
+    activation = columns("quantised", 37, 11)
+    rinv, winv, need = vectors(2, 37, 11, 37, dtype=torch.float32)
+    check_selection(backend, activation, None, rinv, winv, need, rule, weighting, rescue_k)
+
+
+def needs(kind, B):
+    falling = 1 / torch.arange(1, B + 1, dtype=torch.float32)
+    return {
+        "flat": torch.ones(B),
+        "falling": falling,  # need = 1 / rank of the column below: every score nearly equal
+        "log-uniform": 10 ** (6 * torch.rand(B, generator=torch.Generator().manual_seed(3)) - 6),
+        "two values": torch.where(torch.arange(B) % 3 == 0, 0.5, 0.25),
+        "with nan": torch.where(torch.arange(B) % 5 == 0, torch.nan, falling),
+    }[kind]
+
+
+@backend
+@pytest.mark.parametrize("kind", ["flat", "falling", "log-uniform", "two values", "with nan"])
+@pytest.mark.parametrize("rule", RULES)
+def test_selection_under_hostile_needs(backend, kind, rule):
+    B, D = 211, 163  # large enough for every sort a backend may choose
+    ascending = torch.arange(1, B + 1, dtype=torch.float32)[:, None].expand(B, D) * 1e-3
+    need = needs(kind, B)
+    for activation in (ascending, columns("quantised", B, D)):
+        check_selection(backend, activation, None, torch.ones(B), torch.ones(D), need, rule, "hard", 5)
+
+
+@backend
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("B, D", [(3, 2), (19, 5), (211, 163)])
+def test_selection_with_nan_and_inf(backend, rule, B, D):
+    activation = columns("random", B, D)
+    odd = torch.rand(B, D, generator=torch.Generator().manual_seed(4))
+    for low, value in ((0.0, torch.nan), (0.1, torch.inf), (0.2, -torch.inf), (0.3, -torch.tensor(torch.nan))):
+        activation = torch.where((odd >= low) & (odd < low + 0.1), value, activation)
+    activation[:, 0] = torch.nan
+    ones = torch.ones(B), torch.ones(D)
+    for rescue_k in (1, 5, 0):
+        check_selection(backend, activation, None, *ones, vectors(5, B, dtype=torch.float32)[0], rule, "hard", rescue_k)
+
+
+@backend
+def test_selection_keeps_outliers_apart(backend):
+    """Two outliers would collapse a histogram of equal bins into one."""
+    activation = columns("random", 257, 33) * 1e-6
+    activation[3], activation[250] = 1e30, -1e30
+    ones = torch.ones(257), torch.ones(33)
+    check_selection(backend, activation, None, *ones, vectors(6, 257, dtype=torch.float32)[0], "rank", "hard", 5)
+
+
+@backend
+def test_selection_takes_strided_activations(backend):
+    activation = columns("quantised", 2 * 67, 3 * 41)[::2, ::3]
+    rinv, winv, need = vectors(7, 67, 41, 67, dtype=torch.float32)
+    check_selection(backend, activation, None, rinv, winv, need, "rank", "hard", 5)
+
+
+@backend
+@dtypes
+@kinds
+@size
+def test_rank_is_bit_equal(backend, B, D, N, kind, dtype):
+    key = columns(kind, B, D, dtype)
+    assert stage("rank", backend)(key).equal(ref.rank(key))
+
+
+@backend
+@dtypes
+@kinds
+@size
+def test_competition(backend, B, D, N, kind, dtype):
+    activation, neighbors = columns(kind, B, D, dtype), neighbours_of(D, 8)
+    got = stage("competition", backend)(activation, neighbors, 5.0)
+    own = ref.competition(activation, neighbors, 5.0)
+    truth = ref.competition(activation.double(), neighbors, 5.0)
+    assert got[4].equal(own[4]), "winner"
+    for name, a, b, c in zip(("rank_score", "coverage", "novelty", "win_rate", "_", "pair_pull"), got, own, truth,
+                             strict=True):  # fmt: skip
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        if name != "pair_pull" and name != "_":
+            assert relative_error(a, c) <= budget(b, c), name
+    if got[4].equal(truth[4]):  # pairs of another winner are other pairs
+        assert relative_error(got[5], truth[5]) <= budget(own[5], truth[5])
+
+
+@backend
+@pytest.mark.parametrize("k", [1, 2, 7, 28])
+def test_competition_takes_any_number_of_neighbours(backend, k):
+    activation, neighbors = columns("random", 31, 29), neighbours_of(29, k)
+    for a, b in zip(stage("competition", backend)(activation, neighbors, 0.5),
+                    ref.competition(activation, neighbors, 0.5), strict=True):  # fmt: skip
+        assert relative_error(a, b) <= 1e-5
+
+
+@backend
+def test_winner_of_equal_margins_is_the_smallest_index(backend):
+    activation = torch.zeros(3, 5)
+    assert stage("competition", backend)(activation, neighbours_of(5, 2), 5.0)[4].tolist() == [0, 0, 0]
+
+
+def choices(B, D, N, k, r, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(B, N, generator=generator, dtype=dtype)
+    winner = torch.randint(D, (B,), generator=generator)
+    pair_pull = torch.rand(B, min(k, D - 1), generator=generator, dtype=dtype)
+    rows = torch.rand(D, B, generator=generator).topk(min(r or B, B), dim=1).indices
+    shares = torch.rand(rows.shape, generator=generator, dtype=dtype)
+    winner_share = torch.rand(D, generator=generator, dtype=dtype)
+    return x, neighbours_of(D, k)[winner], pair_pull, rows, shares, winner_share
+
+
+def doubled(arguments):
+    return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+
+
+@backend
+@dtypes
+@size
+@pytest.mark.parametrize("projection", ["none", "orthogonal", "centered"])
+def test_targets_and_pull(backend, B, D, N, dtype, projection):
+    arguments = *choices(B, D, N, 8, 5, dtype), projection
+    own, truth = ref.targets(*arguments), ref.targets(*doubled(arguments))
+    assert relative_error(stage("targets", backend)(*arguments), truth) <= budget(own, truth)
+    strength = vectors(8, D, dtype=dtype)[0]
+    for in_offset in (False, True):
+        results = []
+        for name, cast in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
+            weight = columns("random", D, N, dtype, seed=9).to(cast)
+            offset = columns("random", D, N, dtype, seed=10).to(cast) if in_offset else None
+            exact = doubled([strength, *arguments]) if cast == torch.float64 else [strength, *arguments]
+            before = weight.clone()
+            stage("targets_pull_", name)(weight, offset, exact[0], 0.1, *exact[1:])
+            assert not in_offset or weight.equal(before)
+            results.append(offset if in_offset else weight)
+        assert relative_error(results[0], results[2]) <= budget(results[1], results[2])
+
+
+@backend
+def test_targets_of_the_whole_batch_and_of_features_nobody_won(backend):
+    arguments = *choices(13, 7, 5, 3, 0, torch.float64), "none"
+    torch.testing.assert_close(stage("targets", backend)(*arguments), ref.targets(*arguments))
+    x, pairs, *rest = arguments
+    torch.testing.assert_close(  # all pairs point to feature 2: the others' winner target is 0
+        stage("targets", backend)(x, torch.full_like(pairs[:, :1], 2), rest[0][:, :1], *rest[1:]),
+        ref.targets(x, torch.full_like(pairs[:, :1], 2), rest[0][:, :1], *rest[1:]),
+    )
+
+
+@backend
+def test_targets_take_strided_samples(backend):
+    x, *rest = choices(22, 7, 10, 3, 5, torch.float64)
+    strided = torch.empty(10, 44, dtype=torch.float64).T[::2].copy_(x)
+    expected = ref.targets(x, *rest, "none")
+    torch.testing.assert_close(stage("targets", backend)(strided, *rest, "none"), expected)
+
+
+@backend
+@dtypes
+@size
+def test_gradient(backend, B, D, N, dtype):
+    grad, mask = columns("random", B, D, dtype), columns("random", B, D, dtype, seed=1).sigmoid()
+    winner = torch.arange(B) % D
+    for arguments in ((grad, mask, None), (grad, None, winner), (grad, None, None)):
+        masked, bias = stage("gradient", backend)(*arguments)
+        own, own_bias = ref.gradient(*arguments)
+        assert masked.equal(own)
+        truth = own.double().sum(dim=0)
+        assert relative_error(bias, truth) <= budget(own_bias, truth)
+
+
+@backend
+@size
+def test_neighbours_by_float64_regret(backend, B, D, N):
+    weight = columns("random", D, N) + 3 * columns("random", 1, N, seed=1)  # close cosines
+    near = stage("neighbours", backend)(weight, 8)
+    assert near.shape == (D, min(8, D - 1)) and near.dtype == torch.int64
+    cosine = ref.cosine_similarity(weight.double())
+    assert not (near == torch.arange(D)[:, None]).any()
+    assert (near.sort(dim=1).values.diff(dim=1) > 0).all()
+    best = cosine.clone().fill_diagonal_(-torch.inf).sort(dim=1, descending=True).values[:, : near.shape[1]]
+    regret = (best - cosine.gather(1, near)).clamp(min=0)
+    assert float(regret.max()) <= 1e-6
+
+
+@backend
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("k", [1, 3, 40])
+def test_neighbour_choice_is_bit_equal_given_similarities(backend, kind, k, monkeypatch):
+    """The product may round as it likes; given its result the choice is the reference's, ties and NaN included."""
+    module = __import__(stage("neighbours", backend).__module__, fromlist=["nearest"])
+    similarity = columns(kind, 41, 41)
+    similarity[3], similarity[:, 3] = torch.nan, torch.nan
+    assert module.nearest(similarity, 0, k).equal(ref.nearest(similarity, k))
+    assert module.nearest(similarity[17:], 17, k).equal(ref.nearest(similarity, k)[17:])
+
+
+@backend
+def test_neighbours_of_zero_rows(backend):
+    weight = columns("random", 6, 4)
+    weight[2] = 0
+    assert stage("neighbours", backend)(weight, 5).equal(ref.neighbours(weight, 5))
+
+
+@backend
+@settings(max_examples=60)
+@given(
+    B=st.integers(1, 70),
+    D=st.integers(2, 40),
+    k=st.integers(1, 45),
+    rescue_k=st.integers(0, 80),
+    rule=st.sampled_from(RULES),
+    weighting=st.sampled_from(["hard", "soft"]),
+    kind=st.sampled_from(COLUMNS),
+    weighted=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape_and_option(backend, B, D, k, rescue_k, rule, weighting, kind, weighted, seed):
+    activation, neighbors = columns(kind, B, D, seed=seed), neighbours_of(D, k, seed)
+    got = stage("competition", backend)(activation, neighbors, 5.0)
+    own = ref.competition(activation, neighbors, 5.0)
+    assert got[4].equal(own[4])
+    for a, b in zip(got, own, strict=True):
+        assert relative_error(a, b) <= 1e-5
+    coverage = own[1]
+    rinv, winv = vectors(seed, B, D, dtype=torch.float32)
+    need = 1 / (coverage + 1) if weighted else None
+    check_selection(backend, activation, None, rinv, winv, need, rule, weighting, rescue_k)
+
+
+@backend
+def test_no_tensor_of_three_dimensions_and_no_second_product(backend):
+    """The scheme's promise: nothing of B * D * k elements, one sort, no product but the layer's own."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        largest, names = 0, []
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            out = function(*arguments, **(options or {}))
+            self.names.append(function.overloadpacket.__name__)
+            for tensor in torch.utils._pytree.tree_leaves(out):
+                if torch.is_tensor(tensor):
+                    self.largest = max(self.largest, tensor.numel())
+            return out
+
+    B, D, N, k = 96, 64, 48, 8
+    activation, neighbors = columns("random", B, D), neighbours_of(D, k)
+    x = columns("random", B, N)
+    with Watch() as watch:
+        _, coverage, novelty, win_rate, winner, pair_pull = stage("competition", backend)(activation, neighbors, 5.0)
+        need, rinv = 1 / (coverage + 1), 1 / (x.norm(dim=1) + EPS)
+        rows, shares = stage("selection", backend)(activation, None, rinv, rinv[:0], need, "rank", "hard", 5)
+        stage("targets", backend)(x, neighbors[winner], pair_pull, rows, shares, win_rate, "none")
+    assert watch.largest <= max(B * D, D * N, B * N)
+    assert not {"mm", "addmm", "bmm"} & set(watch.names)
+    assert sum(name.startswith("sort") for name in watch.names) == 2  # of the keys, and of the B * k winner pairs
