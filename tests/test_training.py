@@ -367,7 +367,7 @@ def test_the_pull_is_not_lost_in_low_precision(backend, dtype, options):
     start = (high.weight if high.som_offset is None else high.som_offset).detach().clone()
     for _ in range(200):
         for layer in (low, high):
-            layer(batch(dtype=layer.weight.dtype)).float().sum().backward()
+            layer(batch().to(dtype).to(layer.weight.dtype)).float().sum().backward()
             layer.zero_grad()
     ends = [(layer.weight if layer.som_offset is None else layer.som_offset).detach().float() for layer in (low, high)]
     moved, wanted = ends[0] - start, ends[1] - start

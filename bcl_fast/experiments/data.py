@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..spec import check_choice
+
 DATA_SETS = ("digits", "mnist")
 TRAIN_SHARE = 0.85  # the first images of a set are trained on, the rest is held out
 
@@ -57,6 +59,11 @@ def mnist(root: Path | str, download: bool = False) -> Images:
             f"no MNIST in {root}: name the folder that holds MNIST/raw (--data-dir), or fetch it (--download)"
         ) from error
     return split("mnist", images / 255)
+
+
+def load(name: str, root: Path | str, download: bool = False) -> Images:
+    """The images of one of DATA_SETS; `root` and `download` as for `mnist`."""
+    return mnist(root, download) if check_choice("data", name, DATA_SETS) == "mnist" else digits()
 
 
 def batches(images: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:

@@ -48,7 +48,7 @@ class Condition:
     lr: float = 1e-3  # > 0, of Adam
     loss: str = "l1"  # l1, mse
     backend: str | None = None  # of the layer, None: its fastest
-    device: str = "cpu"  # whatever torch.device takes
+    device: str = "cpu"  # one of `devices`
 
     def __post_init__(self) -> None:
         check_choice("data", self.data, DATA_SETS)
@@ -80,52 +80,53 @@ class Training:
     of Adam remain.
     """
 
-    def __init__(self, condition: Condition, data: Images, rows: Collection[int]) -> None:
-        if data.name != condition.data:
-            raise ValueError(f"data must be the images of the condition ({condition.data!r}), got {data.name!r}")
+    def __init__(self, condition: Condition, images: Images, rows: Collection[int]) -> None:
+        if images.name != condition.data:
+            raise ValueError(f"images must be those of the condition, {condition.data!r}, got {images.name!r}")
+        check_choice("device", condition.device, tuple(devices()))
         self.condition = condition
         self.done = 0
         self.rows: list[dict[str, float]] = []
         self._measured = frozenset(rows)
-        self._data = data.to(condition.device)
-        self._batches = batches(self._data.train, condition.batch_size, condition.seed)
+        self.images = images.to(condition.device)
+        self._batches = batches(self.images.train, condition.batch_size, condition.seed)
         torch.manual_seed(condition.seed)
-        model = Autoencoder(data.train.shape[1], condition.features, condition.config, condition.backend)
+        model = Autoencoder(images.train.shape[1], condition.features, condition.config, condition.backend)
         self.model = model.to(condition.device)
         self._optimizer = torch.optim.Adam(self.model.parameters(), lr=condition.lr)
         self._loss = LOSSES[condition.loss]
 
     def step(self) -> dict[str, float] | None:
         """Train on the next batch; the row of this step where it is measured."""
-        images = next(self._batches)
-        row = self._measured_update(images) if self.done in self._measured else None
-        if row is None:
-            self._update(images)
-        else:
+        batch, row = next(self._batches), None
+        if self.done in self._measured:
+            row = self._measured_update(batch)
             self.rows.append(row)
+        else:
+            self._update(batch)
         self.done += 1
         return row
 
-    def _update(self, images: Tensor) -> Tensor:
-        loss = self._loss(self.model(images), images)
+    def _update(self, batch: Tensor) -> Tensor:
+        loss = self._loss(self.model(batch), batch)
         self._optimizer.zero_grad()
         loss.backward()
         self._optimizer.step()
         return loss.detach()
 
-    def _measured_update(self, images: Tensor) -> dict[str, float]:
+    def _measured_update(self, batch: Tensor) -> dict[str, float]:
         """An update between two looks at the weight; only such a step pays for observing."""
         encoder, records = self.model.encoder, []
         before = self.model.encoder_weight.clone()
         with encoder.observe(records.append) if isinstance(encoder, BCLLayer) else nullcontext():
-            loss = self._update(images)
+            loss = self._update(batch)
         after = self.model.encoder_weight
         raise NotImplementedError
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
         """How the model in its present state serves the images it was not trained on."""
-        images = self._data.held_out
+        images = self.images.held_out
         reconstruction = self.model(images)
         return {
             "l1": F.l1_loss(reconstruction, images).item(),
@@ -147,7 +148,7 @@ class Training:
 
 def run(
     condition: Condition,
-    data: Images,
+    images: Images,
     rows: Collection[int] | None = None,
     on_row: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> dict[str, Any]:
@@ -155,32 +156,45 @@ def run(
 
     `rows` are the steps to measure, None: `row_steps`. A KeyboardInterrupt ends the run early, marked in the record.
     """
-    training = Training(condition, data, row_steps(condition.steps) if rows is None else rows)
+    training = Training(condition, images, row_steps(condition.steps) if rows is None else rows)
     advance([training], lambda new: None if new[0] is None else on_row(new[0]))
     return training.record()
 
 
 def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] | None]], None]) -> None:
-    """Train side by side to the end, a step of each in turn, then `on_step` with their rows of that step.
+    """Train side by side, a step of each in turn and then `on_step` with their rows of it, as long as the first is to.
 
     A KeyboardInterrupt ends it early.
     """
     try:
-        for _ in range(max(training.condition.steps for training in trainings)):
+        for _ in range(trainings[0].condition.steps):
             on_step([training.step() for training in trainings])
     except KeyboardInterrupt:
-        pass  # `Training.done` tells
+        pass  # what is done stands in the trainings
 
 
 # --- Records on disk --------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, Any]:
-    """What a result depends on beside the code."""
+def devices() -> dict[str, str]:
+    """What can be trained on here: the names torch gives it ("cpu", "cuda:0", ...) -> what it is."""
+    found = {"cpu": platform.processor() or platform.machine()}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        for index in range(torch.accelerator.device_count()):
+            name = module.get_device_name(index) if hasattr(module, "get_device_name") else accelerator.type
+            found[f"{accelerator.type}:{index}"] = name
+    return found
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result depends on beside the code, for a run on one of `devices`."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": platform.platform(),
+        "device": devices()[device],
         "threads": torch.get_num_threads(),
     }
 

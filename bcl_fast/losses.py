@@ -1,0 +1,45 @@
+"""Diversity as a term of the loss (SPEC 3, fix C): gradient descent itself then keeps features apart."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _check(name: str, tensor: Tensor, at_least: int) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+    if tensor.dim() < at_least:
+        raise ValueError(f"{name} must have at least {at_least} dimensions, got shape {list(tensor.shape)}")
+
+
+def weight_similarity_loss(weight: Tensor) -> Tensor:
+    """Mean off-diagonal cosine of the rows of weight [D, N], D >= 2: a differentiable scalar.
+
+    1 where all rows are parallel, least (-1 / (D - 1)) where unit rows sum to zero. A zero row has cosine 0 with
+    everything and gets no gradient. Raises TypeError or ValueError for a tensor that is no such matrix.
+    """
+    _check("weight", weight, 2)
+    if weight.dim() != 2 or weight.shape[0] < 2:
+        raise ValueError(f"weight must have shape [D, N] with D >= 2, got {list(weight.shape)}")
+    D = weight.shape[0]
+    some = (weight != 0).any(dim=1, keepdim=True)
+    # The norm of a zero row has no gradient: a row of ones stands in, and its unit is masked out again.
+    whole = torch.where(some, weight, 1.0)
+    unit = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True) * some
+    return (unit.sum(dim=0).square().sum() - unit.square().sum()) / (D * (D - 1))
+
+
+def activation_entropy_loss(activation: Tensor) -> Tensor:
+    """Negative entropy (nats) of how a batch's activity spreads over features, activation [..., D]: a scalar.
+
+    p[d] = mean over samples of |activation[., d]|, normalised to sum 1. Least (-log D) where all features are equally
+    active, 0 where one is. A feature without activity counts 0 and gets no gradient; so does an empty or all-zero batch.
+    """
+    _check("activation", activation, 1)
+    activity = activation.abs().reshape(-1, activation.shape[-1]).sum(dim=0)
+    total = activity.sum()
+    share = activity / torch.where(total > 0, total, 1.0)
+    some = share > 0
+    # log of a masked-in 1 rather than of 0: the branch not taken must not make its gradient NaN.
+    return (share * torch.where(some, share, 1.0).log()).sum()

@@ -1,0 +1,49 @@
+"""What every bench shares: one thread unless told otherwise, a table at the end, and rows saved as JSON on request."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bcl_fast import measure
+
+ROWS = pytest.StashKey[list]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--threads", type=int, default=1, help="torch threads of every bench (default 1)")
+    parser.addoption("--save", type=Path, help="write every measured row and the environment to this JSON file")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(config.getoption("--threads"))
+    config.stash[ROWS] = []
+
+
+@pytest.fixture
+def rows(request):
+    """The list that measured rows (dicts) go to."""
+    return request.config.stash[ROWS]
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    write = terminalreporter.write_line
+    write("")
+    write(f"{'B, D, N':>20} {'contestant':>12} {'threads':>8} {'ms / step':>10} {'ratio to nn.Linear':>19}")
+    for row in rows:
+        size = f"{row['B']}, {row['D']}, {row['N']}"
+        write(
+            f"{size:>20} {row['contestant']:>12} {row['threads']:>8} {row['ms']:>10.2f} {row['ratio_to_linear']:>19.2f}"
+        )
+    target = config.getoption("--save")
+    if target is not None:
+        record = {"command": "pytest bench/", "environment": measure.environment(), "rows": rows}
+        partial = target.with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, target)
+        write(f"saved {len(rows)} rows to {target}")

@@ -1,0 +1,149 @@
+"""The metrics on cases worked by hand, and the deterministic baselines on MNIST."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import tensor
+
+from bcl_fast import diagnostics as diag
+from bcl_fast import reference as ref
+from bcl_fast.spec import BCLConfig
+
+MNIST = Path(os.environ.get("BCL_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def near(value, expected, tolerance=1e-6):
+    assert value == pytest.approx(expected, abs=tolerance)
+
+
+def test_cosine_of_equal_orthogonal_and_opposite_rows():
+    near(diag.row_cosine(tensor([[1.0, 2.0], [2.0, 4.0], [0.5, 1.0]])), 1.0)
+    near(diag.row_cosine(torch.eye(4)), 0.0)
+    near(diag.row_cosine(tensor([[1.0, 0.0], [-3.0, 0.0]])), -1.0)
+
+
+def test_antiparallel_rows_hide_from_the_mean_cosine_but_not_from_its_size():
+    pairs = tensor([[1.0, 0.0], [-1.0, 0.0], [2.0, 0.0], [-2.0, 0.0]])
+    near(diag.row_cosine(pairs), -1 / 3)  # of 12 ordered pairs 4 are parallel and 8 opposite
+    near(diag.row_abs_cosine(pairs), 1.0)
+
+
+def test_a_mixed_case_by_hand():
+    rows = tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 5.0]])  # cosines .7071, 0, .7071
+    near(diag.row_cosine(rows), 2 * math.sqrt(0.5) / 3)
+    near(diag.column_cosine(rows.T), 2 * math.sqrt(0.5) / 3)
+
+
+def test_zero_rows_have_cosine_zero_and_a_single_row_has_none():
+    near(diag.row_cosine(tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]])), 1 / 3)
+    near(diag.row_abs_cosine(tensor([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])), 1 / 3)
+    assert math.isnan(diag.row_cosine(torch.ones(1, 3))) and math.isnan(diag.row_abs_cosine(torch.ones(1, 3)))
+
+
+def test_no_square_matrix_gives_the_same_as_all_pairs():
+    rows = torch.randn(9, 5, dtype=torch.float64)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    cosine = unit @ unit.T
+    near(diag.row_cosine(rows), float(cosine.sum() - 9) / 72, 1e-12)
+    near(diag.row_abs_cosine(rows), float(cosine.abs().sum() - 9) / 72, 1e-12)
+
+
+def test_correlation_is_the_cosine_of_centred_columns():
+    matrix = tensor([[1.0, 11.0], [2.0, 10.0], [3.0, 9.0]])  # opposite slopes on a shared mean
+    near(diag.column_correlation(matrix), -1.0)
+    assert diag.column_cosine(matrix) > 0.8
+    near(diag.column_correlation(tensor([[1.0, 5.0], [1.0, 6.0]])), 0.0)  # a constant column correlates with nothing
+
+
+def test_effective_rank():
+    near(diag.effective_rank(torch.eye(5)), 5.0)
+    near(diag.effective_rank(torch.ones(4, 6)), 1.0, 1e-5)
+    near(diag.effective_rank(torch.diag(tensor([3.0, 1.0]))), math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert diag.effective_rank(torch.zeros(3, 3)) == 0.0
+
+
+def test_counts():
+    assert diag.unique_targets(tensor([[1.0, 0.0, 5.0], [2.0, 9.0, 5.0], [0.0, 1.0, 1.0]])) == 2  # 1, 1, and 0 of a tie
+    assert diag.alive(tensor([0.0, 0.01, 0.0101, 0.5])) == 2
+    near(diag.zero_fraction(tensor([[0.0, -0.0], [1e-30, 2.0]])), 0.5)
+    near(diag.variation(tensor([1.0, 3.0])), 0.5)
+
+
+def test_forces_by_hand():
+    before = torch.zeros(2, 2)
+    pulled = tensor([[3.0, 4.0], [0.0, 0.0]])
+    after = tensor([[3.0, 5.0], [0.0, 2.0]])
+    force = diag.forces(tensor([[0.0, 1.0], [0.0, 0.0]]), before, pulled, after)
+    assert force == {"gradient": 0.5, "pull": 2.5, "adam": 1.5, "adam_over_pull": 0.6, "gradient_over_pull": 0.2}
+    still = diag.forces(before, before, before, after)
+    assert still["pull"] == 0 and math.isnan(still["adam_over_pull"])
+
+
+def test_step_metrics_come_from_the_record():
+    x, weight = torch.rand(30, 12), torch.randn(8, 12)
+    neighbors = ref.neighbours(weight, 3)
+    record = ref.record(4, x, weight, None, x @ weight.T, neighbors, BCLConfig(affinity="clamped_cosine"))
+    metrics = diag.step_metrics(record)
+    near(metrics["aff_sim"], diag.column_cosine(record.affinity))
+    near(metrics["rp_corr"], diag.column_correlation(record.rescue_pull))
+    near(metrics["tgt_sim"], diag.row_cosine(record.rescue_target))
+    near(metrics["wt_sim"], diag.row_cosine(weight))
+    near(metrics["affinity_zeros"], float((x @ weight.T <= 0).float().mean()))
+    near(metrics["effective_win"], 1 / 8)  # an identity: novelty and win rate undo each other
+    assert metrics["unique_tgt"] == record.weighted_affinity.argmax(0).unique().numel()
+    assert metrics["need_min"] <= metrics["need_max"] < 1
+
+
+# --- Deterministic baselines -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images():
+    """The first batch of 128 of a shuffled loader over all training images under seed 42: [128, 784] in [0, 1]."""
+    datasets = pytest.importorskip("torchvision.datasets")
+    if not (MNIST / "MNIST" / "raw").is_dir():
+        pytest.skip(f"no MNIST in {MNIST}: set BCL_DATA")
+    pixels = datasets.MNIST(MNIST, train=True).data.float().flatten(1) / 255
+    torch.manual_seed(42)
+    return next(iter(torch.utils.data.DataLoader(pixels, batch_size=128, shuffle=True)))
+
+
+def affinity(images, seed, rule):
+    torch.manual_seed(seed)
+    weight = torch.randn(64, 784)
+    key = ref.cosine_key(images @ weight.T, None, ref.inverse_norm(images))
+    return ref.affinity(key, ref.inverse_norm(weight), rule)
+
+
+SEEDS = {42: 0.2983, 123: 0.2955, 456: 0.3077, 789: 0.3297, 999: 0.3195}
+
+
+@pytest.mark.parametrize("seed, published", SEEDS.items())
+def test_baseline_of_clamped_affinity(images, seed, published):
+    clamped = affinity(images, seed, "clamped_cosine")
+    near(diag.column_cosine(clamped), published, 5e-4)
+    near(diag.column_correlation(clamped), 0.0015 if seed == 42 else 0.0, 5e-4 if seed == 42 else 4e-3)
+
+
+def test_baseline_without_the_clamp(images):
+    near(diag.column_cosine(affinity(images, 42, "cosine")), -0.0030, 5e-4)
+    near(diag.zero_fraction(affinity(images, 42, "clamped_cosine")), 0.508, 5e-4)
+
+
+def test_baseline_of_the_images(images):
+    unit = images / images.norm(dim=1, keepdim=True)
+    pairs = (unit @ unit.T)[~torch.eye(128, dtype=torch.bool)]
+    near(diag.row_cosine(images), 0.400, 5e-4)
+    near(float(pairs.min()), 0.049, 5e-4)
+    near(float(pairs.max()), 0.918, 5e-4)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_baseline_of_random_ranks(images, seed):
+    """A shared mean makes columns look alike that are not: .747 = mean² / mean square of 0 .. 1."""
+    ranks = affinity(images, seed, "rank")
+    assert 0.745 - 5e-4 <= diag.column_cosine(ranks) <= 0.750 + 5e-4
+    assert -0.008 - 5e-4 <= diag.column_correlation(ranks) <= 0.012 + 5e-4
