@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def _find_kernels() -> None:
-    """In a checkout or an editable install kernels/ lies beside this package, not in it: import bcl_fast.kernels there."""
+    """Import bcl_fast.kernels from beside this package, where kernels/ lies in a checkout or an editable install."""
     package = Path(__file__).parent
     if not (package / "kernels").is_dir():
         spec = ModuleSpec(__name__ + ".kernels", None, is_package=True)  # no loader: a namespace package

@@ -329,12 +329,12 @@ class BCLLayer(nn.Linear):
         record = None
         if observers and last.activation is not None:
             state = self.weight, self.som_offset, self.bias, last.activation, last.neighbors, self.config
-            record = ops.record(int(self.step), last.x, *state)
+            record = ops.record(ops.read_counter(self.step), last.x, *state)
         for pull in pulls:
             pull.ticket.data.zero_()  # a second backward over the graph finds no owner; .data: no version to check
         if self._pulls:
             self._pull(pulls)
-        self.step.add_(1)
+        ops.write_counter_(self.step, ops.read_counter(self.step) + 1)
         if record is not None:
             for observer in observers:
                 observer(record)
@@ -363,9 +363,7 @@ class BCLLayer(nn.Linear):
     def _average(self, pull: PendingPull) -> None:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""
         choices = *pull.choices, self._config.target_projection, self._backend
-        increment = torch.ops.bcl_fast.som_increment(
-            self.weight, self.som_offset, pull.som_strength, pull.x, *choices
-        )
+        increment = torch.ops.bcl_fast.som_increment(self.weight, self.som_offset, pull.som_strength, pull.x, *choices)
         mean, samples = self._kept or (torch.zeros_like(increment), 0)
         total = samples + pull.x.shape[0]
         self._kept = mean.mul_(samples / total).add_(increment, alpha=pull.x.shape[0] / total), total

@@ -34,6 +34,11 @@ DISPATCH: dict[str, dict[str, str]] = {
 }
 BACKENDS = ("reference", "portable")
 FASTEST = "portable"  # what `fused=True` means on every device, until a faster backend exists
+ABSENT = {
+    "cpu": "its C++ library is not part of this version",
+    "triton": "its kernels are not part of this version",
+    "cuda": "its CUDA C++ library is not part of this version",
+}
 
 
 @functools.cache
@@ -45,7 +50,7 @@ def stage(name: str, backend: str) -> Callable[..., Any]:
 def backends(device_type: str) -> dict[str, str | None]:
     """Backend name -> None where it can serve on this type of device ("cpu", "cuda", ...), else why it cannot."""
     reason = None if device_type != "meta" else "meta tensors hold no numbers"
-    return dict.fromkeys(BACKENDS, reason)
+    return {**dict.fromkeys(BACKENDS, reason), **ABSENT}
 
 
 def resolve_backend(fused: bool, backend: str | None) -> str:
@@ -58,7 +63,8 @@ def resolve_backend(fused: bool, backend: str | None) -> str:
     if backend is None:
         return FASTEST if fused else "reference"
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        why = f": {ABSENT[backend]}" if backend in ABSENT else ""
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}{why}")
     if not fused and backend != "reference":
         raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
     return backend
@@ -84,7 +90,7 @@ def register_owner(owner: Owner) -> Tensor:
     """
     number = next(_owner_numbers)
     _owners[number] = owner
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")
 
 
 # --- Counters read on the host ---------------------------------------------------------------------------------------

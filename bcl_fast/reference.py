@@ -298,7 +298,7 @@ def targets(
 def targets_pull_(
     weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: float, *choices: Tensor | str
 ) -> None:
-    """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight [D, N], or on som_offset where there is one.
+    """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight [D, N] or, if there is one, som_offset.
 
     `choices` are the arguments of `targets`; som_strength [D].
     """

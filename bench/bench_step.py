@@ -1,6 +1,6 @@
 """How much does a whole BCL training step cost over `nn.Linear`, refresh included, on every backend?
 
-    pytest bench/bench_step.py --save bench/results/step.json
+Run it as `pytest bench/bench_step.py --save bench/results/step.json`.
 """
 
 from dataclasses import asdict

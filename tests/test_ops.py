@@ -91,8 +91,12 @@ def test_resolve_backend_refuses():
 
 
 def test_backends_say_why_not():
-    assert ops.backends("cpu") == dict.fromkeys(ops.BACKENDS)
+    reasons = ops.backends("cpu")
+    assert all(reasons[name] is None for name in ops.BACKENDS)
+    assert all("not part of this version" in reasons[name] for name in ("cpu", "triton", "cuda"))
     assert all(ops.backends("meta").values())
+    with pytest.raises(ValueError, match="got 'triton': its kernels are not part of this version"):
+        ops.resolve_backend(True, "triton")
 
 
 class Counted(torch.Tensor):

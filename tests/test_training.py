@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from test_layer import D, N, backends, batch, make, same, state
+from test_layer import N, backends, batch, make, same, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -163,6 +163,23 @@ def test_two_layers_may_share_one_weight():
     two.weight = one.weight
     (one(batch()).sum() + two(batch(seed=2)).sum()).backward()
     assert (int(one.step), int(two.step)) == (1, 1)
+
+
+def test_training_reads_no_counter_from_the_device(monkeypatch):
+    """After the first step the host knows `step`: no synchronisation, also across a refresh."""
+    layer = make(recompute_every=2)
+    layer(batch()).sum().backward()
+    read = torch.Tensor.__int__
+
+    def watched(tensor):
+        assert tensor is not layer.step and tensor is not layer._refreshed_at, "a counter was read"
+        return read(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "__int__", watched)
+    for _ in range(4):
+        layer(batch()).sum().backward()
+    monkeypatch.undo()
+    assert int(layer.step) == 5 and int(layer._refreshed_at) == 4
 
 
 # --- Several forwards before one accumulation ------------------------------------------------------------------------

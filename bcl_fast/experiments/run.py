@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diagnostics import step_metrics
 from ..layer import BCLLayer
 from ..spec import BCLConfig, check_choice, check_number
 from .data import DATA_SETS, Images, batches
