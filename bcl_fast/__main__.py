@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 import sys
 import time
@@ -11,11 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
-
 from . import PRESETS, BCLConfig, __version__, ops
+from .environment import environment
 from .experiments.data import load
-from .experiments.run import Condition, Training, advance, devices, environment, row_steps, write_record
+from .experiments.run import Condition, Training, advance, devices, row_steps, write_record
 
 DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision")  # packages of the extra [demo]
 
@@ -44,7 +42,12 @@ with demo_extra():
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-app = typer.Typer(help="Bidirectional Competitive Learning.", add_completion=False, no_args_is_help=True)
+app = typer.Typer(
+    help="Bidirectional Competitive Learning.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def train(
     whole = {
         "command": command_line({**context.params, "out": out}),
         "bcl_fast": __version__,
-        "environment": environment(device),
+        "environment": environment(),
         "seconds": time.perf_counter() - start,
         "interrupted": any(record["interrupted"] for record in records.values()),
         "conditions": records,
@@ -201,32 +204,23 @@ def train(
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def triton_version() -> str:
-    try:
-        import triton
-    except ImportError as error:
-        return f"cannot be imported: {error}"
-    return triton.__version__
-
-
 @app.command()
 def doctor() -> None:
     """Say what is installed here, which backends can serve, and why each other one cannot."""
-    console = Console()
-    found = devices()
-    installed = Table(box=None, show_header=False, pad_edge=False)
-    installed.add_column(style="bold")
-    installed.add_column(overflow="fold")
-    installed.add_row("bcl_fast", __version__)
-    installed.add_row("Python", f"{platform.python_version()} on {platform.platform()}")
-    installed.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
-    installed.add_row("Triton", triton_version())
-    for device, name in found.items():
-        installed.add_row(device, name)
-    console.print(installed)
+    console, here = Console(), environment()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("bcl_fast", __version__)
+    table.add_row("Python", f"{here['python']} on {here['platform']}")
+    table.add_row("torch", f"{here['torch']}, {here['threads']} threads")
+    table.add_row("Triton", here["triton"] or "not installed")
+    for device, name in zip(devices(), [here["processor"], *here["devices"]], strict=False):
+        table.add_row(device, name)
+    console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")
-    for device in dict.fromkeys(torch.device(device).type for device in found):
+    for device in dict.fromkeys(device.partition(":")[0] for device in devices()):
         for backend, reason in ops.backends(device).items():
             table.add_row(backend, device, "no" if reason else "yes", reason)
     console.print(table)

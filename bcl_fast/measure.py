@@ -1,14 +1,11 @@
-"""Measuring training steps: contestants, interleaved clocks, the environment. `bench/` is a thin caller of it."""
+"""Measuring training steps: contestants and interleaved clocks. `bench/` is a thin caller of it."""
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -122,23 +119,3 @@ def step_times(size: Size, *, steps: int = 50, rounds: int = 5, slow_rounds: int
         )
         for name in running
     ]
-
-
-def environment() -> dict[str, Any]:
-    """Where a number comes from: interpreter, libraries, processor, threads, devices."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = {line.split(":", 1)[1].strip() for line in file if line.startswith("model name")}
-        processor = ", ".join(sorted(names))
-    except OSError:
-        processor = platform.processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "processor": processor or platform.machine(),
-        "cores": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-    }

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bcl_fast import measure
+from bcl_fast.environment import environment
 
 ROWS = pytest.StashKey[list]()
 
@@ -42,7 +42,7 @@ def pytest_terminal_summary(terminalreporter, config):
         )
     target = config.getoption("--save")
     if target is not None:
-        record = {"command": "pytest bench/", "environment": measure.environment(), "rows": rows}
+        record = {"command": "pytest bench/", "environment": environment(), "rows": rows}
         partial = target.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, target)

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..diagnostics import forces, row_cosine, step_metrics, weight_metrics
 from ..layer import BCLLayer
 from ..spec import BCLConfig, check_choice, check_number
 from .data import DATA_SETS, Images, batches
@@ -29,6 +29,13 @@ from .model import Autoencoder
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
 ROW_FACTORS = (1, 1.5, 2, 2.5, 3, 4, 5, 7)  # of every power of ten
+
+
+def devices() -> tuple[str, ...]:
+    """What can be trained on here, under the names torch gives it: "cpu", "cuda:0", ..."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = 0 if accelerator is None else torch.accelerator.device_count()
+    return "cpu", *(f"{accelerator.type}:{index}" for index in range(count))
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ class Training:
     def __init__(self, condition: Condition, images: Images, rows: Collection[int]) -> None:
         if images.name != condition.data:
             raise ValueError(f"images must be those of the condition, {condition.data!r}, got {images.name!r}")
-        check_choice("device", condition.device, tuple(devices()))
+        check_choice("device", condition.device, devices())
         self.condition = condition
         self.done = 0
         self.rows: list[dict[str, float]] = []
@@ -102,25 +109,34 @@ class Training:
             row = self._measured_update(batch)
             self.rows.append(row)
         else:
-            self._update(batch)
+            self._backward(batch)
+            self._optimizer.step()
         self.done += 1
         return row
 
-    def _update(self, batch: Tensor) -> Tensor:
+    def _backward(self, batch: Tensor) -> Tensor:
+        """Leave the gradients, with BCL pull the weight too; the loss."""
         loss = self._loss(self.model(batch), batch)
         self._optimizer.zero_grad()
         loss.backward()
-        self._optimizer.step()
         return loss.detach()
 
     def _measured_update(self, batch: Tensor) -> dict[str, float]:
-        """An update between two looks at the weight; only such a step pays for observing."""
+        """The same update, looked at on the way; only such a step pays for observing."""
         encoder, records = self.model.encoder, []
         before = self.model.encoder_weight.clone()
         with encoder.observe(records.append) if isinstance(encoder, BCLLayer) else nullcontext():
-            loss = self._update(batch)
+            loss = self._backward(batch)
+        pulled = self.model.encoder_weight.clone()
+        self._optimizer.step()
         after = self.model.encoder_weight
-        raise NotImplementedError
+        return {
+            "step": self.done,
+            "loss": loss.item(),
+            **(step_metrics(records[0]) if records else weight_metrics(before)),
+            "wt_sim_post": row_cosine(after),
+            **forces(encoder.weight.grad, before, pulled, after),
+        }
 
     @torch.no_grad()
     def held_out(self) -> dict[str, float]:
@@ -173,29 +189,6 @@ def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] 
 
 
 # --- Records on disk --------------------------------------------------------------------------------------------------
-
-
-def devices() -> dict[str, str]:
-    """What can be trained on here: the names torch gives it ("cpu", "cuda:0", ...) -> what it is."""
-    found = {"cpu": platform.processor() or platform.machine()}
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator is not None:
-        module = torch.get_device_module(accelerator)
-        for index in range(torch.accelerator.device_count()):
-            name = module.get_device_name(index) if hasattr(module, "get_device_name") else accelerator.type
-            found[f"{accelerator.type}:{index}"] = name
-    return found
-
-
-def environment(device: str) -> dict[str, Any]:
-    """What a result depends on beside the code, for a run on one of `devices`."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "platform": platform.platform(),
-        "device": devices()[device],
-        "threads": torch.get_num_threads(),
-    }
 
 
 @contextmanager
