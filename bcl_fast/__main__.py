@@ -65,7 +65,7 @@ COLUMNS = (  # heading, which training (0: BCL, 1: its control), key of the row,
     ("novelty", 0, "novelty", ".3f"),
     ("force\nratio", 0, "adam_over_pull", ".2f"),
 )
-LEGEND = "plain: the same network without BCL; force ratio: what Adam moves / what the pull moves"
+LEGEND = "plain: the same network without BCL; force ratio: move by Adam / by the pull"
 
 
 class Report:
@@ -75,7 +75,7 @@ class Report:
         self.console = console
         self.cells: list[list[str]] = []
         self.finished = False
-        bar = TextColumn("training"), BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+        bar = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         self.progress = Progress(*bar, console=console)
         self.task = self.progress.add_task("training", total=steps)
         self.live = Live(get_renderable=self.view, console=console) if console.is_terminal else None
@@ -107,7 +107,7 @@ class Report:
     def view(self) -> Group:
         """The whole table in the end, before that as many of its last rows as the terminal is high."""
         shown = len(self.cells) if self.finished else max(1, self.console.height - 7)
-        table = Table(box=None, padding=(0, 1), pad_edge=False, caption=LEGEND, header_style="bold")
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=LEGEND, header_style="bold")
         for heading, *_ in COLUMNS:
             table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
         for cells in self.cells[-shown:]:

@@ -77,5 +77,5 @@ def _mosaic(axes: Axes, weight: Tensor, shape: tuple[int, int]) -> AxesImage:
         top, left = d // columns * (height + 1), d % columns * (width + 1)
         canvas[top : top + height, left : left + width] = tile
     axes.set_axis_off()
-    colors = colormaps["RdBu_r"].with_extremes(bad="0.5")  # between the images
+    colors = colormaps["RdBu_r"].with_extremes(bad="0.75")  # between the images
     return axes.imshow(canvas.numpy(), cmap=colors, vmin=-1, vmax=1, interpolation="nearest")
