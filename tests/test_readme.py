@@ -1,0 +1,55 @@
+"""The README is true: its Python blocks run, its commands and options exist, its numbers are those of the records."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+def commands():
+    """Every `python -m bcl_fast ...` of the README as a list of words."""
+    found = re.findall(r"python -m bcl_fast ([^`\n]*)", README)
+    assert len(found) >= 3
+    return sorted({line.split("&&")[0].strip() for line in found})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_command_and_its_options_exist(line):
+    pytest.importorskip("typer")
+    command, *words = shlex.split(line)
+    help_text = subprocess.run(
+        [sys.executable, "-m", "bcl_fast", command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True,
+        env={"COLUMNS": "200", "PATH": ""},
+    ).stdout  # fmt: skip
+    for option in (word for word in words if word.startswith("--")):
+        assert option in help_text, option
+
+
+@pytest.mark.parametrize("name", ["test-command", "main-command"])
+def test_marked_commands_are_one_line_each(name):
+    """`.ci/run` executes them as they stand."""
+    found = re.findall(rf"^<!-- {name} -->\n```sh\n(.*?)^```", README, re.M | re.S)
+    assert len(found) == 1 and found[0].count("\n") == 1
+
+
+def test_step_table_is_that_of_the_committed_record():
+    record = json.loads((ROOT / "bench" / "results" / "step.json").read_text(encoding="utf-8"))
+    for row in record["rows"]:
+        if row["contestant"] != "linear":
+            size = f"({row['B']}, {row['D']}, {row['N']})"
+            line = next(line for line in README.splitlines() if line.startswith(f"| {size}"))
+            assert f"{row['ratio_to_linear']:.2f}" in line, (size, row["contestant"])
