@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,11 @@ def pytest_terminal_summary(terminalreporter, config):
         )
     target = config.getoption("--save")
     if target is not None:
-        record = {"command": "pytest bench/", "environment": environment(), "rows": rows}
+        record = {
+            "command": shlex.join(["pytest", *config.invocation_params.args]),
+            "environment": environment(),
+            "rows": rows,
+        }
         partial = target.with_suffix(".partial")
         partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, target)
