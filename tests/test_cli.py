@@ -1,0 +1,138 @@
+"""The command line end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+typer_testing = pytest.importorskip("typer.testing", reason="needs the extra [demo]")
+pytest.importorskip("matplotlib", reason="needs the extra [demo]")
+pytest.importorskip("sklearn", reason="needs the extra [demo]")
+
+from bcl_fast import __main__ as cli  # noqa: E402
+from bcl_fast import ops  # noqa: E402
+from bcl_fast.experiments.data import digits  # noqa: E402
+from bcl_fast.experiments.run import Condition, Training, row_steps, run  # noqa: E402
+from bcl_fast.spec import BCLConfig  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def invoke(*words):
+    return typer_testing.CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def test_train_in_a_process_of_its_own_writes_record_and_picture(tmp_path):
+    words = ["train", "--data", "digits", "--steps", "20", "--seed", "3", "--preset", "hard-rank", "--som-lr", "0.01",
+             "--rescue-k", "2", "--backend", "reference", "--out", tmp_path / "out"]  # fmt: skip
+    command = [sys.executable, "-m", "bcl_fast", *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.json", "train.png"]
+    assert (tmp_path / "out" / "train.png").read_bytes().startswith(b"\x89PNG")
+
+    whole = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert not whole["interrupted"] and whole["environment"]["torch"] == torch.__version__
+    assert "--preset hard-rank" in whole["command"] and "--seed 3" in whole["command"]
+    config = BCLConfig.preset("hard-rank", som_lr=0.01, rescue_k=2)
+    assert BCLConfig.from_dict(whole["conditions"]["bcl"]["condition"]["config"]) == config
+    assert whole["conditions"]["bcl"]["backend"] == "reference" and whole["conditions"]["plain"]["backend"] is None
+
+    here = run(Condition("digits", config, 20, seed=3, backend="reference"), digits())
+    for got, expected in zip(whole["conditions"]["bcl"]["rows"], here["rows"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    for heading in ("step", "loss", "wt_sim", "aff_corr", "tgt_sim", "unique", "alive", "novelty", "force"):
+        assert heading in done.stdout
+    assert len([line for line in done.stdout.splitlines() if line.strip()[:2].strip().isdigit()]) == len(here["rows"])
+
+
+def test_recorded_command_repeats_the_run(tmp_path):
+    import shlex
+
+    assert invoke("train", "--steps", 6, "--out", tmp_path / "one").exit_code == 0
+    whole = json.loads((tmp_path / "one" / "train.json").read_text())
+    words = shlex.split(whole["command"])
+    assert words[:4] == ["python", "-m", "bcl_fast", "train"]
+    words[words.index("--out") + 1] = str(tmp_path / "two")
+    assert invoke(*words[3:]).exit_code == 0
+    again = json.loads((tmp_path / "two" / "train.json").read_text())
+    assert again["conditions"] == whole["conditions"]
+
+
+def test_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
+    step = Training.step
+
+    def interrupted(training):
+        if training.done == 7:
+            raise KeyboardInterrupt
+        return step(training)
+
+    monkeypatch.setattr(Training, "step", interrupted)
+    result = invoke("train", "--steps", 50, "--out", tmp_path)
+    assert result.exit_code == 130 and "Interrupted" in result.output
+    whole = json.loads((tmp_path / "train.json").read_text())
+    assert whole["interrupted"] and (tmp_path / "train.png").stat().st_size > 10_000
+    for record in whole["conditions"].values():
+        assert record["steps_done"] == 7 and [row["step"] for row in record["rows"]] == list(range(7))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--preset", "medium"], "preset must be one of 'soft-clamp', .* got 'medium'"),
+        (["--data", "faces"], "data must be one of 'digits', 'mnist', got 'faces'"),
+        (["--steps", "0"], "steps must be an integer >= 1, got 0"),
+        (["--som-lr", "-1"], "som_lr must be a finite number >= 0, got -1"),
+        (["--rescue-k", "-2"], "rescue_k must be an integer >= 0, got -2"),
+        (["--backend", "triton"], "backend must be None or one of 'reference', 'portable', got 'triton'"),
+        (["--batch-size", "5000"], "batch_size must be at most 1527"),
+        (["--device", "tpu"], "device must be one of 'cpu'"),
+        (["--data", "mnist", "--data-dir", "nowhere"], "no MNIST in nowhere: .*--data-dir.*--download"),
+    ],
+)
+def test_bad_options_are_one_line_and_write_nothing(words, message, tmp_path, capfd):
+    import re
+
+    result = invoke("train", *words, "--out", tmp_path / "out")
+    errors = (result.stderr + capfd.readouterr().err).strip().splitlines()
+    assert result.exit_code == 2 and len(errors) == 1 and re.search(message, errors[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_growing_table_on_a_terminal():
+    from rich.console import Console
+
+    console = Console(force_terminal=True, width=120, height=30, record=True)
+    data = digits()
+    condition = Condition("digits", BCLConfig(), 5)
+    pair = [Training(each, data, row_steps(5)) for each in (condition, condition.control())]
+    with cli.Report(console, 5) as report:
+        for _ in range(5):
+            report.on_step([training.step() for training in pair])
+    text = console.export_text()
+    assert "aff_corr" in text and "5/5" in text
+    assert len(report.cells) == 5
+
+
+def test_missing_extra_names_the_install_command():
+    blocked = "import sys; sys.modules['rich'] = None; import runpy; sys.argv = ['bcl_fast', 'doctor']; "
+    blocked += "runpy.run_module('bcl_fast', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and 'pip install "bcl-fast[demo]"' in done.stderr and "Traceback" not in done.stderr
+
+
+def test_doctor_names_versions_devices_and_reasons():
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    for part in ("Python", torch.__version__, "Triton", "cpu", *ops.BACKENDS, *ops.ABSENT, "not part of this"):
+        assert part in result.output
+
+
+def test_help_lists_every_option():
+    result = invoke("train", "--help")
+    for option in ("--data", "--data-dir", "--download", "--preset", "--som-lr", "--rescue-k", "--steps", "--seed",
+                   "--backend", "--out"):  # fmt: skip
+        assert option in result.output

@@ -1,0 +1,184 @@
+"""The experiments: data and its order, one condition -> one record, a control that is really plain, files on disk."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bcl_fast import diagnostics
+from bcl_fast.experiments.data import Images, batches, digits, load, mnist, split
+from bcl_fast.experiments.model import Autoencoder
+from bcl_fast.experiments.run import Condition, Training, advance, row_steps, run, write_record
+from bcl_fast.spec import BCLConfig
+
+
+@pytest.fixture(scope="module")
+def images():
+    pytest.importorskip("sklearn")
+    return digits()
+
+
+def condition(**changes):
+    return Condition(**{"data": "digits", "config": BCLConfig(som_lr=0.01), "steps": 12, "batch_size": 32, **changes})
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_images_in_0_1_split_at_85_percent(images):
+    assert images.train.shape == (1527, 64) and images.held_out.shape == (270, 64) and images.shape == (8, 8)
+    assert images.train.dtype == torch.float32 and images.train.min() == 0 and images.train.max() == 1
+
+
+def test_split_takes_the_first_images_to_train_on():
+    pixels = torch.arange(100.0).reshape(20, 1, 5)
+    assert split("digits", pixels).train.equal(pixels.flatten(1)[:17])
+    assert split("digits", pixels).held_out.equal(pixels.flatten(1)[17:])
+
+
+def test_batches_shuffle_every_epoch_and_drop_the_last(images):
+    generator = torch.Generator().manual_seed(3)
+    ours = batches(images.train, 500, seed=3)
+    for _ in range(2):  # epochs of three batches; 27 images are left over
+        order = torch.randperm(1527, generator=generator)
+        for start in (0, 500, 1000):
+            assert next(ours).equal(images.train[order[start : start + 500]])
+
+
+def test_bad_data(tmp_path, images):
+    with pytest.raises(ValueError, match="data must be one of 'digits', 'mnist', got 'faces'"):
+        load("faces", tmp_path)
+    pytest.importorskip("torchvision")
+    with pytest.raises(FileNotFoundError, match="--data-dir.*--download"):
+        mnist(tmp_path)
+    with pytest.raises(ValueError, match="batch_size must be at most 1527, .* got 1528"):
+        batches(images.train, 1528, 0)
+
+
+# --- One condition -> one record -------------------------------------------------------------------------------------
+
+
+def test_rows_are_dense_at_first_and_hold_both_sides_of_every_refresh_mark():
+    steps = row_steps(301)
+    assert steps[:11] == tuple(range(11)) and steps[-1] == 300 and list(steps) == sorted(set(steps))
+    assert {49, 50, 99, 100, 199, 200, 299, 300} <= set(steps)
+    assert row_steps(1) == (0,) and row_steps(8)[-1] == 7
+
+
+@pytest.mark.parametrize(
+    "field, value, error",
+    [("steps", 0, ValueError), ("seed", -1, ValueError), ("features", 1, ValueError), ("batch_size", 2.5, TypeError),
+     ("lr", 0, ValueError), ("loss", "l2", ValueError), ("data", "faces", ValueError)],
+)  # fmt: skip
+def test_bad_condition_names_the_field(field, value, error):
+    with pytest.raises(error, match=f"{field} must be .* got {value!r}"):
+        condition(**{field: value})
+
+
+@pytest.mark.parametrize("loss", ["l1", "mse"])
+def test_control_is_a_plain_network_bit_for_bit(images, loss):
+    """Its weights are those of a loop written out with torch alone."""
+    control = condition(seed=5, loss=loss).control()
+    training = Training(control, images, rows=(0, 3))
+    assert type(training.model.encoder) is nn.Linear
+    advance([training], lambda rows: None)
+
+    torch.manual_seed(5)
+    encoder, decoder = nn.Linear(64, 64), nn.Linear(64, 64)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
+    order = torch.randperm(1527, generator=torch.Generator().manual_seed(5))
+    for step in range(12):
+        x = images.train[order[32 * step : 32 * step + 32]]
+        output = torch.sigmoid(decoder(torch.relu(encoder(x))))
+        optimizer.zero_grad()
+        {"l1": nn.L1Loss(), "mse": nn.MSELoss()}[loss](output, x).backward()
+        optimizer.step()
+    assert training.model.encoder.weight.equal(encoder.weight) and training.model.decoder.bias.equal(decoder.bias)
+
+
+def test_bcl_and_control_start_equal_and_see_equal_batches(images):
+    pair = [Training(each, images, ()) for each in (condition(), condition().control())]
+    for name, value in pair[1].model.state_dict().items():
+        assert pair[0].model.state_dict()[name].equal(value)
+    assert next(pair[0]._batches).equal(next(pair[1]._batches))
+
+
+def test_measuring_changes_nothing_and_equal_conditions_give_equal_records(images):
+    dense, sparse = Training(condition(), images, range(12)), Training(condition(), images, ())
+    advance([dense, sparse], lambda rows: None)
+    assert dense.model.encoder.weight.equal(sparse.model.encoder.weight)
+    assert run(condition(), images) == run(condition(), images)
+    assert run(condition(seed=1), images)["rows"] != run(condition(), images)["rows"]
+
+
+@pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=str)
+def test_row_holds_the_state_before_the_update_and_the_forces_of_the_step(images, options):
+    config = BCLConfig(som_lr=0.01, **options)
+    training = Training(condition(config=config), images, rows=(1,))
+    training.step()
+    before = training.model.encoder_weight.clone()
+    batch = next(batches(images.train, 32, 0))
+    row = training.step()
+    after = training.model.encoder_weight
+    assert row["step"] == 1 and training.rows == [row]
+    assert row["wt_sim"] == pytest.approx(diagnostics.row_cosine(before), abs=1e-6)
+    assert row["wt_sim_post"] == pytest.approx(diagnostics.row_cosine(after), abs=1e-6)
+    moved = torch.linalg.vector_norm(after - before, dim=1).mean().item()
+    assert abs(row["adam"] - row["pull"]) <= moved + 1e-6 <= row["adam"] + row["pull"] + 2e-6
+    assert row["adam_over_pull"] == pytest.approx(row["adam"] / row["pull"])
+    assert batch.shape == (32, 64) and 0 < row["loss"] < 1
+
+
+def test_control_rows_have_no_bcl_metrics(images):
+    row = run(condition().control(), images, rows=(0,))["rows"][0]
+    assert {"loss", "wt_sim", "wt_sim_post", "wt_abscos", "adam"} <= row.keys() and row["pull"] == 0
+    assert "alive" not in row and math.isnan(row["adam_over_pull"])
+
+
+def test_record_is_plain_and_complete(images):
+    seen = []
+    record = run(condition(backend="reference"), images, rows=(0, 11), on_row=seen.append)
+    assert record["backend"] == "reference" and record["steps_done"] == 12 and not record["interrupted"]
+    assert seen == record["rows"] and [row["step"] for row in seen] == [0, 11]
+    assert BCLConfig.from_dict(record["condition"]["config"]) == condition().config
+    assert 0 < record["held_out"]["l1"] < 1 and 0 <= record["held_out"]["firing_features"] <= 64
+    json.dumps(record)
+
+
+def test_interrupted_run_keeps_what_is_done(images):
+    def stop(row):
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    record = run(condition(), images, rows=range(12), on_row=stop)
+    assert record["interrupted"] and record["steps_done"] == 5 and len(record["rows"]) == 5
+    assert record["rows"] == run(condition(steps=5), images, rows=range(5))["rows"]
+
+
+def test_data_of_another_condition_is_refused():
+    other = Images("mnist", torch.zeros(40, 4), torch.zeros(4, 4), (2, 2))
+    with pytest.raises(ValueError, match="images must be those of the condition, 'digits', got 'mnist'"):
+        Training(condition(), other, ())
+
+
+def test_encoder_weight_of_the_offset_space_is_the_sum():
+    model = Autoencoder(6, 4, BCLConfig(som_space="offset"))
+    model.encoder.som_offset.fill_(2.0)
+    assert model.encoder_weight.equal(model.encoder.weight.detach() + 2.0)
+
+
+def test_records_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "record.json"
+    write_record(path, {"nan": math.nan, "rows": [{"inf": math.inf, "x": 1.5}]})
+    assert json.loads(path.read_text()) == {"nan": None, "rows": [{"inf": None, "x": 1.5}]}
+    with pytest.raises(TypeError):
+        write_record(path, {"bad": object()})
+    assert json.loads(path.read_text())["nan"] is None and list(tmp_path.iterdir()) == [path]
+
+
+def test_condition_is_frozen_and_its_control_differs_in_bcl_alone():
+    one = condition(seed=3)
+    assert one.control() == dataclasses.replace(one, config=None, backend=None)
