@@ -339,7 +339,7 @@ class Record:
     margin: Tensor  # [B, D]
     rank_score: Tensor  # [B, D]
     image_coverage: Tensor  # [B]
-    feature_novelty: Tensor  # [D]
+    novelty: Tensor  # [D]
     local_novelty: Tensor  # [B, D]
     win_rate: Tensor  # [D]
     winner: Tensor  # [B]
@@ -391,7 +391,7 @@ def record(
         margin=m,
         rank_score=R,
         image_coverage=coverage,
-        feature_novelty=novelty,
+        novelty=novelty,
         local_novelty=local,
         win_rate=rate,
         winner=w,

@@ -6,13 +6,15 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
 from bcl_fast import reference as ref
 from bcl_fast.layer import AttachedBCL, BCLLayer, attach_bcl
 from bcl_fast.ops import BACKENDS, FASTEST
-from bcl_fast.spec import BCLConfig
+from bcl_fast.spec import CHOICES, BCLConfig
 from bcl_fast.testing import VARIANTS
 
 N, D = 13, 11
@@ -157,6 +159,34 @@ def test_backends_train_alike(options):
         weights.append(layer.weight.detach())
     for weight in weights[1:]:
         torch.testing.assert_close(weight, weights[0])
+
+
+CONFIGS = st.fixed_dictionaries(
+    {name: st.sampled_from(allowed) for name, allowed in CHOICES.items() if name != "sync"}
+    | dict(
+        neighborhood_k=st.integers(1, 30),
+        rescue_k=st.integers(0, 40),
+        temperature=st.floats(0.1, 20),
+        need_weighting=st.booleans(),
+        rescue_onset=st.sampled_from([0.0, 0.2, 1.0]),
+        pull_onset=st.sampled_from([0.0, 0.2, 1.0]),
+    )
+)
+
+
+@settings(max_examples=100)
+@given(options=CONFIGS, B=st.integers(1, 30), d=st.integers(2, 20), n=st.integers(1, 12), seed=st.integers(0, 2**31))
+def test_any_shape_and_config_makes_the_same_step_on_every_backend(options, B, d, n, seed):
+    results = []
+    for backend in BACKENDS:
+        torch.manual_seed(seed)
+        layer = BCLLayer(n, d, backend=backend, som_lr=0.1, dtype=torch.float64, **options)
+        x = torch.randn(B, n, dtype=torch.float64, requires_grad=True)
+        layer(x).square().sum().backward()
+        results.append((layer.weight.detach(), layer.weight.grad, layer.bias.grad, x.grad, *layer.buffers()))
+    for other in results[1:]:
+        for got, expected in zip(other, results[0], strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 @backends

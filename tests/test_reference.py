@@ -295,7 +295,7 @@ def test_duplicate_features_share_their_targets_but_for_themselves_as_neighbours
 def test_identities():
     x, weight, bias = problem()
     record = run(x, weight, bias, BCLConfig(neighborhood_k=3))
-    close((record.win_rate * record.feature_novelty).sum(), tensor(1.0, dtype=F64))  # mean effective win = 1 / D
+    close((record.win_rate * record.novelty).sum(), tensor(1.0, dtype=F64))  # mean effective win = 1 / D
     close(record.rescue_pull.sum(dim=0), torch.ones(11, dtype=F64))
     close(record.image_coverage.mean(), record.win_rate.sum())
 

@@ -69,9 +69,8 @@ def load(name: str, root: Path | str, download: bool = False) -> Images:
 def batches(images: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
     """Batches [batch_size, pixels] of images [n, pixels] without end, in an order that `seed` alone decides.
 
-    Every epoch is a fresh `torch.randperm` of one generator seeded with `seed`; images that fill no batch are left out, as
-    by a shuffling DataLoader with drop_last.
-    Raises ValueError where `images` do not fill one batch.
+    Every epoch is a fresh `torch.randperm` of one generator seeded with `seed`; the last images, too few for a batch,
+    are left out, as by a shuffling DataLoader with drop_last. Raises ValueError where `images` do not fill one batch.
     """
     if batch_size > len(images):
         raise ValueError(f"batch_size must be at most {len(images)}, the number of training images, got {batch_size}")
