@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 from . import PRESETS, BCLConfig, __version__, ops
 from .environment import environment
 from .experiments.data import load
-from .experiments.run import Condition, Training, advance, devices, row_steps, write_record
+from .experiments.run import Condition, Training, advance, row_steps, write_record
 
 DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision")  # packages of the extra [demo]
 
@@ -215,12 +215,12 @@ def doctor() -> None:
     table.add_row("Python", f"{here['python']} on {here['platform']}")
     table.add_row("torch", f"{here['torch']}, {here['threads']} threads")
     table.add_row("Triton", here["triton"] or "not installed")
-    for device, name in zip(devices(), [here["processor"], *here["devices"]], strict=False):
+    for device, name in here["devices"].items():
         table.add_row(device, name)
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")
-    for device in dict.fromkeys(device.partition(":")[0] for device in devices()):
+    for device in dict.fromkeys(name.partition(":")[0] for name in here["devices"]):
         for backend, reason in ops.backends(device).items():
             table.add_row(backend, device, "no" if reason else "yes", reason)
     console.print(table)

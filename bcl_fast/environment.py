@@ -26,6 +26,17 @@ def _version(package: str) -> str | None:
         return None
 
 
+def devices() -> dict[str, str]:
+    """What torch can compute on here: its name for it ("cpu", "cuda:0", ...) -> what it is."""
+    found = {"cpu": _processor()}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        module = torch.get_device_module(accelerator)
+        describe = getattr(module, "get_device_name", lambda index: accelerator.type)
+        found |= {f"{accelerator.type}:{i}": describe(i) for i in range(torch.accelerator.device_count())}
+    return found
+
+
 def environment() -> dict[str, Any]:
     """What a measurement depends on beside the code, as plain values for a JSON record."""
     return {
@@ -33,9 +44,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "platform": platform.platform(),
-        "processor": _processor(),
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "devices": devices(),
     }

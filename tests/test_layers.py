@@ -32,7 +32,7 @@ ALLOWED = {
     "diagnostics": {"spec", "reference"},
     "testing": {"spec", "reference"},
     "measure": {"spec", "ops", "layer", "testing"},
-    "experiments": {"spec", "layer", "losses", "diagnostics", "experiments"},
+    "experiments": {"spec", "environment", "layer", "losses", "diagnostics", "experiments"},
     "__main__": {"__init__", "environment", "ops", "measure", "experiments"},
 }
 ALLOWED_IN_FUNCTIONS = {"ops": BACKENDS}

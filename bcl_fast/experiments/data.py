@@ -54,7 +54,7 @@ def mnist(root: Path | str, download: bool = False) -> Images:
         images = MNIST(root=root, train=True, download=download).data
     except RuntimeError as error:  # what torchvision raises for both
         if download:
-            raise ConnectionError(f"cannot download MNIST to {root}: {error}") from error
+            raise ConnectionError(f"cannot download MNIST to {root}: {str(error).splitlines()[0]}") from error
         raise FileNotFoundError(
             f"no MNIST in {root}: name the folder that holds MNIST/raw (--data-dir), or fetch it (--download)"
         ) from error

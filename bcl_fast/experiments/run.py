@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diagnostics import forces, row_cosine, step_metrics, weight_metrics
+from ..environment import devices
 from ..layer import BCLLayer
 from ..spec import BCLConfig, check_choice, check_number
 from .data import DATA_SETS, Images, batches
@@ -29,13 +30,6 @@ from .model import Autoencoder
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
 ROW_FACTORS = (1, 1.5, 2, 2.5, 3, 4, 5, 7)  # of every power of ten
-
-
-def devices() -> tuple[str, ...]:
-    """What can be trained on here, under the names torch gives it: "cpu", "cuda:0", ..."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = 0 if accelerator is None else torch.accelerator.device_count()
-    return "cpu", *(f"{accelerator.type}:{index}" for index in range(count))
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Condition:
     lr: float = 1e-3  # > 0, of Adam
     loss: str = "l1"  # l1, mse
     backend: str | None = None  # of the layer, None: its fastest
-    device: str = "cpu"  # one of `devices`
+    device: str = "cpu"  # one of `environment.devices`, or its type
 
     def __post_init__(self) -> None:
         check_choice("data", self.data, DATA_SETS)
@@ -89,7 +83,8 @@ class Training:
     def __init__(self, condition: Condition, images: Images, rows: Collection[int]) -> None:
         if images.name != condition.data:
             raise ValueError(f"images must be those of the condition, {condition.data!r}, got {images.name!r}")
-        check_choice("device", condition.device, devices())
+        names = devices()
+        check_choice("device", condition.device, tuple(dict.fromkeys([*(n.partition(":")[0] for n in names), *names])))
         self.condition = condition
         self.done = 0
         self.rows: list[dict[str, float]] = []
