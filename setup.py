@@ -32,10 +32,10 @@ setup(
     package_dir={"bcl_fast.kernels": "kernels"},
     # kernels/ has no __init__.py: with one, a checkout on the path would hide another package of the name `kernels`.
     # Its README keeps the folder in the wheel where it holds no module.
-    package_data={"bcl_fast.kernels": ["README.md"]},
+    package_data={"bcl_fast.kernels": ["README.md"], "bcl_fast.experiments": ["report.html"]},
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
-        "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision"],
+        "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision", "tensorboard"],
         "test": ["pytest", "hypothesis", "setuptools>=77"],  # setuptools: tests/test_packaging.py builds with it
         "bench": ["pytest-benchmark"],
     },

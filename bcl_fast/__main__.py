@@ -1,21 +1,26 @@
-"""The command line: `python -m bcl_fast train` and `python -m bcl_fast doctor`."""
+"""The command line: `python -m bcl_fast train`, `table`, `sweep`, `report` and `doctor`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from . import PRESETS, BCLConfig, __version__, ops
 from .environment import environment
+from .experiments import tables
 from .experiments.data import load
-from .experiments.run import Condition, Training, advance, row_steps, write_record
+from .experiments.jobs import Job, read, run_jobs, workers_here
+from .experiments.run import Condition, Training, advance, row_steps, write_record, write_snapshots
+from .experiments.settings import LONG, jobs_of
+from .experiments.sweep import numbers, sweep_conditions, sweep_rows, write_csv
+from .spec import check_choice
 
-DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision")  # packages of the extra [demo]
+DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision", "tensorboard")  # packages of the extra [demo]
 
 
 def fail(message: object) -> NoReturn:
@@ -37,10 +42,10 @@ def demo_extra() -> Iterator[None]:
 
 with demo_extra():
     import typer
-    from rich.console import Console, Group
-    from rich.live import Live
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console
     from rich.table import Table
+
+    from .experiments import console as show
 
 app = typer.Typer(
     help="Bidirectional Competitive Learning.",
@@ -50,113 +55,65 @@ app = typer.Typer(
 )
 
 
-# --- train ------------------------------------------------------------------------------------------------------------
-
-COLUMNS = (  # heading, which training (0: BCL, 1: its control), key of the row, format
-    ("step", 0, "step", "d"),
-    ("loss", 0, "loss", ".4f"),
-    ("plain\nloss", 1, "loss", ".4f"),
-    ("wt_sim", 0, "wt_sim", ".3f"),
-    ("plain\nwt_sim", 1, "wt_sim", ".3f"),
-    ("aff_corr", 0, "aff_corr", ".3f"),
-    ("tgt_sim", 0, "tgt_sim", ".3f"),
-    ("unique\ntgt", 0, "unique_tgt", ".0f"),
-    ("alive", 0, "alive", ".0f"),
-    ("novelty", 0, "novelty", ".3f"),
-    ("force\nratio", 0, "adam_over_pull", ".2f"),
-)
-LEGEND = "plain: the same network without BCL; force ratio: move by Adam / by the pull"
+# Options that several commands have.
+Data = Annotated[str, typer.Option(help="digits (comes with scikit-learn) or mnist.")]
+DataDir = Annotated[Path, typer.Option(help="Folder that holds MNIST/raw.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch MNIST into --data-dir.")]
+Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
+Loss = Annotated[str, typer.Option(help="l1 or mse.")]
+Backend = Annotated[str | None, typer.Option(help="Who computes BCL.", show_default="the fastest")]
+Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Processes of one thread each.", show_default="one per core, 8 at most")
+]
 
 
-class Report:
-    """The table of measured steps, growing while it is entered: live on a terminal, a line per row elsewhere."""
-
-    def __init__(self, console: Console, steps: int) -> None:
-        self.console = console
-        self.cells: list[list[str]] = []
-        self.finished = False
-        bar = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self.progress = Progress(*bar, console=console)
-        self.task = self.progress.add_task("training", total=steps)
-        self.live = Live(get_renderable=self.view, console=console) if console.is_terminal else None
-
-    def __enter__(self) -> Report:
-        if self.live is None:
-            self.print_line([heading.replace("\n", "_") for heading, *_ in COLUMNS])
-        else:
-            self.live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.finished = True
-        if self.live is not None:
-            self.live.stop()
-
-    def on_step(self, rows: list[dict[str, float] | None]) -> None:
-        """Take the rows of one step, BCL's and its control's; None where the step was not measured."""
-        self.progress.advance(self.task)
-        if rows[0] is not None:
-            self.cells.append([format(rows[which][key], form) for _, which, key, form in COLUMNS])
-            if self.live is None:
-                self.print_line(self.cells[-1])
-
-    def print_line(self, cells: list[str]) -> None:
-        line = " ".join(cell.rjust(len(heading)) for cell, (heading, *_) in zip(cells, COLUMNS, strict=True))
-        self.console.print(line, highlight=False, soft_wrap=True)
-
-    def view(self) -> Group:
-        """The whole table in the end, before that as many of its last rows as the terminal is high."""
-        shown = len(self.cells) if self.finished else max(1, self.console.height - 7)
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=LEGEND, header_style="bold")
-        for heading, *_ in COLUMNS:
-            table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
-        for cells in self.cells[-shown:]:
-            table.add_row(*cells)
-        return Group(table, self.progress)
-
-
-def print_outcome(console: Console, whole: dict[str, Any]) -> None:
-    """What came out at the end of each training, on images that were not trained on."""
-    table = Table("", title="Held-out images", title_justify="left")
-    for heading in ("steps", "L1", "MSE", "features that fire"):
-        table.add_column(heading, justify="right")
-    for name, record in whole["conditions"].items():
-        outcome = record["held_out"]
-        fires = f"{outcome['firing_features']} of {record['condition']['features']}"
-        table.add_row(name, str(record["steps_done"]), f"{outcome['l1']:.4f}", f"{outcome['mse']:.4f}", fires)
-    console.print(table)
-    console.print(f"{'Interrupted after' if whole['interrupted'] else 'Trained in'} {whole['seconds']:.1f} s")
-
-
-def command_line(options: dict[str, Any]) -> str:
-    """The command that repeats this run, with every option spelled out."""
-    words = ["python", "-m", "bcl_fast", "train"]
-    for name, value in options.items():
+def command_line(context: typer.Context, **resolved: Any) -> str:
+    """The command that repeats this run, with every option spelled out; `resolved` replace what was left to chance."""
+    words = ["python", "-m", "bcl_fast", context.info_name or ""]
+    for name, value in {**context.params, **resolved}.items():
         flag = "--" + name.replace("_", "-")
-        if value is True:
+        if isinstance(value, list):
+            words += value
+        elif value is True:
             words.append(flag)
         elif value is not None and value is not False:
             words += [flag, str(value)]
     return shlex.join(words)
 
 
+def origin(context: typer.Context, start: float, **resolved: Any) -> dict[str, Any]:
+    """Where a record comes from: the command, the version, the machine, and how long it took."""
+    return {
+        "command": command_line(context, **resolved),
+        "bcl_fast": __version__,
+        "environment": environment(),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+# --- train ------------------------------------------------------------------------------------------------------------
+
+
 @app.command()
 def train(
     context: typer.Context,
-    data: Annotated[str, typer.Option(help="digits (comes with scikit-learn) or mnist.")] = "digits",
-    data_dir: Annotated[Path, typer.Option(help="Folder that holds MNIST/raw.")] = Path("data"),
-    download: Annotated[bool, typer.Option("--download", help="Fetch MNIST into --data-dir.")] = False,
-    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "decoupled",
+    data: Data = "digits",
+    data_dir: DataDir = Path("data"),
+    download: Download = False,
+    preset: Preset = "decoupled",
     som_lr: Annotated[float | None, typer.Option(help="Step size of the pull.", show_default="the preset's")] = None,
     rescue_k: Annotated[
         int | None, typer.Option(help="Samples a rescue target is made of, 0: all.", show_default="the preset's")
     ] = None,
+    loss: Loss = "l1",
     steps: Annotated[int, typer.Option(help="Batches to train on.")] = 1000,
     seed: Annotated[int, typer.Option(help="Decides initial weights and batches, equal for both.")] = 0,
     features: Annotated[int, typer.Option(help="Features of the encoder.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
-    backend: Annotated[str | None, typer.Option(help="Who computes BCL.", show_default="the fastest")] = None,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")] = "cpu",
+    backend: Backend = None,
+    device: Device = "cpu",
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write scalars to OUT/tensorboard.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for record and picture.", show_default="runs/DATA-PRESET-seedSEED")
     ] = None,
@@ -171,34 +128,180 @@ def train(
         with demo_extra():
             from .experiments import plots
 
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
             config = BCLConfig.preset(preset, **options)
-            condition = Condition(data, config, steps, seed, features, batch_size, backend=backend, device=device)
+            condition = Condition(
+                data, config, steps, seed, features, batch_size, loss=loss, backend=backend, device=device
+            )
             images = load(data, data_dir, download)
-        trainings = [Training(c, images, row_steps(steps)) for c in (condition, condition.control())]
+        pair = {"bcl": condition, "plain": condition.control()}
+        trainings = {name: Training(each, images, row_steps(steps)) for name, each in pair.items()}
         out.mkdir(parents=True, exist_ok=True)
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
     console = Console()
     start = time.perf_counter()
-    with Report(console, steps) as report:
-        advance(trainings, report.on_step)
-    records = dict(zip(("bcl", "plain"), (training.record() for training in trainings), strict=True))
+    writers = [SummaryWriter(str(out / "tensorboard" / name)) for name in pair] if tensorboard else []
+    with show.TrainingTable(console, steps) as table:
+
+        def on_step(rows: list[dict[str, float] | None]) -> None:
+            table.on_step(rows)
+            for writer, row in zip(writers, rows, strict=bool(writers)):
+                for name, value in (row or {}).items():
+                    writer.add_scalar(name, value, row["step"])
+
+        advance(list(trainings.values()), on_step)
+    for writer in writers:
+        writer.close()
+    records = {name: training.record() for name, training in trainings.items()}
     whole = {
-        "command": command_line({**context.params, "out": out}),
-        "bcl_fast": __version__,
-        "environment": environment(),
-        "seconds": time.perf_counter() - start,
+        **origin(context, start, out=out),
         "interrupted": any(record["interrupted"] for record in records.values()),
         "conditions": records,
     }
+    snapshots = {name: training.snapshot() for name, training in trainings.items()}
+    write_snapshots(out / "train.pt", snapshots)
     write_record(out / "train.json", whole)
     title = f"BCL ({preset}, som_lr {config.som_lr:g}) beside a plain autoencoder: {data}, seed {seed}"
-    plots.training_picture(out / "train.png", title, *trainings)
-    print_outcome(console, whole)
-    console.print(f"Written to {out}: train.json, train.png", soft_wrap=True, highlight=False)
+    runs = (plots.Run(records[name], snapshots[name]) for name in pair)
+    plots.save(plots.training_picture(title, *runs), out / "train.png")
+    show.print_outcome(console, whole)
+    console.print(f"Written to {out}: train.json, train.pt, train.png", soft_wrap=True, highlight=False)
     if whole["interrupted"]:
         raise typer.Exit(130)
+
+
+# --- table, sweep, report ---------------------------------------------------------------------------------------------
+
+
+def complete(console: Console, jobs: list[Job], out: Path, data_dir: Path, workers: int | None) -> None:
+    """Do the jobs that are not done yet; end the program where somebody interrupts that."""
+    with show.JobsProgress(console, list(dict.fromkeys(jobs))) as progress:
+        try:
+            run_jobs(jobs, out / "runs", data_dir, workers or workers_here(), progress.on_done)
+        except KeyboardInterrupt:
+            progress.__exit__()
+            console.print(
+                f"Interrupted. What is finished stands in {out / 'runs'}: the same command goes on from there."
+            )
+            raise typer.Exit(130) from None
+
+
+def check_jobs(jobs: Sequence[Job], data: str, data_dir: Path, download: bool) -> None:
+    """Raise what a run would raise for its data, device or backend, before any process starts."""
+    images = load(data, data_dir, download)
+    trained = [job for job in jobs if isinstance(job, Condition) and job.config is not None]
+    for job in trained[:1]:
+        Training(job, images, ())
+
+
+@app.command()
+def table(
+    context: typer.Context,
+    names: Annotated[list[str], typer.Argument(help=f"all, fixes, or of {', '.join(tables.ALL)}.")],
+    data: Data = "mnist",
+    data_dir: DataDir = Path("data"),
+    download: Download = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each condition; at most 3 of 10,000 steps.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Cut every run to this, to try a table out.")] = LONG,
+    backend: Backend = None,
+    device: Device = "cpu",
+    workers: Workers = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs, records and pictures.")] = Path("runs/tables"),
+) -> None:
+    """Measure tables of the research document, or its untested fixes, beside what it published.
+
+    Finished runs are kept in OUT/runs and not repeated. Ctrl-C ends it; the same command goes on.
+    """
+    try:
+        chosen = list(dict.fromkeys(one for name in names for one in (tables.ALL if name == "all" else (name,))))
+        for name in chosen:
+            check_choice("table", name, ("all", *tables.TABLES))
+        common = dict(data=data, seeds=seeds, most_steps=steps, backend=backend, device=device)
+        jobs = {name: jobs_of(name, **common) for one in chosen for name in tables.conditions_of(one)}
+        every = [job for some in jobs.values() for job in some]
+        with demo_extra():
+            from .experiments import plots
+
+            check_jobs(every, data, data_dir, download)
+        out.mkdir(parents=True, exist_ok=True)
+    except (TypeError, ValueError, OSError) as error:
+        fail(error)
+
+    console, start = Console(), time.perf_counter()
+    complete(console, every, out, data_dir, workers)
+    records = {name: {job.seed: read(job, out / "runs") for job in some} for name, some in jobs.items()}
+    rows = [row for name in chosen for row in tables.measure_table(name, records, data == "mnist")]
+    for name in chosen:
+        own = [row for row in rows if row["table"] == name]
+        (show.print_outcomes if name == "fixes" else show.print_cells)(console, name, own)
+        draw = plots.outcomes_picture if name == "fixes" else plots.cells_picture
+        plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
+    show.print_verdicts(console, rows)
+    whole = {**origin(context, start), "options": common, "reasons": tables.REASONS, "rows": rows}
+    write_record(out / "tables.json", whole)
+    console.print(f"Written to {out}: tables.json, {', '.join(f'{name}.png' for name in chosen)}", soft_wrap=True)
+
+
+@app.command()
+def sweep(
+    context: typer.Context,
+    data: Data = "digits",
+    data_dir: DataDir = Path("data"),
+    download: Download = False,
+    preset: Preset = "decoupled",
+    som_lr: Annotated[str, typer.Option(help="Step sizes of the pull, separated by commas.")] = "0.001,0.01",
+    rescue_k: Annotated[str, typer.Option(help="Samples of a rescue target, separated by commas; 0: all.")] = "1,5",
+    loss: Loss = "l1",
+    steps: Annotated[int, typer.Option(help="Batches to train on.")] = 1000,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
+    backend: Backend = None,
+    device: Device = "cpu",
+    workers: Workers = None,
+    out: Annotated[Path, typer.Option(help="Folder for runs, CSV and heat map.")] = Path("runs/sweep"),
+) -> None:
+    """Train every pair of --som-lr and --rescue-k, and a plain control; write a CSV and a heat map.
+
+    Finished runs are kept in OUT/runs and not repeated. Ctrl-C ends it; the same command goes on.
+    """
+    try:
+        grid = numbers("som_lr", som_lr), numbers("rescue_k", rescue_k, int)
+        common = dict(data=data, steps=steps, loss=loss, backend=backend, device=device)
+        conditions = sweep_conditions(preset, *grid, seeds, **common)
+        with demo_extra():
+            from .experiments import plots
+
+            check_jobs(conditions, data, data_dir, download)
+        out.mkdir(parents=True, exist_ok=True)
+    except (TypeError, ValueError, OSError) as error:
+        fail(error)
+
+    console, start = Console(), time.perf_counter()
+    complete(console, conditions, out, data_dir, workers)
+    rows = sweep_rows(conditions, out / "runs")
+    title = f"{preset} on {data} after {steps:,} steps, {loss} loss: median of {seeds} seeds"
+    write_csv(out / "sweep.csv", rows)
+    write_record(out / "sweep.json", {**origin(context, start), "title": title, "rows": rows})
+    plots.save(plots.sweep_picture(title, rows), out / "sweep.png")
+    show.print_sweep(console, title, rows)
+    console.print(f"Written to {out}: sweep.csv, sweep.json, sweep.png", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="What train, table or sweep wrote; subfolders too.")],
+) -> None:
+    """Make one page of what is in a folder: FOLDER/report.html with every picture inside, and FOLDER/pictures."""
+    with demo_extra():
+        from .experiments.report import write_report
+    try:
+        page = write_report(folder)
+    except (ValueError, OSError) as error:
+        fail(error)
+    print(f"Written: {page}")
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ off-diagonal" is the mean over ordered pairs of different columns or rows; a zer
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -60,9 +61,9 @@ def unique_targets(weighted_affinity: Tensor) -> int:
     return weighted_affinity.argmax(dim=0).unique().numel()
 
 
-def alive(win_rate: Tensor) -> int:
-    """How many features have a win rate above ALIVE_ABOVE: win_rate [D]."""
-    return int((win_rate > ALIVE_ABOVE).sum())
+def alive(win_rate: Tensor, above: float = ALIVE_ABOVE) -> int:
+    """How many features have a win rate above a threshold: win_rate [D]."""
+    return int((win_rate > above).sum())
 
 
 def zero_fraction(matrix: Tensor) -> float:
@@ -88,6 +89,7 @@ def step_metrics(record: Record) -> dict[str, float]:
         "tgt_sim": row_cosine(record.rescue_target),
         "unique_tgt": unique_targets(record.weighted_affinity),
         "alive": alive(record.win_rate),
+        "ever_winning": alive(record.win_rate, above=0.0),
         "novelty": float(record.novelty.mean()),
         "novelty_min": float(record.novelty.min()),
         "novelty_max": float(record.novelty.max()),
@@ -108,13 +110,18 @@ def weight_metrics(weight: Tensor) -> dict[str, float]:
     }
 
 
-def forces(gradient: Tensor, before: Tensor, pulled: Tensor, after: Tensor) -> dict[str, float]:
-    """The forces of one step, each the mean over features of a norm, and their ratios; all arguments [D, N].
+def force_norms(gradient: Tensor, before: Tensor, pulled: Tensor, after: Tensor) -> dict[str, Tensor]:
+    """The forces of one step on each feature, as norms [D]; all arguments [D, N].
 
     gradient is dW as the backward left it; before, pulled and after are the weight before the step, after the pull, and
-    after the optimizer. Ratios to a pull of 0 are NaN.
+    after the optimizer.
     """
     moves = {"gradient": gradient, "pull": pulled - before, "adam": after - pulled}
-    force = {name: float(torch.linalg.vector_norm(move, dim=1).mean()) for name, move in moves.items()}
+    return {name: torch.linalg.vector_norm(move, dim=1) for name, move in moves.items()}
+
+
+def forces(norms: Mapping[str, Tensor]) -> dict[str, float]:
+    """The mean over features of each of `force_norms`, and their ratios, NaN where nothing was pulled."""
+    force = {name: float(norm.mean()) for name, norm in norms.items()}
     pull = force["pull"] or math.nan
     return {**force, "adam_over_pull": force["adam"] / pull, "gradient_over_pull": force["gradient"] / pull}

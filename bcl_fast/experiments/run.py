@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..diagnostics import forces, row_cosine, step_metrics, weight_metrics
+from ..diagnostics import force_norms, forces, row_cosine, step_metrics
 from ..environment import devices
-from ..layer import BCLLayer
+from ..layer import BCLLayer, attach_bcl
+from ..losses import activation_entropy_loss, weight_similarity_loss
 from ..spec import BCLConfig, check_choice, check_number
 from .data import DATA_SETS, Images, batches
 from .model import Autoencoder
 
 LOSSES = {"l1": F.l1_loss, "mse": F.mse_loss}
+CHOICES = {
+    "loss": tuple(LOSSES),
+    "inputs": ("raw", "centered"),
+    "activation": ("relu", "none"),
+    "diversity": ("none", "weight_similarity", "activation_entropy"),
+}
+UNTOUCHED = BCLConfig(som_lr=0, gradient_mask="none")  # competition that is watched and does nothing
+SHOWN_IMAGES = 16
 ROW_FACTORS = (1, 1.5, 2, 2.5, 3, 4, 5, 7)  # of every power of ten
 
 
@@ -46,16 +55,25 @@ class Condition:
     features: int = 64  # >= 2
     batch_size: int = 128  # >= 1
     lr: float = 1e-3  # > 0, of Adam
+    eps: float = 1e-8  # > 0, of Adam
     loss: str = "l1"  # l1, mse
+    inputs: str = "raw"  # raw, centered: the encoder sees images minus the mean training image
+    activation: str = "relu"  # relu, none
+    diversity: str = "none"  # none, weight_similarity, activation_entropy: a term added to the loss (`losses`)
+    diversity_weight: float = 0.0  # >= 0, what the term is multiplied with
+    resample_every: int = 0  # >= 0, steps after which features that fire for no training image are redrawn; 0 = never
     backend: str | None = None  # of the layer, None: its fastest
     device: str = "cpu"  # one of `environment.devices`, or its type
 
     def __post_init__(self) -> None:
         check_choice("data", self.data, DATA_SETS)
-        check_choice("loss", self.loss, tuple(LOSSES))
-        for name, low in (("steps", 1), ("seed", 0), ("features", 2), ("batch_size", 1)):
+        for name, allowed in CHOICES.items():
+            check_choice(name, getattr(self, name), allowed)
+        for name, low in (("steps", 1), ("seed", 0), ("features", 2), ("batch_size", 1), ("resample_every", 0)):
             check_number(name, getattr(self, name), low=low, integer=True)
-        check_number("lr", self.lr, low=0, open_low=True)
+        for name in ("lr", "eps"):
+            check_number(name, getattr(self, name), low=0, open_low=True)
+        check_number("diversity_weight", self.diversity_weight, low=0)
 
     def control(self) -> Condition:
         """The same condition with no BCL at all."""
@@ -76,8 +94,8 @@ class Training:
     """One condition being trained, a step at a time.
 
     `rows` holds one dict per measured step. Its loss, `wt_sim` and BCL metrics belong to the state before that step's
-    update, `wt_sim_post` to the state after it; see `diagnostics` for the metrics. Without BCL those of the weight and
-    of Adam remain.
+    update, `wt_sim_post` to the state after it, `mean_loss` is the mean over the steps since the row before; see
+    `diagnostics` for the metrics. A network without BCL is measured as if its features competed, with fresh neighbours.
     """
 
     def __init__(self, condition: Condition, images: Images, rows: Collection[int]) -> None:
@@ -91,11 +109,22 @@ class Training:
         self._measured = frozenset(rows)
         self.images = images.to(condition.device)
         self._batches = batches(self.images.train, condition.batch_size, condition.seed)
+        self._redraws = torch.Generator().manual_seed(condition.seed)
         torch.manual_seed(condition.seed)
-        model = Autoencoder(images.train.shape[1], condition.features, condition.config, condition.backend)
+        model = Autoencoder(
+            images.train.shape[1],
+            condition.features,
+            condition.config,
+            condition.backend,
+            linear=condition.activation == "none",
+            center=images.train.mean(dim=0) if condition.inputs == "centered" else None,
+        )
         self.model = model.to(condition.device)
-        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=condition.lr)
+        self._optimizer = torch.optim.Adam(self.model.parameters(), lr=condition.lr, eps=condition.eps, fused=True)
         self._loss = LOSSES[condition.loss]
+        self._summed_loss, self._summed_steps = torch.zeros((), device=condition.device), 0
+        self._features: dict[str, list[Tensor]] = {}
+        self._rescue_target: Tensor | None = None
 
     def step(self) -> dict[str, float] | None:
         """Train on the next batch; the row of this step where it is measured."""
@@ -107,30 +136,62 @@ class Training:
             self._backward(batch)
             self._optimizer.step()
         self.done += 1
+        every = self.condition.resample_every
+        if every and self.done % every == 0:
+            self.model.redraw(~self.model.fires(self.images.train), self._optimizer, self._redraws)
         return row
 
     def _backward(self, batch: Tensor) -> Tensor:
-        """Leave the gradients, with BCL pull the weight too; the loss."""
-        loss = self._loss(self.model(batch), batch)
+        """Leave the gradients, with BCL pull the weight too; the loss without its diversity term."""
+        activation = self.model.encode(batch)
+        loss = self._loss(self.model.decode(activation), batch)
+        diversity = self.condition.diversity
+        if diversity == "weight_similarity":
+            term = weight_similarity_loss(self.model.encoder.weight)
+        elif diversity == "activation_entropy":
+            term = activation_entropy_loss(activation)
         self._optimizer.zero_grad()
-        loss.backward()
-        return loss.detach()
+        (loss if diversity == "none" else loss + self.condition.diversity_weight * term).backward()
+        loss = loss.detach()
+        self._summed_loss += loss
+        self._summed_steps += 1
+        return loss
+
+    @contextmanager
+    def _observed(self) -> Iterator[list[Any]]:
+        """A list that gets the `reference.Record` of the training step made within this block."""
+        plain = not isinstance(self.model.encoder, BCLLayer)
+        handle = attach_bcl(self.model, "encoder", config=UNTOUCHED) if plain else None
+        records: list[Any] = []
+        with self.model.encoder.observe(records.append):
+            yield records
+        if handle is not None:
+            handle.remove()
 
     def _measured_update(self, batch: Tensor) -> dict[str, float]:
         """The same update, looked at on the way; only such a step pays for observing."""
-        encoder, records = self.model.encoder, []
         before = self.model.encoder_weight.clone()
-        with encoder.observe(records.append) if isinstance(encoder, BCLLayer) else nullcontext():
+        with self._observed() as records:
             loss = self._backward(batch)
+        record = records[0]
         pulled = self.model.encoder_weight.clone()
+        gradient = self.model.encoder.weight.grad
         self._optimizer.step()
         after = self.model.encoder_weight
+        norms = force_norms(gradient, before, pulled, after)
+        for name, values in dict(norms, win_rate=record.win_rate, image_coverage=record.image_coverage).items():
+            self._features.setdefault(name, []).append(values.cpu())
+        self._rescue_target = record.rescue_target
+        mean_loss = self._summed_loss.item() / self._summed_steps
+        self._summed_loss.zero_()
+        self._summed_steps = 0
         return {
             "step": self.done,
             "loss": loss.item(),
-            **(step_metrics(records[0]) if records else weight_metrics(before)),
+            "mean_loss": mean_loss,
+            **step_metrics(record),
             "wt_sim_post": row_cosine(after),
-            **forces(encoder.weight.grad, before, pulled, after),
+            **forces(norms),
         }
 
     @torch.no_grad()
@@ -143,6 +204,22 @@ class Training:
             "mse": F.mse_loss(reconstruction, images).item(),
             "firing_features": int(self.model.fires(images).sum()),
         }
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Tensor]:
+        """What pictures need beside the record, on the CPU.
+
+        Of every measured step: `step` [rows], `win_rate`, `gradient`, `pull` and `adam` (norms) [rows, D],
+        `image_coverage` [rows, B]. As they are now: `weight` [D, pixels], and held-out `images` [16, pixels] with their
+        `reconstruction`. `rescue_target` [D, pixels] is that of the last measured step.
+        """
+        images = self.images.held_out[:SHOWN_IMAGES]
+        tensors = {name: torch.stack(values) for name, values in self._features.items()}
+        tensors["step"] = torch.tensor([row["step"] for row in self.rows])
+        tensors |= {"weight": self.model.encoder_weight, "images": images, "reconstruction": self.model(images)}
+        if self._rescue_target is not None:
+            tensors["rescue_target"] = self._rescue_target
+        return {name: tensor.cpu().clone() for name, tensor in tensors.items()}
 
     def record(self) -> dict[str, Any]:
         """Everything about this run as plain values: condition, backend, what was done and measured."""
@@ -201,6 +278,12 @@ def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a record as JSON, whole or not at all; NaN and Inf, which JSON lacks, become null."""
     with replacing(path) as part:
         part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_snapshots(path: Path, snapshots: Mapping[str, Any]) -> None:
+    """Write tensors by name, whole or not at all; `torch.load(path, weights_only=True)` reads them."""
+    with replacing(path) as part:
+        torch.save(dict(snapshots), part)
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,197 @@
+"""What the command line shows in a terminal: growing tables, progress, results. Lines without a terminal."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .figures import show
+from .jobs import Job
+from .tables import OUTCOMES, REASONS, TABLES, outside_of_ranges
+
+COLUMNS = (  # heading, which training (0: BCL, 1: its control), key of the row, format
+    ("step", 0, "step", "d"),
+    ("loss", 0, "loss", ".4f"),
+    ("plain\nloss", 1, "loss", ".4f"),
+    ("wt_sim", 0, "wt_sim", ".3f"),
+    ("plain\nwt_sim", 1, "wt_sim", ".3f"),
+    ("aff_corr", 0, "aff_corr", ".3f"),
+    ("tgt_sim", 0, "tgt_sim", ".3f"),
+    ("unique\ntgt", 0, "unique_tgt", ".0f"),
+    ("alive", 0, "alive", ".0f"),
+    ("novelty", 0, "novelty", ".3f"),
+    ("force\nratio", 0, "adam_over_pull", ".2f"),
+)
+LEGEND = "plain: the same network without BCL; force ratio: move by Adam / by the pull"
+
+
+class TrainingTable:
+    """The table of measured steps, growing while it is entered: live on a terminal, a line per row elsewhere."""
+
+    def __init__(self, console: Console, steps: int) -> None:
+        self.console = console
+        self.cells: list[list[str]] = []
+        self.finished = False
+        bar = TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        self.progress = Progress(*bar, console=console)
+        self.task = self.progress.add_task("training", total=steps)
+        self.live = Live(get_renderable=self.view, console=console) if console.is_terminal else None
+
+    def __enter__(self) -> TrainingTable:
+        if self.live is None:
+            self.print_line([heading.replace("\n", "_") for heading, *_ in COLUMNS])
+        else:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.finished = True
+        if self.live is not None:
+            self.live.stop()
+
+    def on_step(self, rows: list[dict[str, float] | None]) -> None:
+        """Take the rows of one step, BCL's and its control's; None where the step was not measured."""
+        self.progress.advance(self.task)
+        if rows[0] is not None:
+            self.cells.append([format(rows[which][key], form) for _, which, key, form in COLUMNS])
+            if self.live is None:
+                self.print_line(self.cells[-1])
+
+    def print_line(self, cells: list[str]) -> None:
+        line = " ".join(cell.rjust(len(heading)) for cell, (heading, *_) in zip(cells, COLUMNS, strict=True))
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def view(self) -> Group:
+        """The whole table in the end, before that as many of its last rows as the terminal is high."""
+        shown = len(self.cells) if self.finished else max(1, self.console.height - 7)
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=LEGEND, header_style="bold")
+        for heading, *_ in COLUMNS:
+            table.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
+        for cells in self.cells[-shown:]:
+            table.add_row(*cells)
+        return Group(table, self.progress)
+
+
+def print_outcome(console: Console, whole: dict[str, Any]) -> None:
+    """What came out at the end of each training, on images that were not trained on."""
+    table = Table("", title="Held-out images", title_justify="left")
+    for heading in ("steps", "L1", "MSE", "features that fire"):
+        table.add_column(heading, justify="right")
+    for name, record in whole["conditions"].items():
+        outcome = record["held_out"]
+        fires = f"{outcome['firing_features']} of {record['condition']['features']}"
+        table.add_row(name, str(record["steps_done"]), f"{outcome['l1']:.4f}", f"{outcome['mse']:.4f}", fires)
+    console.print(table)
+    console.print(f"{'Interrupted after' if whole['interrupted'] else 'Trained in'} {whole['seconds']:.1f} s")
+
+
+# --- Many runs --------------------------------------------------------------------------------------------------------
+
+
+class JobsProgress:
+    """A bar over all steps of many jobs, while it is entered: live on a terminal, a line every tenth elsewhere."""
+
+    def __init__(self, console: Console, jobs: list[Job]) -> None:
+        self.console, self.count, self.done, self.told = console, len(jobs), 0, 0
+        steps = sum(job.steps for job in jobs)
+        columns = TextColumn("{task.fields[done]} of {task.fields[count]} runs"), BarColumn(), TimeElapsedColumn()
+        self.bar = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console)
+        self.task = self.bar.add_task("runs", total=steps, done=0, count=self.count)
+
+    def __enter__(self) -> JobsProgress:
+        if self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def on_done(self, job: Job) -> None:
+        self.done += 1
+        self.bar.update(self.task, advance=job.steps, done=self.done)
+        if not self.console.is_terminal and 10 * self.done // self.count > self.told:
+            self.told = 10 * self.done // self.count
+            self.console.print(f"{self.done} of {self.count} runs", highlight=False)
+
+
+def print_cells(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table of the document, a line per cell: published, ours, and whether they agree."""
+    table = Table(title=f"{name}: {TABLES[name].title}", title_justify="left", box=None, header_style="bold")
+    for heading in ("", TABLES[name].heading):
+        table.add_column(heading)
+    for heading in ("published", "median", "min..max"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("mark", no_wrap=True)
+    table.add_column("reason", no_wrap=True)
+    columns = list(dict.fromkeys(row["column"] for row in rows))
+    for row in sorted(rows, key=lambda row: columns.index(row["column"])):  # stable: steps stay in order
+        low, high = (show(row[key], row["metric"]) for key in ("min", "max"))
+        table.add_row(
+            row["column"],
+            row["row"],
+            row["printed"] or "",
+            show(row["median"], row["metric"]),
+            f"{low}..{high}",
+            row["mark"],
+            row["reason"] or "",
+        )
+    _print_wide(console, table)
+
+
+def print_outcomes(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
+    """A table of our own, a line per condition: mean and range over seeds of each outcome."""
+    headings = list(dict.fromkeys(row["column"] for row in rows))
+    table = Table("condition", title=TABLES[name].title, title_justify="left", box=None, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for condition in dict.fromkeys(row["row"] for row in rows):
+        cells = {row["column"]: row for row in rows if row["row"] == condition}
+        texts = []
+        for heading in headings:
+            row = cells.get(heading)
+            mean, low, high = (show(row and row[key], row["metric"] if row else "") for key in ("mean", "min", "max"))
+            texts.append(f"{mean} ({low}..{high})" if mean else "")
+        table.add_row(condition, *texts)
+    _print_wide(console, table)
+
+
+def print_sweep(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    """The grid of a sweep, a line per cell: the median over seeds of each outcome."""
+    table = Table("som_lr", "rescue_k", title=title, title_justify="left", box=None, header_style="bold")
+    for heading in OUTCOMES:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for som_lr, rescue_k in dict.fromkeys((row["som_lr"], row["rescue_k"]) for row in rows):
+        cell = [row for row in rows if (row["som_lr"], row["rescue_k"]) == (som_lr, rescue_k)]
+        place = ("plain", "") if som_lr is None else (f"{som_lr:g}", str(rescue_k))
+        medians = (show(statistics.median(row[metric] for row in cell), metric) for metric in OUTCOMES.values())
+        table.add_row(*place, *medians)
+    _print_wide(console, table)
+
+
+def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
+    """How many cells replicate, why the others do not, and which of our medians miss the independent ranges."""
+    marks = [row["mark"] for row in rows if row["printed"]]
+    counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
+    console.print(f"Published cells: {counts or 'none'}", highlight=False)
+    for reason in dict.fromkeys(row["reason"] for row in rows if row["printed"] and row["reason"]):
+        console.print(f"  {reason}: {REASONS[reason]}", highlight=False, soft_wrap=True)
+    outside, count = outside_of_ranges(rows)
+    console.print(
+        f"Medians outside the range of an independent implementation: {len(outside)} of {count}", highlight=False
+    )
+    for row in outside:
+        low, high = (show(value, row["metric"]) for value in row["range"])
+        line = f"  {row['condition']}, {row['metric']} at {row['index']}: {show(row['median'], row['metric'])}"
+        console.print(f"{line}, not in {low}..{high}", highlight=False, soft_wrap=True)
+
+
+def _print_wide(console: Console, table: Table) -> None:
+    """Never cut: a file or a pipe gets lines as long as they are."""
+    width = None if console.is_terminal else 250
+    console.print(table, width=width, highlight=False)
+    console.print()

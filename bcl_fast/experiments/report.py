@@ -1,0 +1,218 @@
+"""One page of everything a folder holds: trainings, tables, sweeps, with every picture inside it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, FileSystemLoader
+from matplotlib.figure import Figure
+
+from . import plots
+from .figures import show
+from .jobs import path_of, read, read_snapshot
+from .run import replacing
+from .settings import jobs_of
+from .sweep import METRICS
+from .tables import REASONS, TABLES, outside_of_ranges
+
+Block = dict[str, Any]
+Cell = dict[str, str]
+# Which run of the tables is shown in pictures beside which control: the first pair whose runs are there.
+SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps"))
+
+
+def write_report(folder: Path) -> Path:
+    """Write FOLDER/report.html and FOLDER/pictures from the records found in `folder` and below; the page's path.
+
+    Raises FileNotFoundError where there is no record.
+    """
+    found = [(kind, path) for kind in SECTIONS for path in sorted(folder.rglob(f"{kind}.json"))]
+    if not found:
+        raise FileNotFoundError(f"no {', '.join(f'{kind}.json' for kind in SECTIONS)} in {folder} or below")
+    pictures = folder / "pictures"
+    pictures.mkdir(exist_ok=True)
+    sections = []
+    for kind, path in found:
+        whole = json.loads(path.read_text(encoding="utf-8"))
+        place = path.parent.relative_to(folder).as_posix()
+        blocks = []
+        for block in SECTIONS[kind](whole, path.parent):
+            if "figure" in block:
+                name = "-".join([kind, *place.strip("./").split("/"), f"{len(blocks)}.png"]).replace("--", "-")
+                plots.save(block.pop("figure"), pictures / name)
+                block["picture"] = base64.b64encode((pictures / name).read_bytes()).decode()
+            blocks.append(block)
+        title = {"train": "Training", "tables": "Tables", "sweep": "Sweep"}[kind]
+        sections.append(
+            {
+                "title": title if place == "." else f"{title}: {place}",
+                "command": whole["command"],
+                "lines": [f"bcl_fast {whole['bcl_fast']}, {whole['seconds']:,.0f} s."],
+                "blocks": blocks,
+                "environment": whole["environment"],
+            }
+        )
+    page = folder / "report.html"
+    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
+    with replacing(page) as part:
+        part.write_text(template.render(sections=sections), encoding="utf-8")
+    return page
+
+
+def picture(title: str, figure: Figure, *lines: str) -> Block:
+    """A block that is a picture."""
+    return {"title": title, "figure": figure, "lines": lines}
+
+
+def _train(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
+    snapshots = torch.load(folder / "train.pt", weights_only=True)
+    bcl, control = (plots.Run(whole["conditions"][name], snapshots[name]) for name in ("bcl", "plain"))
+    yield from _pair("a plain network", bcl, control)
+
+
+def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
+    """Everything there is to see of one run and its control."""
+    yield picture(f"Beside {name}", plots.training_picture("With BCL and plain", bcl, control))
+    rows = [
+        [text(label), *(text(f"{run.record['held_out'][key]:.4f}" if key != "firing_features"
+                             else str(run.record["held_out"][key])) for run in (bcl, control))]
+        for label, key in (("L1", "l1"), ("MSE", "mse"), ("features that fire", "firing_features"))
+    ]  # fmt: skip
+    yield {"title": "Held-out images", "table": {"headings": ["", "with BCL", "plain"], "rows": rows}}
+    yield picture("Reconstructions", plots.reconstruction_picture(bcl, control))
+    yield picture("Win rates", plots.win_rate_picture(bcl, control))
+    yield picture("Forces", plots.force_picture(bcl))
+    yield picture("Weights and targets", plots.image_picture(bcl))
+    yield picture("Coverage", plots.coverage_picture(bcl, control))
+
+
+def _sweep(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
+    yield picture(whole["title"], plots.sweep_picture(whole["title"], whole["rows"]))
+    headings = list(whole["rows"][0])
+    rows = [[text(_plain(row[key], key)) for key in headings] for row in whole["rows"]]
+    yield {"title": "Every run", "table": {"headings": headings, "rows": rows}}
+
+
+def _tables(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
+    rows = whole["rows"]
+    yield from _verdicts(rows)
+    for name in dict.fromkeys(row["table"] for row in rows):
+        own = [row for row in rows if row["table"] == name]
+        title = TABLES[name].title
+        if name == "explanations":
+            yield from _explanations(own)
+        elif name == "fixes":
+            yield picture(title, plots.outcomes_picture(title, own), "Mean, and range over seeds.")
+            yield {"title": f"{name}: the numbers", "table": pivot(name, own, "mean")}
+        else:
+            yield picture(f"{name}: {title}", plots.cells_picture(title, own))
+            yield {"title": f"{name}: the numbers", "table": pivot(name, own, "median")}
+    for pair in SHOWN_PAIRS:
+        jobs = [jobs_of(name, **whole["options"] | {"seeds": 1})[0] for name in pair]
+        if all(path_of(job, folder / "runs").exists() for job in jobs):
+            loaded = (plots.Run(read(job, folder / "runs"), read_snapshot(job, folder / "runs")) for job in jobs)
+            yield from _pair(f"{pair[1]}: {pair[0]}, seed 0", *loaded)
+            return
+
+
+def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
+    """What replicates, as a count, and everything that does not, one by one."""
+    printed = [row for row in rows if row["printed"]]
+    marks = [row["mark"] for row in printed]
+    counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
+    outside, count = outside_of_ranges(rows)
+    lines = [
+        f"Published cells: {counts or 'none'}. Inside: the published number lies within the least and largest of our "
+        "seeds, or within the range of an independent implementation where one is known.",
+        f"Our medians outside the range of an independent implementation: {len(outside)} of {count}.",
+    ]
+    body = [
+        [
+            text(row["table"]),
+            text(f"{row['column']}, {row['row']}"),
+            text(row["printed"], row["mark"]),
+            text(f"{show(row['median'], row['metric'])} ({spread(row)})"),
+            text(REASONS[row["reason"]]),
+        ]
+        for row in printed
+        if row["reason"]
+    ]
+    headings = ["table", "cell", "published", "ours", "why"]
+    yield {"title": "What replicates", "lines": lines, "table": {"headings": headings, "rows": body}, "text": True}
+    body = [
+        [
+            text(f"{row['condition']}, {row['metric']} at {row['index']}"),
+            text(show(row["median"], row["metric"])),
+            text("..".join(show(value, row["metric"]) for value in row["range"])),
+        ]
+        for row in outside
+    ]
+    if body:
+        yield {"title": "Medians outside", "table": {"headings": ["measurement", "median", "range"], "rows": body}}
+
+
+def _explanations(rows: list[dict[str, Any]]) -> Iterator[Block]:
+    for reason in dict.fromkeys(row["row"] for row in rows):
+        body = [
+            [text(row["column"]), text(show(row["median"], row["metric"])), text(spread(row))]
+            for row in rows
+            if row["row"] == reason
+        ]
+        yield {
+            "title": f"Why: {reason}",
+            "lines": [REASONS[reason]],
+            "table": {"headings": ["measurement", "median", "min..max"], "rows": body},
+        }
+
+
+def pivot(name: str, rows: list[dict[str, Any]], center: str) -> dict[str, Any]:
+    """Rows of a table as the document lays them out: what is published, and below it what was measured here."""
+    columns = list(dict.fromkeys(row["column"] for row in rows))
+    notes = {
+        reason: i
+        for i, reason in enumerate(dict.fromkeys(r["reason"] for r in rows if r["printed"] and r["reason"]), 1)
+    }
+    body = []
+    for label in dict.fromkeys(row["row"] for row in rows):
+        of = {row["column"]: row for row in rows if row["row"] == label}
+        line = [text(label)]
+        for column in columns:
+            row = of.get(column)
+            if row is None or row["median"] is None and not row["printed"]:
+                line.append(text(""))
+                continue
+            ours = (
+                f"{show(row[center], row['metric'])} ({spread(row)})" if row["median"] is not None else "not measured"
+            )
+            if row["printed"]:
+                note, reason = str(notes.get(row["reason"], "")), REASONS.get(row["reason"], "")
+                line.append(
+                    {"text": row["printed"], "small": ours, "mark": row["mark"], "note": note, "reason": reason}
+                )
+            else:
+                line.append({"text": show(row[center], row["metric"]), "small": spread(row)})
+        body.append(line)
+    return {"headings": [TABLES[name].heading, *columns], "rows": body}
+
+
+def text(value: str, mark: str = "") -> Cell:
+    """A cell of a table on the page."""
+    return {"text": value, "mark": mark}
+
+
+def spread(row: dict[str, Any]) -> str:
+    """The range over seeds."""
+    return "" if row["median"] is None else f"{show(row['min'], row['metric'])}..{show(row['max'], row['metric'])}"
+
+
+def _plain(value: float | None, key: str) -> str:
+    """A field of a sweep's row: settings as they are, outcomes rounded."""
+    return show(value, key) if key in METRICS else "" if value is None else f"{value:g}"
+
+
+SECTIONS = {"train": _train, "tables": _tables, "sweep": _sweep}
