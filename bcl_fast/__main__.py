@@ -20,6 +20,7 @@ from .experiments.settings import LONG, jobs_of
 from .experiments.sweep import numbers, sweep_conditions, sweep_rows, write_csv
 from .spec import check_choice
 
+WORKERS = workers_here()
 DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision", "tensorboard")  # packages of the extra [demo]
 
 
@@ -64,30 +65,32 @@ Loss = Annotated[str, typer.Option(help="l1 or mse.")]
 Backend = Annotated[str | None, typer.Option(help="Who computes BCL.", show_default="the fastest")]
 Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Processes of one thread each.", show_default="one per core, 8 at most")
+    int, typer.Option(min=1, help="Processes of one thread each.", show_default="one per core, 8 at most")
 ]
 
 
 def command_line(context: typer.Context, **resolved: Any) -> str:
     """The command that repeats this run, with every option spelled out; `resolved` replace what was left to chance."""
-    words = ["python", "-m", "bcl_fast", context.info_name or ""]
-    for name, value in {**context.params, **resolved}.items():
+    options = {**context.params, **resolved}
+    words = ["python", "-m", "bcl_fast", context.info_name or "", *options.pop("names", ())]
+    for name, value in options.items():
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, list):
-            words += value
-        elif value is True:
+        if value is True:
             words.append(flag)
         elif value is not None and value is not False:
             words += [flag, str(value)]
     return shlex.join(words)
 
 
-def origin(context: typer.Context, start: float, **resolved: Any) -> dict[str, Any]:
-    """Where a record comes from: the command, the version, the machine, and how long it took."""
+def origin(context: typer.Context, start: float, threads: int | None = None, **resolved: Any) -> dict[str, Any]:
+    """Where a record comes from: the command, the version, the machine, and how long it took.
+
+    `threads` are those of the processes that computed, where they were not this one.
+    """
     return {
         "command": command_line(context, **resolved),
         "bcl_fast": __version__,
-        "environment": environment(),
+        "environment": environment() | ({} if threads is None else {"threads": threads}),
         "seconds": time.perf_counter() - start,
     }
 
@@ -142,7 +145,7 @@ def train(
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
-    console = Console()
+    console = show.make_console()
     start = time.perf_counter()
     writers = [SummaryWriter(str(out / "tensorboard" / name)) for name in pair] if tensorboard else []
     with show.TrainingTable(console, steps) as table:
@@ -177,11 +180,11 @@ def train(
 # --- table, sweep, report ---------------------------------------------------------------------------------------------
 
 
-def complete(console: Console, jobs: list[Job], out: Path, data_dir: Path, workers: int | None) -> None:
+def complete(console: Console, jobs: list[Job], out: Path, data_dir: Path, workers: int) -> None:
     """Do the jobs that are not done yet; end the program where somebody interrupts that."""
     with show.JobsProgress(console, list(dict.fromkeys(jobs))) as progress:
         try:
-            run_jobs(jobs, out / "runs", data_dir, workers or workers_here(), progress.on_done)
+            run_jobs(jobs, out / "runs", data_dir, workers, progress.on_done)
         except KeyboardInterrupt:
             progress.__exit__()
             console.print(
@@ -209,7 +212,7 @@ def table(
     steps: Annotated[int, typer.Option(min=1, help="Cut every run to this, to try a table out.")] = LONG,
     backend: Backend = None,
     device: Device = "cpu",
-    workers: Workers = None,
+    workers: Workers = WORKERS,
     out: Annotated[Path, typer.Option(help="Folder for runs, records and pictures.")] = Path("runs/tables"),
 ) -> None:
     """Measure tables of the research document, or its untested fixes, beside what it published.
@@ -231,19 +234,20 @@ def table(
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
-    console, start = Console(), time.perf_counter()
+    console, start = show.make_console(), time.perf_counter()
     complete(console, every, out, data_dir, workers)
     records = {name: {job.seed: read(job, out / "runs") for job in some} for name, some in jobs.items()}
     rows = [row for name in chosen for row in tables.measure_table(name, records, data == "mnist")]
     for name in chosen:
         own = [row for row in rows if row["table"] == name]
         (show.print_outcomes if name == "fixes" else show.print_cells)(console, name, own)
-        draw = plots.outcomes_picture if name == "fixes" else plots.cells_picture
-        plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
+        if name != "explanations":  # single numbers, nothing to draw
+            draw = plots.outcomes_picture if name == "fixes" else plots.cells_picture
+            plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
     show.print_verdicts(console, rows)
-    whole = {**origin(context, start), "options": common, "reasons": tables.REASONS, "rows": rows}
+    whole = {**origin(context, start, threads=1), "options": common, "reasons": tables.REASONS, "rows": rows}
     write_record(out / "tables.json", whole)
-    console.print(f"Written to {out}: tables.json, {', '.join(f'{name}.png' for name in chosen)}", soft_wrap=True)
+    console.print(f"Written to {out}: tables.json and a picture of each table", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -260,7 +264,7 @@ def sweep(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
     backend: Backend = None,
     device: Device = "cpu",
-    workers: Workers = None,
+    workers: Workers = WORKERS,
     out: Annotated[Path, typer.Option(help="Folder for runs, CSV and heat map.")] = Path("runs/sweep"),
 ) -> None:
     """Train every pair of --som-lr and --rescue-k, and a plain control; write a CSV and a heat map.
@@ -279,12 +283,12 @@ def sweep(
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
-    console, start = Console(), time.perf_counter()
+    console, start = show.make_console(), time.perf_counter()
     complete(console, conditions, out, data_dir, workers)
     rows = sweep_rows(conditions, out / "runs")
     title = f"{preset} on {data} after {steps:,} steps, {loss} loss: median of {seeds} seeds"
     write_csv(out / "sweep.csv", rows)
-    write_record(out / "sweep.json", {**origin(context, start), "title": title, "rows": rows})
+    write_record(out / "sweep.json", {**origin(context, start, threads=1), "title": title, "rows": rows})
     plots.save(plots.sweep_picture(title, rows), out / "sweep.png")
     show.print_sweep(console, title, rows)
     console.print(f"Written to {out}: sweep.csv, sweep.json, sweep.png", soft_wrap=True, highlight=False)
@@ -310,7 +314,7 @@ def report(
 @app.command()
 def doctor() -> None:
     """Say what is installed here, which backends can serve, and why each other one cannot."""
-    console, here = Console(), environment()
+    console, here = show.make_console(), environment()
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

@@ -1,6 +1,7 @@
 """The command line end to end."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
 from bcl_fast import __main__ as cli  # noqa: E402
 from bcl_fast import ops  # noqa: E402
+from bcl_fast.experiments import console as show  # noqa: E402
 from bcl_fast.experiments.data import digits  # noqa: E402
 from bcl_fast.experiments.run import Condition, Training, row_steps, run  # noqa: E402
 from bcl_fast.spec import BCLConfig  # noqa: E402
@@ -31,7 +33,7 @@ def test_train_in_a_process_of_its_own_writes_record_and_picture(tmp_path):
     command = [sys.executable, "-m", "bcl_fast", *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.json", "train.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.json", "train.png", "train.pt"]
     assert (tmp_path / "out" / "train.png").read_bytes().startswith(b"\x89PNG")
 
     whole = json.loads((tmp_path / "out" / "train.json").read_text())
@@ -87,6 +89,7 @@ def test_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
         (["--steps", "0"], "steps must be an integer >= 1, got 0"),
         (["--som-lr", "-1"], "som_lr must be a finite number >= 0, got -1"),
         (["--rescue-k", "-2"], "rescue_k must be an integer >= 0, got -2"),
+        (["--loss", "l2"], "loss must be one of 'l1', 'mse', got 'l2'"),
         (["--backend", "triton"], "backend must be None or one of 'reference', 'portable', got 'triton'"),
         (["--batch-size", "5000"], "batch_size must be at most 1527"),
         (["--device", "tpu"], "device must be one of 'cpu'"),
@@ -94,8 +97,6 @@ def test_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
     ],
 )
 def test_bad_options_are_one_line_and_write_nothing(words, message, tmp_path, capfd):
-    import re
-
     result = invoke("train", *words, "--out", tmp_path / "out")
     errors = (result.stderr + capfd.readouterr().err).strip().splitlines()
     assert result.exit_code == 2 and len(errors) == 1 and re.search(message, errors[0])
@@ -109,12 +110,73 @@ def test_a_growing_table_on_a_terminal():
     data = digits()
     condition = Condition("digits", BCLConfig(), 5)
     pair = [Training(each, data, row_steps(5)) for each in (condition, condition.control())]
-    with cli.Report(console, 5) as report:
+    with show.TrainingTable(console, 5) as table:
         for _ in range(5):
-            report.on_step([training.step() for training in pair])
+            table.on_step([training.step() for training in pair])
     text = console.export_text()
     assert "aff_corr" in text and "5/5" in text
-    assert len(report.cells) == 5
+    assert len(table.cells) == 5
+
+
+def test_tensorboard_gets_every_row_of_both(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert invoke("train", "--steps", 12, "--tensorboard", "--loss", "mse", "--out", tmp_path).exit_code == 0
+    whole = json.loads((tmp_path / "train.json").read_text())
+    for name, record in whole["conditions"].items():
+        assert record["condition"]["loss"] == "mse"
+        log = events.EventAccumulator(str(tmp_path / "tensorboard" / name))
+        log.Reload()
+        for key in ("loss", "wt_sim", "alive"):
+            scalars = [(event.step, event.value) for event in log.Scalars(key)]
+            assert scalars == [(row["step"], pytest.approx(row[key], abs=1e-6)) for row in record["rows"]]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["table", "trance"], "table must be one of 'all', 'trace', .* got 'trance'"),
+        (["table", "trace", "--data-dir", "nowhere"], "no MNIST in nowhere: .*--data-dir.*--download"),
+        (["table", "trace", "--data", "digits", "--backend", "triton"], "backend must be None or one of"),
+        (["table", "trace", "--data", "digits", "--device", "tpu"], "device must be one of 'cpu'"),
+        (["sweep", "--som-lr", "0.1,x"], "som_lr must be numbers separated by commas, got '0.1,x'"),
+        (["sweep", "--rescue-k", "1,-1"], "rescue_k must be an integer >= 0, got -1"),
+        (["sweep", "--steps", "0"], "steps must be an integer >= 1, got 0"),
+        (["sweep", "--preset", "medium"], "preset must be one of"),
+    ],
+)
+def test_bad_options_of_many_runs_are_one_line_and_write_nothing(words, message, tmp_path, capfd):
+    result = invoke(*words, "--out", tmp_path / "out")
+    errors = (result.stderr + capfd.readouterr().err).strip().splitlines()
+    assert result.exit_code == 2 and len(errors) == 1 and re.search(message, errors[0]), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_table_prints_each_cell_and_why(tmp_path):
+    result = invoke("table", "trace", "--data", "digits", "--steps", 3, "--seeds", 2, "--out", tmp_path)
+    assert result.exit_code == 0
+    line = next(line for line in result.output.splitlines() if re.match(r" *aff_sim +2 ", line))
+    whole = json.loads((tmp_path / "tables.json").read_text())
+    row = next(row for row in whole["rows"] if (row["column"], row["row"]) == ("aff_sim", "2"))
+    for text in (
+        "0.448",
+        f"{row['median']:.3f}",
+        f"{row['min']:.3f}..{row['max']:.3f}",
+        "not comparable",
+        "other data",
+    ):
+        assert text in line
+    assert "Published cells: 53 not comparable" in result.output and row["seeds"] == [0, 1]
+
+
+def test_sweep_prints_the_grid_and_its_control(tmp_path):
+    words = ["--som-lr", "0.01,0.1", "--rescue-k", "1,3", "--seeds", 1, "--steps", 3, "--out", tmp_path]
+    result = invoke("sweep", *words)
+    assert result.exit_code == 0, result.output
+    lines = [line.split()[:2] for line in result.output.splitlines()]
+    for cell in (["0.01", "1"], ["0.01", "3"], ["0.1", "1"], ["0.1", "3"]):
+        assert cell in lines
+    assert any(line[:1] == ["plain"] for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"runs", "sweep.csv", "sweep.json", "sweep.png"}
 
 
 def test_missing_extra_names_the_install_command():

@@ -68,6 +68,7 @@ def test_effective_rank():
 def test_counts():
     assert diag.unique_targets(tensor([[1.0, 0.0, 5.0], [2.0, 9.0, 5.0], [0.0, 1.0, 1.0]])) == 2  # 1, 1, and 0 of a tie
     assert diag.alive(tensor([0.0, 0.01, 0.0101, 0.5])) == 2
+    assert diag.alive(tensor([0.0, 0.01, 0.0101, 0.5]), above=0.0) == 3
     near(diag.zero_fraction(tensor([[0.0, -0.0], [1e-30, 2.0]])), 0.5)
     near(diag.variation(tensor([1.0, 3.0])), 0.5)
 
@@ -76,9 +77,13 @@ def test_forces_by_hand():
     before = torch.zeros(2, 2)
     pulled = tensor([[3.0, 4.0], [0.0, 0.0]])
     after = tensor([[3.0, 5.0], [0.0, 2.0]])
-    force = diag.forces(tensor([[0.0, 1.0], [0.0, 0.0]]), before, pulled, after)
+    norms = diag.force_norms(tensor([[0.0, 1.0], [0.0, 0.0]]), before, pulled, after)
+    assert {name: norm.tolist() for name, norm in norms.items()} == {
+        "gradient": [1.0, 0.0], "pull": [5.0, 0.0], "adam": [1.0, 2.0]
+    }  # fmt: skip
+    force = diag.forces(norms)
     assert force == {"gradient": 0.5, "pull": 2.5, "adam": 1.5, "adam_over_pull": 0.6, "gradient_over_pull": 0.2}
-    still = diag.forces(before, before, before, after)
+    still = diag.forces(diag.force_norms(before, before, before, after))
     assert still["pull"] == 0 and math.isnan(still["adam_over_pull"])
 
 

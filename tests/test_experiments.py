@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bcl_fast import diagnostics
+from bcl_fast import diagnostics, losses
 from bcl_fast.experiments.data import Images, batches, digits, load, mnist, split
 from bcl_fast.experiments.model import Autoencoder
 from bcl_fast.experiments.run import Condition, Training, advance, row_steps, run, write_record
@@ -71,7 +71,9 @@ def test_rows_are_dense_at_first_and_hold_both_sides_of_every_refresh_mark():
 @pytest.mark.parametrize(
     "field, value, error",
     [("steps", 0, ValueError), ("seed", -1, ValueError), ("features", 1, ValueError), ("batch_size", 2.5, TypeError),
-     ("lr", 0, ValueError), ("loss", "l2", ValueError), ("data", "faces", ValueError)],
+     ("lr", 0, ValueError), ("eps", -1, ValueError), ("loss", "l2", ValueError), ("data", "faces", ValueError),
+     ("inputs", "white", ValueError), ("activation", "tanh", ValueError), ("diversity", "rank", ValueError),
+     ("diversity_weight", -0.1, ValueError), ("resample_every", -1, ValueError)],
 )  # fmt: skip
 def test_bad_condition_names_the_field(field, value, error):
     with pytest.raises(error, match=f"{field} must be .* got {value!r}"):
@@ -88,7 +90,7 @@ def test_control_is_a_plain_network_bit_for_bit(images, loss):
 
     torch.manual_seed(5)
     encoder, decoder = nn.Linear(64, 64), nn.Linear(64, 64)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3, fused=True)
     order = torch.randperm(1527, generator=torch.Generator().manual_seed(5))
     for step in range(12):
         x = images.train[order[32 * step : 32 * step + 32]]
@@ -132,10 +134,100 @@ def test_row_holds_the_state_before_the_update_and_the_forces_of_the_step(images
     assert batch.shape == (32, 64) and 0 < row["loss"] < 1
 
 
-def test_control_rows_have_no_bcl_metrics(images):
-    row = run(condition().control(), images, rows=(0,))["rows"][0]
-    assert {"loss", "wt_sim", "wt_sim_post", "wt_abscos", "adam"} <= row.keys() and row["pull"] == 0
-    assert "alive" not in row and math.isnan(row["adam_over_pull"])
+def test_control_is_measured_as_if_its_features_competed(images):
+    """At step 0 both stand at the same weights: every metric of the state is that of BCL; nothing is pulled."""
+    with_bcl, plain = (run(each, images, rows=(0,))["rows"][0] for each in (condition(), condition().control()))
+    assert with_bcl.keys() == plain.keys() and plain["pull"] == 0 and math.isnan(plain["adam_over_pull"])
+    for name in ("loss", "aff_corr", "tgt_sim", "wt_sim", "alive", "novelty", "coverage_cv"):
+        assert plain[name] == with_bcl[name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(inputs="centered"), dict(activation="none"), dict(diversity="weight_similarity", diversity_weight=0.5),
+     dict(diversity="activation_entropy", diversity_weight=0.5), dict(resample_every=4), dict(eps=1e-3)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("bcl", [True, False], ids=["bcl", "plain"])
+def test_every_option_changes_the_run_and_measuring_it_does_not(images, options, bcl):
+    base = condition() if bcl else condition().control()
+    if "resample_every" in options:
+        images = Images("digits", images.train * (images.train > 2), images.held_out, images.shape)  # black: all dead
+    plain, changed = Training(base, images, ()), Training(dataclasses.replace(base, **options), images, ())
+    measured = Training(changed.condition, images, range(12))
+    for training in (plain, changed, measured):
+        if "resample_every" in options:
+            torch.nn.init.constant_(training.model.encoder.bias, -1.0)
+        advance([training], lambda rows: None)
+    assert not plain.model.encoder.weight.equal(changed.model.encoder.weight)
+    for name, value in changed.model.state_dict().items():
+        if not name.endswith("neighbors"):  # of a plain network's, there are none
+            assert value.equal(measured.model.state_dict()[name]), name
+
+
+def test_centered_inputs_and_no_activation_by_hand(images):
+    training = Training(condition(inputs="centered", activation="none").control(), images, ())
+    x, model = images.train[:5], training.model
+    expected = model.decoder(model.encoder(x - images.train.mean(dim=0))).sigmoid()
+    assert model(x).equal(expected) and model.fires(x).equal((model.encode(x) > 0).any(dim=0))
+
+
+@pytest.mark.parametrize("diversity", ["weight_similarity", "activation_entropy"])
+def test_diversity_term_is_in_the_gradient_and_not_in_the_loss(images, diversity):
+    base = condition().control()
+    changed = dataclasses.replace(base, diversity=diversity, diversity_weight=2.0)
+    plain, with_term = (Training(each, images, ()) for each in (base, changed))
+    batch = images.train[:32]
+    assert plain._backward(batch).equal(with_term._backward(batch))
+    encoder = plain.model.encoder
+    before, W = encoder.weight.grad.clone(), encoder.weight
+    encoder.weight.grad = None
+    term = losses.weight_similarity_loss(W) if diversity == "weight_similarity" else None
+    (2 * (losses.activation_entropy_loss(encoder(batch)) if term is None else term)).backward()
+    torch.testing.assert_close(with_term.model.encoder.weight.grad, before + W.grad)
+
+
+def test_redraw_renews_dead_features_and_only_them(images):
+    training = Training(condition(), images, ())
+    advance([training], lambda rows: None)
+    model, state = training.model, training._optimizer.state
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    dead = torch.arange(64) % 3 == 0
+    model.redraw(dead, training._optimizer, torch.Generator().manual_seed(0))
+    for name, parameter in model.named_parameters():
+        part = parameter.T if name == "decoder.weight" else parameter
+        old, moment = before[name], state[parameter]["exp_avg"]
+        old, moment = (old.T, moment.T) if name == "decoder.weight" else (old, moment)
+        if name == "decoder.bias":
+            assert part.equal(old)
+            continue
+        assert part[~dead].equal(old[~dead]) and not (part[dead] == old[dead]).any()
+        assert part[dead].abs().max() <= 1 / 8 and part[dead].std() > 0.05  # uniform up to 1 / sqrt(64)
+        assert (moment[dead] == 0).all() and (moment[~dead] != 0).any()
+
+
+def test_mean_loss_is_the_mean_since_the_row_before(images):
+    every = run(condition(), images, rows=range(12))["rows"]
+    some = run(condition(), images, rows=(2, 7))["rows"]
+    losses = [row["loss"] for row in every]
+    assert [row["mean_loss"] for row in every] == pytest.approx(losses)
+    assert [row["mean_loss"] for row in some] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:8]) / 5])
+
+
+def test_snapshot_holds_what_pictures_need(images):
+    training = Training(condition(), images, rows=(0, 5, 11))
+    advance([training], lambda rows: None)
+    snapshot = training.snapshot()
+    shapes = {name: tuple(tensor.shape) for name, tensor in snapshot.items()}
+    assert shapes == {
+        "step": (3,), "gradient": (3, 64), "pull": (3, 64), "adam": (3, 64), "win_rate": (3, 64),
+        "image_coverage": (3, 32), "weight": (64, 64), "rescue_target": (64, 64), "images": (16, 64),
+        "reconstruction": (16, 64),
+    }  # fmt: skip
+    assert snapshot["step"].tolist() == [0, 5, 11]
+    for name in ("gradient", "pull", "adam"):
+        assert snapshot[name].mean(dim=1).tolist() == pytest.approx([row[name] for row in training.rows])
+    assert snapshot["weight"].equal(training.model.encoder_weight)
 
 
 def test_record_is_plain_and_complete(images):

@@ -14,6 +14,15 @@ from .figures import show
 from .jobs import Job
 from .tables import OUTCOMES, REASONS, TABLES, outside_of_ranges
 
+PIPE_WIDTH = 250  # a file or a pipe has no width: tables there are never cut
+
+
+def make_console() -> Console:
+    """The terminal, or whatever standard output is."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
 COLUMNS = (  # heading, which training (0: BCL, 1: its control), key of the row, format
     ("step", 0, "step", "d"),
     ("loss", 0, "loss", ".4f"),
@@ -140,7 +149,8 @@ def print_cells(console: Console, name: str, rows: list[dict[str, Any]]) -> None
             row["mark"],
             row["reason"] or "",
         )
-    _print_wide(console, table)
+    console.print(table, highlight=False)
+    console.print()
 
 
 def print_outcomes(console: Console, name: str, rows: list[dict[str, Any]]) -> None:
@@ -157,7 +167,8 @@ def print_outcomes(console: Console, name: str, rows: list[dict[str, Any]]) -> N
             mean, low, high = (show(row and row[key], row["metric"] if row else "") for key in ("mean", "min", "max"))
             texts.append(f"{mean} ({low}..{high})" if mean else "")
         table.add_row(condition, *texts)
-    _print_wide(console, table)
+    console.print(table, highlight=False)
+    console.print()
 
 
 def print_sweep(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
@@ -170,7 +181,8 @@ def print_sweep(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
         place = ("plain", "") if som_lr is None else (f"{som_lr:g}", str(rescue_k))
         medians = (show(statistics.median(row[metric] for row in cell), metric) for metric in OUTCOMES.values())
         table.add_row(*place, *medians)
-    _print_wide(console, table)
+    console.print(table, highlight=False)
+    console.print()
 
 
 def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
@@ -188,10 +200,3 @@ def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
         low, high = (show(value, row["metric"]) for value in row["range"])
         line = f"  {row['condition']}, {row['metric']} at {row['index']}: {show(row['median'], row['metric'])}"
         console.print(f"{line}, not in {low}..{high}", highlight=False, soft_wrap=True)
-
-
-def _print_wide(console: Console, table: Table) -> None:
-    """Never cut: a file or a pipe gets lines as long as they are."""
-    width = None if console.is_terminal else 250
-    console.print(table, width=width, highlight=False)
-    console.print()

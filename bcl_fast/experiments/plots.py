@@ -86,7 +86,7 @@ def win_rate_picture(bcl: Run, control: Run) -> Figure:
     for axes, run, name in zip(panels, (bcl, control), ("with BCL", "plain, as if its features competed"), strict=True):
         rate, steps = run.tensors["win_rate"], run.tensors["step"].tolist()  # [rows, D]
         image = axes.imshow(
-            rate[:, rate[-1].argsort(descending=True)].T, aspect="auto", cmap="viridis", vmin=0, vmax=top,
+            rate[:, rate[-1].argsort(descending=True)].T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top,
             interpolation="nearest",
         )  # fmt: skip
         places = range(0, len(steps), max(1, len(steps) // 8))
@@ -110,8 +110,8 @@ def force_picture(bcl: Run) -> Figure:
             x, y = bcl.tensors["pull"][place], bcl.tensors[name][place]
             some = (x > 0) & (y > 0)  # a logarithm has no place for 0
             axes.scatter(
-                x[some], y[some], s=18, alpha=0.8, color=style["color"], marker=style["marker"],
-                label=f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} features at 0 left out)"),
+                x[some].tolist(), y[some].tolist(), s=18, alpha=0.8, color=style["color"], marker=style["marker"],
+                label=f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} at 0 left out)"),
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -293,7 +293,7 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
             return statistics.median(r[metric] for r in rows if (r["som_lr"], r["rescue_k"]) == (som_lr, rescue_k))
 
         values = torch.tensor([[median(som_lr, k) for k in rescue_ks] for som_lr in som_lrs])
-        image = axes.imshow(values, cmap="cividis", aspect="auto")
+        image = axes.imshow(values.numpy(), cmap="cividis", aspect="auto")
         middle = (values.min() + values.max()) / 2
         for i, j in torch.cartesian_prod(torch.arange(len(som_lrs)), torch.arange(len(rescue_ks))).tolist():
             color = "white" if values[i, j] <= middle else "black"

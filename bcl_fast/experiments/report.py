@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader
-from matplotlib.figure import Figure
 
 from . import plots
 from .figures import show
@@ -18,7 +18,7 @@ from .jobs import path_of, read, read_snapshot
 from .run import replacing
 from .settings import jobs_of
 from .sweep import METRICS
-from .tables import REASONS, TABLES, outside_of_ranges
+from .tables import REASONS, TABLES, UNMEASURED, outside_of_ranges
 
 Block = dict[str, Any]
 Cell = dict[str, str]
@@ -43,9 +43,10 @@ def write_report(folder: Path) -> Path:
         blocks = []
         for block in SECTIONS[kind](whole, path.parent):
             if "figure" in block:
-                name = "-".join([kind, *place.strip("./").split("/"), f"{len(blocks)}.png"]).replace("--", "-")
-                plots.save(block.pop("figure"), pictures / name)
-                block["picture"] = base64.b64encode((pictures / name).read_bytes()).decode()
+                words = re.findall(r"[a-z0-9]+", f"{kind} {place} {block['title']}".lower())
+                path = pictures / ("-".join(dict.fromkeys(words[:8])) + ".png")
+                plots.save(block.pop("figure"), path)
+                block["picture"] = base64.b64encode(path.read_bytes()).decode()
             blocks.append(block)
         title = {"train": "Training", "tables": "Tables", "sweep": "Sweep"}[kind]
         sections.append(
@@ -64,7 +65,7 @@ def write_report(folder: Path) -> Path:
     return page
 
 
-def picture(title: str, figure: Figure, *lines: str) -> Block:
+def picture(title: str, figure: plots.Figure, *lines: str) -> Block:
     """A block that is a picture."""
     return {"title": title, "figure": figure, "lines": lines}
 
@@ -123,6 +124,7 @@ def _tables(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
 def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
     """What replicates, as a count, and everything that does not, one by one."""
     printed = [row for row in rows if row["printed"]]
+    unmeasured = {reason: sum(row["reason"] == reason for row in printed) for reason in UNMEASURED}
     marks = [row["mark"] for row in printed]
     counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
     outside, count = outside_of_ranges(rows)
@@ -130,6 +132,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
         f"Published cells: {counts or 'none'}. Inside: the published number lies within the least and largest of our "
         "seeds, or within the range of an independent implementation where one is known.",
         f"Our medians outside the range of an independent implementation: {len(outside)} of {count}.",
+        *(f"{REASONS[reason]} ({number} cells)" for reason, number in unmeasured.items() if number),
     ]
     body = [
         [
@@ -140,7 +143,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
             text(REASONS[row["reason"]]),
         ]
         for row in printed
-        if row["reason"]
+        if row["reason"] and row["reason"] not in UNMEASURED
     ]
     headings = ["table", "cell", "published", "ours", "why"]
     yield {"title": "What replicates", "lines": lines, "table": {"headings": headings, "rows": body}, "text": True}

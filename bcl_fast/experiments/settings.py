@@ -114,7 +114,7 @@ SETTINGS = DOCUMENT | {name: fields for group in FIXES.values() for name, fields
 
 
 def jobs_of(name: str, data: str, seeds: int, most_steps: int = LONG, **common: Any) -> list[Job]:
-    """The runs of one setting: seeds 0, 1, ... as many as asked (LONG_SEEDS at most for LONG ones), cut to `most_steps`.
+    """The runs of one setting, cut to `most_steps`: seeds 0, 1, ... as many as asked, at most LONG_SEEDS of LONG ones.
 
     `common` are further fields of every Condition, such as its device. A baseline has seeds of its own.
     """

@@ -11,7 +11,7 @@ from typing import Any
 from ..spec import BCLConfig
 from .jobs import read
 from .run import Condition, replacing
-from .tables import OUTCOMES, value
+from .tables import END, OUTCOMES, value
 
 METRICS = tuple(OUTCOMES.values())
 
@@ -39,8 +39,7 @@ def sweep_rows(conditions: Iterable[Condition], folder: Path) -> list[dict[str, 
             "steps": condition.steps,
         }
         for metric in METRICS:
-            last = condition.steps if metric.startswith("held_out") else condition.steps - 1
-            row[metric] = value(record, metric, last)
+            row[metric] = value(record, metric, END)
         rows.append(row)
     return rows
 

@@ -14,9 +14,10 @@ from decimal import Decimal
 from typing import Any
 
 from .figures import RANGES, digits
-from .settings import FIXES, LONG
+from .settings import FIXES
 
 Record = Mapping[str, Any]
+END = -1  # the last row of a run, or its state in the end
 INSIDE, OUTSIDE, NOT_COMPARABLE = MARKS = ("inside", "outside", "not comparable")
 
 
@@ -27,7 +28,7 @@ class Cell:
     row: str
     column: str
     condition: str  # a name of SETTINGS
-    index: int
+    index: int  # of the forward pass, or END
     metric: str  # a key of a record's rows, of DERIVED, or held_out_ and a key of its `held_out`
     published: str | None = None  # as printed: its last digit tells how exact it is
     reason: str | None = None  # a key of REASONS: why it does not replicate, or why it cannot be compared
@@ -362,15 +363,15 @@ REASONS = {
     "which a sigmoid makes nearly automatic.",
     "dense": "Targets as alike as .99 are those of dense rescue (rescue_k = 0), which came before top-8.",
     "dense-unique": "One target for all belongs to a state of nearly equal affinity columns; top-1 picks still differ.",
-    "sweet-spot": "The medians over seeds differ between rescue_k by less than seeds do within one; the document itself "
-    "gives .803 and .857 for rescue_k = 5 at step 300.",
+    "sweet-spot": "The medians over seeds differ between rescue_k by less than seeds do within one; the document "
+    "itself gives .803 and .857 for rescue_k = 5 at step 300.",
     "gradient": "Is the gradient what makes weights alike? A network without BCL, equal otherwise, decides.",
-    "ticks-up": "A batch's loss is noisy. Its mean over the steps since the measurement before still falls after 5,000.",
-    "force-ratio": "No reading of the two norms gives 7 to 108: neither the move by Adam nor the raw gradient, over the "
-    "pull, per step.",
+    "ticks-up": "A batch's loss is noisy. Its mean over the steps since the row before still falls after 5,000.",
+    "force-ratio": "No reading of the two norms gives 7 to 108: neither the move by Adam nor the raw gradient, over "
+    "the pull, per step.",
     "raw-gradient": "About 1e-5 is the raw gradient over the pull; Adam rescales the gradient.",
-    "identity": "The sum of win_rate * novelty over features is 1 by its definition, so its mean is 1 / D = .016 whatever "
-    "the features do: the 98.4 % of rescue carry no information.",
+    "identity": "The sum of win_rate * novelty over features is 1 by its definition, so its mean is 1 / D = .016 "
+    "whatever the features do: the 98.4 % of rescue carry no information.",
     "slower": "At steps 10 to 50 the document's run is slower than ours and than ten independent ones, counted from "
     "either index. No cause was found.",
     "adam-eps": "The coupled mask leaves gradients near Adam's eps (1e-8 per element), so what they do depends on eps "
@@ -382,10 +383,11 @@ REASONS = {
     "wa-gap": "The document's bound is that of the steps it prints; ours is over every step measured up to 300.",
     "chance": "Outside by less than the width of our range: a single run of the document against a few of ours.",
     "unexplained": "No cause found.",
-    "other data": "Published for MNIST.",
-    "not reached": "The runs were cut short.",
+    "other data": "Published for MNIST, measured on other data.",
+    "not reached": "Not measured: the runs were cut short.",
     "ours": "Not in the document.",
 }
+UNMEASURED = ("other data", "not reached")  # reasons that lie with what was asked for, not with the document
 NEVER_COMPARABLE = {"mixed", "novelty-range", "one-draw"}  # reasons for which the two numbers are of different things
 
 
@@ -416,7 +418,7 @@ EXPLANATIONS = Table(
         *((f"hard rank, win_rate > 0 at {i}", "hard-rank", i, "ever_winning") for i in (49, 299)),
         *((f"soft clamp, alive at {i}", "soft-clamp", i, "alive") for i in (50, 300)),
         ("decoupled, win_rate > 0 at 9999", DECOUPLED_LONG, 9999, "ever_winning"),
-        ("decoupled, features that fire in the end", DECOUPLED_LONG, LONG, "held_out_firing_features"),
+        ("decoupled, features that fire in the end", DECOUPLED_LONG, END, "held_out_firing_features"),
     )
     + evidence("dense", *((f"dense clamp, tgt_sim at {i}", "dense clamp", i, "tgt_sim") for i in (0, 50, 300)))
     + evidence(
@@ -438,8 +440,8 @@ EXPLANATIONS = Table(
         ("decoupled, wt_sim at 9999", DECOUPLED_LONG, 9999, "wt_sim"),
         ("mask only, wt_sim at 9999", "mask only", 9999, "wt_sim"),
         ("plain, wt_sim at 9999", "plain", 9999, "wt_sim"),
-        ("decoupled, held-out L1", DECOUPLED_LONG, LONG, "held_out_l1"),
-        ("plain, held-out L1", "plain", LONG, "held_out_l1"),
+        ("decoupled, held-out L1", DECOUPLED_LONG, END, "held_out_l1"),
+        ("plain, held-out L1", "plain", END, "held_out_l1"),
     )
     + evidence(
         "ticks-up",
@@ -510,9 +512,9 @@ OUTCOMES = {  # heading -> metric; at the end of the run, or of its last step
     "firing": "held_out_firing_features",
 }
 FIXES_TABLE = Table(
-    "Fixes and controls after 10,000 steps: held-out L1 and MSE, and what the features look like",
+    "Fixes and controls at the end of training: held-out L1 and MSE, and what the features look like",
     tuple(
-        Cell(name, heading, name, LONG if metric.startswith("held_out") else LONG - 1, metric)
+        Cell(name, heading, name, END, metric)
         for group in FIXES.values()
         for name in group
         for heading, metric in OUTCOMES.items()
@@ -537,9 +539,9 @@ DERIVED: dict[str, Callable[[dict[int, Mapping[str, float]], int], float]] = {
 def value(record: Record, metric: str, index: int) -> float | None:
     """One metric of a record at an index; None where the run did not reach it or does not have it."""
     if metric.startswith("held_out_"):
-        reached = record.get("steps_done", index) == index  # a baseline has no steps
-        return record["held_out"].get(metric.removeprefix("held_out_")) if reached else None
+        return record["held_out"].get(metric.removeprefix("held_out_")) if index == END else None
     rows = {row["step"]: row for row in record["rows"]}
+    index = max(rows, default=END) if index == END else index
     if index not in rows:
         return None
     if metric == "effective_wins":
@@ -575,7 +577,7 @@ def measure_cell(cell: Cell, records: list[Record], mnist: bool = True) -> dict[
         "row": cell.row,
         "column": cell.column,
         "condition": cell.condition,
-        "index": cell.index,
+        "index": records[0].get("steps_done", 0) - 1 if cell.index == END else cell.index,
         "metric": cell.metric,
         "published": None if cell.published is None else float(cell.published),
         "printed": cell.published,
