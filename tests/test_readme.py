@@ -46,6 +46,34 @@ def test_marked_commands_are_one_line_each(name):
     assert len(found) == 1 and found[0].count("\n") == 1
 
 
+TABLES = json.loads((ROOT / "bench" / "results" / "tables.json").read_text(encoding="utf-8"))
+
+
+def test_counts_of_the_tables_are_those_of_the_committed_record():
+    printed = [row for row in TABLES["rows"] if row["printed"]]
+    found = {name: [int(n) for n in counts] for name, *counts in
+             re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \|", README, re.M)}  # fmt: skip
+    marks = ("inside", "outside", "not comparable")
+    for name in {row["table"] for row in printed}:
+        own = [row["mark"] for row in printed if row["table"] == name]
+        assert found[name] == [own.count(mark) for mark in marks]
+    total = [sum(row["mark"] == mark for row in printed) for mark in marks]
+    assert "{} published numbers {} are inside, {} outside, {} not comparable".format(len(printed), *total) in README
+
+
+def test_fixes_table_is_that_of_the_committed_record():
+    cells = {(row["row"], row["column"]): row["mean"] for row in TABLES["rows"] if row["table"] == "fixes"}
+    headings, decimals = ("L1", "MSE", "wt_sim", "wt_abscos", "eff. rank", "firing"), (4, 4, 3, 3, 1, 0)
+    start = README.index("| condition | " + " | ".join(headings))
+    lines = README[start:].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) > 20
+    for line in lines:
+        name, *values = (word.strip() for word in line.strip("|").split("|"))
+        for heading, digits, value in zip(headings, decimals, values, strict=True):
+            expected = cells.get((name, heading))
+            assert value == ("" if expected is None else f"{expected:.{digits}f}"), (name, heading)
+
+
 def test_step_table_is_that_of_the_committed_record():
     record = json.loads((ROOT / "bench" / "results" / "step.json").read_text(encoding="utf-8"))
     for row in record["rows"]:

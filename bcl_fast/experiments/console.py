@@ -137,8 +137,10 @@ def print_cells(console: Console, name: str, rows: list[dict[str, Any]]) -> None
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("mark", no_wrap=True)
     table.add_column("reason", no_wrap=True)
-    columns = list(dict.fromkeys(row["column"] for row in rows))
-    for row in sorted(rows, key=lambda row: columns.index(row["column"])):  # stable: steps stay in order
+    if name != "explanations":  # column by column, steps in order
+        columns = list(dict.fromkeys(row["column"] for row in rows))
+        rows = sorted(rows, key=lambda row: columns.index(row["column"]))
+    for row in rows:
         low, high = (show(row[key], row["metric"]) for key in ("min", "max"))
         table.add_row(
             row["column"],

@@ -17,6 +17,9 @@ DIGITS = {
 }
 
 
+TINY = ("gradient", "gradient_over_pull", "pull_over_gradient")  # norms of which every order of magnitude counts
+
+
 def digits(metric: str) -> int:
     """How many decimals a metric is given with, in the ranges and wherever it is shown."""
     return 0 if ">=" in metric else DIGITS.get(metric, 3)
@@ -28,7 +31,8 @@ def show(value: float | None, metric: str) -> str:
         return ""
     if digits(metric) == 0:
         return f"{value:.0f}"
-    return f"{value:.{digits(metric)}f}" if value == 0 or 1e-3 <= abs(value) < 1e3 else f"{value:.1e}"
+    scientific = abs(value) >= 1e3 or (metric in TINY and 0 < abs(value) < 1e-3)
+    return f"{value:.1e}" if scientific else f"{value:.{digits(metric)}f}"
 
 
 def _ranges(text: str) -> Ranges:

@@ -218,7 +218,7 @@ def cells_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     down = math.ceil(len(columns) / across)
     figure = _figure(4.2 * across + 0.4, 3.3 * down + 0.9, title)
     grid = figure.subplots(down, across, squeeze=False).flat
-    for axes, column in zip(grid, columns, strict=False):
+    for column, axes in zip(columns, grid, strict=False):  # columns first: it takes no panel too many
         cells = [row for row in rows if row["column"] == column and row["median"] is not None]
         places = range(len(cells))
         for place, cell in zip(places, cells, strict=True):

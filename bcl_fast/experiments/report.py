@@ -125,6 +125,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
     """What replicates, as a count, and everything that does not, one by one."""
     printed = [row for row in rows if row["printed"]]
     unmeasured = {reason: sum(row["reason"] == reason for row in printed) for reason in UNMEASURED}
+    different = [row for row in printed if row["reason"] and row["reason"] not in UNMEASURED]
     marks = [row["mark"] for row in printed]
     counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
     outside, count = outside_of_ranges(rows)
@@ -133,6 +134,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
         "seeds, or within the range of an independent implementation where one is known.",
         f"Our medians outside the range of an independent implementation: {len(outside)} of {count}.",
         *(f"{REASONS[reason]} ({number} cells)" for reason, number in unmeasured.items() if number),
+        *(f"{reason}: {REASONS[reason]}" for reason in dict.fromkeys(row["reason"] for row in different)),
     ]
     body = [
         [
@@ -140,10 +142,9 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
             text(f"{row['column']}, {row['row']}"),
             text(row["printed"], row["mark"]),
             text(f"{show(row['median'], row['metric'])} ({spread(row)})"),
-            text(REASONS[row["reason"]]),
+            text(row["reason"]),
         ]
-        for row in printed
-        if row["reason"] and row["reason"] not in UNMEASURED
+        for row in different
     ]
     headings = ["table", "cell", "published", "ours", "why"]
     yield {"title": "What replicates", "lines": lines, "table": {"headings": headings, "rows": body}, "text": True}

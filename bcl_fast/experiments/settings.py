@@ -45,7 +45,7 @@ DOCUMENT = {
     "plain, 300 steps": {"config": None, "steps": SHORT},
     "random weights": {"kind": "random-weights", "seeds": (42, 123, 456, 789, 999)},
     **{f"random weights {seed}": {"kind": "random-weights", "seeds": (seed,)} for seed in (42, 123, 456, 789, 999)},
-    "uniform images": {"kind": "uniform-images", "seeds": (42,)},
+    "uniform images": {"kind": "uniform-images", "seeds": (42, 123, 456, 789, 999)},
 }
 
 # Fixes, each at two strengths of the pull. The number or letter is that of the research document.
