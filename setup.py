@@ -1,12 +1,82 @@
-"""Build script: the metadata, and kernels/ installed as bcl_fast.kernels."""
+"""Build script: the metadata, kernels/ installed as bcl_fast.kernels, and the optional C++ library of csrc/cpu.
 
+The environment variable BCL_FAST_EXT says what to build: `auto` (the default) builds what it can and tells what it
+skipped and why, `cpu` makes a failed build an error, `none` builds nothing.
+"""
+
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("bcl_fast/__init__.py").read_text(encoding="utf-8"), re.M)[1]
+MODES = ("auto", "cpu", "none")
+MODE = os.environ.get("BCL_FAST_EXT", "auto")
+if MODE not in MODES:
+    raise SystemExit(f"BCL_FAST_EXT must be one of {', '.join(MODES)}, got {MODE!r}")
+
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("api", "baseline", "avx2", "avx512")]
+CPU = Extension(
+    "bcl_fast._cpu",
+    SOURCES,
+    depends=["csrc/cpu/kernels.h", "csrc/cpu/kernels.inc"],
+    # Not -ffast-math: linked with it, a library sets flush-to-zero for the whole process, and NaN has no order.
+    extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"],
+    language="c++",
+)
+
+
+class BuildExt(build_ext):
+    """A plain shared library for ctypes: nothing of Python in it, so that one file serves every version."""
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def get_export_symbols(self, ext):
+        return ext.export_symbols
+
+    def get_libraries(self, ext):
+        return ext.libraries  # without libpython
+
+    def build_extension(self, ext):
+        arguments = ext.extra_compile_args
+        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP builds for one thread
+            ext.extra_compile_args, ext.extra_link_args = [*arguments, *openmp], openmp
+            try:
+                return super().build_extension(ext)
+            except Exception as error:
+                failure = error
+        if MODE != "auto":
+            raise failure
+        print(f"bcl_fast: {ext.name} skipped, `portable` will serve: {failure}", file=sys.stderr, flush=True)
+
+    # What was skipped must not be expected: by the list of installed files, or by an editable install.
+    def get_outputs(self):
+        return [path for path in super().get_outputs() if os.path.exists(path)]
+
+    def get_output_mapping(self):
+        return {built: source for built, source in super().get_output_mapping().items() if os.path.exists(built)}
+
+    def copy_extensions_to_source(self):
+        everything = self.extensions
+        self.extensions = [
+            ext for ext in everything if os.path.exists(Path(self.build_lib, *ext.name.split(".")).with_suffix(".so"))
+        ]
+        super().copy_extensions_to_source()
+        self.extensions = everything
+
+
+class Wheel(bdist_wheel):
+    """Any Python 3, this platform."""
+
+    def get_tag(self):
+        *_, platform = super().get_tag()
+        return ("py3", "none", platform) if self.distribution.ext_modules else super().get_tag()
 
 
 class Sdist(sdist):
@@ -33,6 +103,7 @@ setup(
     # kernels/ has no __init__.py: with one, a checkout on the path would hide another package of the name `kernels`.
     # Its README keeps the folder in the wheel where it holds no module.
     package_data={"bcl_fast.kernels": ["README.md"], "bcl_fast.experiments": ["report.html"]},
+    ext_modules=[] if MODE == "none" else [CPU],
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision", "tensorboard"],
@@ -40,5 +111,5 @@ setup(
         "bench": ["pytest-benchmark"],
     },
     entry_points={"console_scripts": ["bcl-fast = bcl_fast.__main__:main"]},
-    cmdclass={"sdist": Sdist},
+    cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel, "sdist": Sdist},
 )

@@ -90,9 +90,9 @@ class BCLLayer(nn.Linear):
         if dtype not in FLOATING:
             raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype!r}")
         config = (config or BCLConfig()).replace(**options)
-        backend = ops.resolve_backend(fused, backend)
+        ops.resolve_backend(fused, backend, "meta")  # its errors come before anything is built
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._config, self._som_lr, self._backend = config, config.som_lr, backend
+        self._config, self._som_lr, self._requested = config, config.som_lr, (fused, backend)
         self.frozen = False
         D, k = out_features, min(config.neighborhood_k, out_features - 1)
         empty = partial(torch.empty, device=self.weight.device)
@@ -160,6 +160,7 @@ class BCLLayer(nn.Linear):
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
+        self._choose_backend()
         self._owner = ops.register_owner(self)
         self._due: dict[int, list[PendingPull]] = {}  # running backward -> pulls whose turn came in it
         self._kept: tuple[Tensor, int] | None = None  # mean increment and its samples, for the bound optimizer's step
@@ -169,7 +170,16 @@ class BCLLayer(nn.Linear):
         self._warned_of_drift = False
         self._attach_hook()
 
-    _RUNTIME = ("_owner", "_due", "_kept", "_binding", "_observers", "_hook", "_warned_of_drift")
+    def _choose_backend(self) -> None:
+        self._backend = ops.resolve_backend(*self._requested, self.weight.device.type)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
+        """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
+        super()._apply(fn, recurse)
+        self._choose_backend()
+        return self
+
+    _RUNTIME = ("_backend", "_owner", "_due", "_kept", "_binding", "_observers", "_hook", "_warned_of_drift")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -199,6 +209,7 @@ class BCLLayer(nn.Linear):
         for name, buffer in layer.named_buffers():
             setattr(layer, name, torch.empty_like(buffer, device=weight.device))
         layer._reset_competition()
+        layer._choose_backend()
         layer._attach_hook()
         return layer.train(linear.training)
 

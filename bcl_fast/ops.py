@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -24,18 +25,18 @@ from .spec import EPS, BCLConfig
 
 # Stage -> backend -> where the function of that name is found.
 DISPATCH: dict[str, dict[str, str]] = {
-    "neighbours": {"reference": "reference", "portable": "portable"},
-    "competition": {"reference": "reference", "portable": "portable"},
-    "selection": {"reference": "reference", "portable": "portable"},
-    "targets": {"reference": "reference", "portable": "portable"},
-    "targets_pull_": {"reference": "reference", "portable": "portable"},
-    "gradient": {"reference": "reference", "portable": "portable"},
-    "rank": {"reference": "reference", "portable": "portable"},
+    "neighbours": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "competition": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "selection": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "targets": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "targets_pull_": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "gradient": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
 }
-BACKENDS = ("reference", "portable")
-FASTEST = "portable"  # what `fused=True` means on every device, until a faster backend exists
+BACKENDS = ("reference", "portable", "cpu")
+FASTEST = {"cpu": "cpu"}  # type of device -> what `fused=True` means there; elsewhere, and where it is missing, GENERAL
+GENERAL = "portable"
 ABSENT = {
-    "cpu": "its C++ library is not part of this version",
     "triton": "its kernels are not part of this version",
     "cuda": "its CUDA C++ library is not part of this version",
 }
@@ -47,27 +48,51 @@ def stage(name: str, backend: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("." + DISPATCH[name][backend], __package__), name)
 
 
+def why_not(backend: str, device_type: str) -> str | None:
+    """None where a backend can serve on this type of device ("cpu", "cuda", ...), else the reason."""
+    if device_type == "meta":
+        return "meta tensors hold no numbers"
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
+    return None
+
+
 def backends(device_type: str) -> dict[str, str | None]:
-    """Backend name -> None where it can serve on this type of device ("cpu", "cuda", ...), else why it cannot."""
-    reason = None if device_type != "meta" else "meta tensors hold no numbers"
-    return {**dict.fromkeys(BACKENDS, reason), **ABSENT}
+    """Every backend by name -> None where it can serve on this type of device, else why it cannot."""
+    return {**{name: why_not(name, device_type) for name in BACKENDS}, **ABSENT}
 
 
-def resolve_backend(fused: bool, backend: str | None) -> str:
-    """The backend that serves a layer: the one named, else the fastest (`fused`), else the reference.
+def resolve_backend(fused: bool, backend: str | None, device_type: str = "cpu") -> str:
+    """The backend that serves a layer: the one named, else the fastest of the device (`fused`), else the reference.
 
-    Raises ValueError for an unknown name, and for `fused=False` with a backend other than the reference.
+    Raises ValueError for an unknown name, for one that cannot serve here, and for `fused=False` with a backend other
+    than the reference. Warns once where the fastest of this type of device is missing.
     """
     if not isinstance(fused, bool):
         raise TypeError(f"fused must be True or False, got {fused!r}")
     if backend is None:
-        return FASTEST if fused else "reference"
+        return _fastest(device_type) if fused else "reference"
     if backend not in BACKENDS:
         why = f": {ABSENT[backend]}" if backend in ABSENT else ""
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}{why}")
     if not fused and backend != "reference":
         raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
+    reason = why_not(backend, device_type) if device_type != "meta" else None
+    if reason:
+        raise ValueError(f"backend={backend!r} cannot serve on {device_type!r}: {reason}")
     return backend
+
+
+@functools.cache  # warns once
+def _fastest(device_type: str) -> str:
+    fastest = FASTEST.get(device_type, GENERAL)
+    reason = why_not(fastest, device_type)
+    if fastest != GENERAL and reason:
+        warnings.warn(f"backend {GENERAL!r} serves, slower than {fastest!r} would: {reason}", stacklevel=5)
+        return GENERAL
+    return fastest
 
 
 # --- Owners: who receives a backward's pending pull ------------------------------------------------------------------

@@ -1,11 +1,12 @@
 """The operators: torch.library's own checks, backend resolution, and counters read without a device."""
 
 import gc
+import warnings
 
 import pytest
 import torch
 
-from bcl_fast import ops
+from bcl_fast import BCLLayer, cpu, ops
 from bcl_fast.testing import VARIANTS, columns, neighbours_of
 
 B, D, N, K = 9, 5, 4, 3
@@ -74,7 +75,7 @@ def test_every_backend_serves_every_stage():
 
 @pytest.mark.parametrize(
     "fused, backend, expected",
-    [(True, None, ops.FASTEST), (False, None, "reference"), (True, "reference", "reference"),
+    [(True, None, "cpu"), (True, "cpu", "cpu"), (False, None, "reference"), (True, "reference", "reference"),
      (True, "portable", "portable"), (False, "reference", "reference")],
 )  # fmt: skip
 def test_resolve_backend(fused, backend, expected):
@@ -82,7 +83,7 @@ def test_resolve_backend(fused, backend, expected):
 
 
 def test_resolve_backend_refuses():
-    with pytest.raises(ValueError, match="backend must be .*'reference', 'portable', got 'fastest'"):
+    with pytest.raises(ValueError, match="backend must be .*'reference', 'portable', 'cpu', got 'fastest'"):
         ops.resolve_backend(True, "fastest")
     with pytest.raises(ValueError, match="backend='portable' needs fused=True"):
         ops.resolve_backend(False, "portable")
@@ -93,10 +94,27 @@ def test_resolve_backend_refuses():
 def test_backends_say_why_not():
     reasons = ops.backends("cpu")
     assert all(reasons[name] is None for name in ops.BACKENDS)
-    assert all("not part of this version" in reasons[name] for name in ("cpu", "triton", "cuda"))
+    assert all("not part of this version" in reasons[name] for name in ("triton", "cuda"))
     assert all(ops.backends("meta").values())
+    elsewhere = ops.backends("cuda")
+    assert elsewhere["cpu"] == "it serves CPU tensors only" and elsewhere["portable"] is None
+    with pytest.raises(ValueError, match="backend='cpu' cannot serve on 'cuda': it serves CPU tensors only"):
+        ops.resolve_backend(True, "cpu", "cuda")
     with pytest.raises(ValueError, match="got 'triton': its kernels are not part of this version"):
         ops.resolve_backend(True, "triton")
+
+
+def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):
+    monkeypatch.setattr(cpu, "missing", lambda: "its C++ library was not built")
+    ops._fastest.cache_clear()
+    with pytest.warns(UserWarning, match="'portable' serves, slower than 'cpu' would: its C.. library was not built"):
+        assert BCLLayer(4, 3).backend == "portable"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert BCLLayer(4, 3).backend == "portable"
+    with pytest.raises(ValueError, match="backend='cpu' cannot serve on 'cpu': its C.. library was not built"):
+        BCLLayer(4, 3, backend="cpu")
+    ops._fastest.cache_clear()
 
 
 class Counted(torch.Tensor):

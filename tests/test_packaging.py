@@ -39,7 +39,7 @@ def checkout(tmp_path_factory):
     """A copy of the sources: builds leave files behind."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so"))
     for name in FILES:
         shutil.copy(ROOT / name, copy / name)
     return copy
@@ -59,6 +59,47 @@ def test_wheel_holds_the_package_its_kernels_and_the_licence(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("kernels/", "tests/", "bench/", "csrc/")) for name in names)
     assert not any(name == "bcl_fast/kernels/__init__.py" for name in names)
+
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_wheel_holds_the_library_for_every_python(wheel):
+    assert "bcl_fast/_cpu.so" in zipfile.ZipFile(wheel).namelist()
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+
+
+def build_without_compiler(checkout, tmp_path, mode):
+    """A wheel of a fresh copy, where every compiler is `false`."""
+    fresh = shutil.copytree(checkout, tmp_path / "copy", ignore=shutil.ignore_patterns("build", "*.so", "*.egg-info"))
+    pip = sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, fresh
+    broken = {"CC": "false", "CXX": "false", "BCL_FAST_EXT": mode}
+    done = subprocess.run(list(map(str, pip)), capture_output=True, text=True, env=os.environ | broken)
+    return done, list(tmp_path.glob("*.whl"))
+
+
+def test_without_a_compiler_the_package_installs_without_the_library(checkout, tmp_path):
+    done, wheels = build_without_compiler(checkout, tmp_path, "auto")
+    assert done.returncode == 0, done.stderr
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheels[0]).namelist())
+
+
+def test_a_library_that_is_asked_for_is_built_or_an_error(checkout, tmp_path):
+    done, wheels = build_without_compiler(checkout, tmp_path, "cpu")
+    assert done.returncode != 0 and not wheels and "false" in done.stdout + done.stderr
+
+
+def test_no_library_where_none_is_wanted(checkout, tmp_path):
+    _, wheels = build_without_compiler(checkout, tmp_path, "none")
+    assert wheels[0].name.endswith("-py3-none-any.whl")
+
+
+def test_a_wrong_mode_is_named(checkout, tmp_path):
+    done, _ = build_without_compiler(checkout, tmp_path, "gpu")
+    assert (
+        done.returncode != 0 and "BCL_FAST_EXT must be one of auto, cpu, none, got 'gpu'" in done.stdout + done.stderr
+    )
 
 
 def test_wheel_asks_for_torch_alone(wheel):

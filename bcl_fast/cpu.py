@@ -1,0 +1,213 @@
+"""The stages in C++ for CPU tensors (csrc/cpu): float32 and float64, any shape.
+
+The functions, their arguments and their results are those of the stages in `reference`. Threads are as many as torch
+uses; results do not depend on how many.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native
+from .spec import EPS
+
+LEAST_WORK = 1 << 18  # elements below which a second thread costs more than it helps
+PANEL = 1 << 21  # similarities held at once by the neighbour search
+RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
+SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+
+
+def missing() -> str | None:
+    """None where the library serves, else why it does not."""
+    try:
+        native.cpu()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def instruction_set() -> str:
+    """Which copy of the kernels this processor takes: avx512, avx2 or baseline."""
+    return native.cpu().bcl_cpu_isa().decode()
+
+
+def _call(stage: str, dtype: torch.dtype, work: int, *arguments: int | float | None) -> None:
+    threads = torch.get_num_threads() if work >= LEAST_WORK else 1
+    if getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(*arguments, threads):
+        raise MemoryError(f"no memory for the stage {stage}")
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """The same matrix with columns side by side; rows may lie apart."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
+    """The panel [R, D] of similarities of features first .. first + R - 1 -> their nearest others [R, k] int64."""
+    similarity = _rows(similarity)
+    R, D = similarity.shape
+    k = min(neighborhood_k, D - 1)
+    near = torch.empty(R, k, dtype=torch.int64)
+    _call(
+        "nearest", similarity.dtype, R * D, similarity.data_ptr(), similarity.stride(0), R, D, first, k, near.data_ptr()
+    )
+    return near
+
+
+def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
+    """Stage `neighbours` (step 1), by row panels: no [D, D] matrix is held."""
+    unit = weight / (torch.linalg.vector_norm(weight, dim=1, keepdim=True) + EPS)
+    D = weight.shape[0]
+    rows = max(16, PANEL // D)
+    near = torch.empty(D, min(neighborhood_k, D - 1), dtype=torch.int64)
+    for first in range(0, D, rows):
+        near[first : first + rows] = nearest(unit[first : first + rows] @ unit.T, first, neighborhood_k)
+    return near
+
+
+def competition(
+    activation: Tensor, neighbors: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Stage `competition` (steps 2 to 8): rank_score, coverage, novelty, win_rate, winner, pair_pull."""
+    activation, neighbors = _rows(activation), neighbors.contiguous()
+    (B, D), k = activation.shape, neighbors.shape[1]
+    rank_score, coverage = activation.new_empty(B, D), activation.new_empty(B)
+    novelty, win_rate = activation.new_empty(D), activation.new_empty(D)
+    winner, pair_pull = neighbors.new_empty(B), activation.new_empty(B, k)
+    results = rank_score, coverage, novelty, win_rate, winner, pair_pull
+    _call("competition", activation.dtype, B * D, activation.data_ptr(), activation.stride(0), B, D,
+          neighbors.data_ptr(), k, temperature, *(tensor.data_ptr() for tensor in results))  # fmt: skip
+    return results
+
+
+def selection(
+    activation: Tensor,
+    bias: Tensor | None,
+    x_inverse_norm: Tensor,
+    weight_inverse_norm: Tensor,
+    need: Tensor | None,
+    affinity_rule: str,
+    rescue_weighting: str,
+    rescue_k: int,
+) -> tuple[Tensor, Tensor]:
+    """Stage `selection` (step 9b): rescue_rows and their shares; rank affinity without a sort where bounds decide."""
+    activation = _rows(activation)
+    B, D = activation.shape
+    r = min(rescue_k or B, B)
+    hard = rescue_weighting == "hard"
+    rows = torch.empty(D, r, dtype=torch.int64)
+    affinity = None if hard else activation.new_empty(D, r)
+    vectors = (bias, x_inverse_norm, weight_inverse_norm, need)
+    vectors = [None if vector is None else vector.contiguous() for vector in vectors]
+    _call("selection", activation.dtype, B * D, activation.data_ptr(), activation.stride(0), B, D,
+          *map(_pointer, vectors), RULES[affinity_rule], r, rows.data_ptr(), _pointer(affinity))  # fmt: skip
+    if affinity is None:
+        return rows, activation.new_full((D, r), 1 / r)
+    if affinity_rule == "rank":
+        affinity = affinity / (B - 1) if B > 1 else torch.ones_like(affinity)
+    value = (affinity if need is None else affinity * need[rows]).clamp_(min=0)
+    return rows, value / (value.sum(dim=1, keepdim=True) + EPS)
+
+
+def _targets(
+    destination: Tensor,
+    pulled: tuple[Tensor, Tensor | None, Tensor, float] | None,
+    x: Tensor,
+    pair_feature: Tensor,
+    pair_pull: Tensor,
+    rescue_rows: Tensor,
+    rescue_weight: Tensor,
+    winner_share: Tensor,
+) -> None:
+    """Targets into destination [D, N], or, given (weight, offset, som_strength, som_lr), a pull of it."""
+    x = _rows(x.to(destination.dtype))
+    (B, N), D = x.shape, destination.shape[0]
+    pairs = pair_feature.contiguous(), pair_pull.contiguous()
+    rescue = rescue_rows.contiguous(), rescue_weight.contiguous()
+    k, r = pairs[0].shape[1], rescue[0].shape[1]
+    weight, offset, som_strength, som_lr = pulled or (None, None, None, 0.0)
+    _call("targets", x.dtype, (B * k + D * r) * N, x.data_ptr(), x.stride(0), B, N, D, *map(_pointer, pairs), k,
+          *map(_pointer, rescue), r, winner_share.data_ptr(), _pointer(weight), _pointer(offset),
+          destination.data_ptr(), N, _pointer(som_strength), som_lr)  # fmt: skip
+
+
+def targets(
+    x: Tensor,
+    pair_feature: Tensor,
+    pair_pull: Tensor,
+    rescue_rows: Tensor,
+    rescue_weight: Tensor,
+    winner_share: Tensor,
+    target_projection: str,
+) -> Tensor:
+    """Stage `targets_pull`, its first half (sums of step 9a, step 10): som_target [D, N]."""
+    target = x.new_empty(winner_share.shape[0], x.shape[1], dtype=winner_share.dtype)
+    if rescue_rows.shape[1] < x.shape[0]:
+        _targets(target, None, x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share.contiguous())
+    else:  # all of the batch: a product is faster than a sum of rows
+        none = rescue_rows[:, :0], rescue_weight[:, :0]
+        _targets(target, None, x, pair_feature, pair_pull, *none, winner_share.contiguous())
+        pull = torch.empty_like(rescue_weight).scatter_(1, rescue_rows, rescue_weight * (1 - winner_share)[:, None])
+        target.addmm_(pull, x.to(target.dtype))
+    if target_projection == "none":
+        return target
+    mean = target.mean(dim=0)
+    if target_projection == "centered":
+        return target.sub_(mean)
+    square = mean @ mean
+    return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
+
+
+def targets_pull_(
+    weight: Tensor,
+    som_offset: Tensor | None,
+    som_strength: Tensor,
+    som_lr: float,
+    x: Tensor,
+    *choices: Tensor | str,
+) -> None:
+    """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight, or on som_offset where there is one."""
+    destination = weight if som_offset is None else som_offset
+    *tensors, target_projection = choices
+    rescue_rows = tensors[2]
+    both = (weight,) if som_offset is None else (weight, som_offset)
+    if target_projection == "none" and rescue_rows.shape[1] < x.shape[0] and all(t.is_contiguous() for t in both):
+        *lists, winner_share = tensors
+        pulled = weight, som_offset, som_strength.contiguous(), som_lr
+        _targets(destination, pulled, x, *lists, winner_share.contiguous())
+        torch.autograd.graph.increment_version(destination)  # autograd must see what was written past it
+        return
+    increment = targets(x, *choices).sub_(weight)
+    if som_offset is not None:
+        increment.sub_(som_offset)
+    destination.add_(increment.mul_(som_strength[:, None]), alpha=som_lr)
+
+
+def gradient(grad_output: Tensor, mask: Tensor | None, winner: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Stage `gradient` (step 12): the masked gradient [B, D] and its sum over samples [D]."""
+    if winner is not None:
+        won = winner[:, None]
+        masked = torch.zeros_like(grad_output).scatter_(1, won, grad_output.gather(1, won))
+        return masked, masked.sum(dim=0)
+    if mask is None:
+        return grad_output, grad_output.sum(dim=0)
+    grad_output, mask = _rows(grad_output), mask.contiguous()
+    B, D = mask.shape
+    masked, total = torch.empty_like(mask), mask.new_empty(D)
+    _call("gradient", mask.dtype, B * D, grad_output.data_ptr(), grad_output.stride(0), mask.data_ptr(), B, D,
+          masked.data_ptr(), total.data_ptr())  # fmt: skip
+    return masked, total
+
+
+def rank(key: Tensor) -> Tensor:
+    """Stage `rank` (step 9b): key [B, D] -> stable rank within its column [B, D] int64."""
+    key = _rows(key)
+    B, D = key.shape
+    ranks = torch.empty(B, D, dtype=torch.int64)
+    _call("rank", key.dtype, B * D, key.data_ptr(), key.stride(0), B, D, ranks.data_ptr())
+    return ranks

@@ -1,0 +1,7 @@
+// The kernels for AVX-512.
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512")
+#define BYTES 64
+#define ISA avx512
+#include "kernels.inc"
+#endif
