@@ -324,6 +324,7 @@ def doctor() -> None:
     table.add_row("Triton", here["triton"] or "not installed")
     for device, name in here["devices"].items():
         table.add_row(device, name)
+    table.add_row("C++ library", ops.cpu_library())
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import ops  # noqa: F401  (registers torch.ops.bcl_fast)
+from . import ops
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -44,11 +44,11 @@ class MaskedLinear(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         x, weight, mask, winner, *pending = ctx.saved_tensors
         ticket, *choices = pending
-        masked, bias_gradient = torch.ops.bcl_fast.masked_gradient(
+        masked, bias_gradient = ops.operator("masked_gradient", grad_output)(
             grad_output, mask, winner, ctx.gradient_mask, [ticket, x, *choices], ctx.compiled, ctx.backend
         )
         masked = masked.to(ctx.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with ops.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
             weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)
         bias_gradient = bias_gradient.to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None

@@ -85,11 +85,20 @@ def competition(
     return results
 
 
+def inverse_norm(rows: Tensor) -> Tensor:
+    """Stage `inverse_norm` (step 9b): 1 / (norm + EPS) of each row of [R, N] -> [R]."""
+    rows = _rows(rows)
+    R, N = rows.shape
+    inverse = rows.new_empty(R)
+    _call("inverse_norm", rows.dtype, R * N, rows.data_ptr(), rows.stride(0), R, N, inverse.data_ptr())
+    return inverse
+
+
 def selection(
     activation: Tensor,
     bias: Tensor | None,
     x_inverse_norm: Tensor,
-    weight_inverse_norm: Tensor,
+    weight_inverse_norm: Tensor | None,
     need: Tensor | None,
     affinity_rule: str,
     rescue_weighting: str,

@@ -223,7 +223,7 @@ class BCLLayer(nn.Linear):
         self._check_training()
         x, weight, bias = input.reshape(-1, self.in_features), self.weight, self.bias
         dtype = _product_dtype(weight)
-        with torch.autocast(input.device.type, enabled=False):
+        with ops.no_autocast(input.device.type):
             with torch.no_grad():
                 shifted = None if self.som_offset is None else weight + self.som_offset
                 stands = weight if shifted is None else shifted
@@ -240,7 +240,7 @@ class BCLLayer(nn.Linear):
     def _statistics(self, x: Tensor, stands: Tensor, activation: Tensor) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
         config = self._config
-        return torch.ops.bcl_fast.statistics_(
+        return ops.operator("statistics_", x)(
             x,
             stands,
             self.bias,
@@ -362,7 +362,7 @@ class BCLLayer(nn.Linear):
         if self._binding is None and len(pulls) == 1 and self._destination.dtype not in LOW_PRECISION:
             (pull,) = pulls
             choices = *pull.choices, self._config.target_projection, self._backend
-            torch.ops.bcl_fast.targets_pull_(
+            ops.operator("targets_pull_", self.weight)(
                 self.weight, self.som_offset, pull.som_strength, self._som_lr, pull.x, *choices
             )
             return
@@ -374,7 +374,9 @@ class BCLLayer(nn.Linear):
     def _average(self, pull: PendingPull) -> None:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""
         choices = *pull.choices, self._config.target_projection, self._backend
-        increment = torch.ops.bcl_fast.som_increment(self.weight, self.som_offset, pull.som_strength, pull.x, *choices)
+        increment = ops.operator("som_increment", self.weight)(
+            self.weight, self.som_offset, pull.som_strength, pull.x, *choices
+        )
         mean, samples = self._kept or (torch.zeros_like(increment), 0)
         total = samples + pull.x.shape[0]
         self._kept = mean.mul_(samples / total).add_(increment, alpha=pull.x.shape[0] / total), total
@@ -449,6 +451,8 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """x Wᵀ + c of the operands rounded to `dtype`, itself not rounded below float32: [B, N], [D, N], [D] -> [B, D]."""
     exact = torch.float64 if dtype == torch.float64 else torch.float32
+    if x.dtype == weight.dtype == dtype == exact:
+        return F.linear(x, weight, bias)
     x, weight, bias = (None if tensor is None else tensor.to(dtype).to(exact) for tensor in (x, weight, bias))
     return F.linear(x, weight, bias)
 

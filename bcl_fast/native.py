@@ -10,11 +10,12 @@ import functools
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
-CPU_ABI = 1  # of csrc/cpu/api.cpp
+CPU_ABI = 2  # of csrc/cpu/api.cpp
 HERE = Path(__file__).parent
 
 _CPU_ARGUMENTS = {
     "competition": [c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_double, *[c_void_p] * 6, c_int],
+    "inverse_norm": [c_void_p, *[c_int64] * 3, c_void_p, c_int],
     "selection": [c_void_p, *[c_int64] * 3, *[c_void_p] * 4, c_int, c_int64, *[c_void_p] * 2, c_int],
     "targets": [c_void_p, *[c_int64] * 4, *[c_void_p] * 2, c_int64, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64,
                 c_void_p, c_double, c_int],

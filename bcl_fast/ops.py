@@ -11,15 +11,15 @@ import functools
 import importlib
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .spec import EPS, BCLConfig
+from .spec import BCLConfig
 
 # --- Backends --------------------------------------------------------------------------------------------------------
 
@@ -27,6 +27,7 @@ from .spec import EPS, BCLConfig
 DISPATCH: dict[str, dict[str, str]] = {
     "neighbours": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
     "competition": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "inverse_norm": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
     "selection": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
     "targets": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
     "targets_pull_": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
@@ -57,6 +58,13 @@ def why_not(backend: str, device_type: str) -> str | None:
 
         return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
     return None
+
+
+def cpu_library() -> str:
+    """What the C++ library of the backend `cpu` is built on here, or why there is none."""
+    from . import cpu
+
+    return cpu.missing() or f"{cpu.instruction_set()} instructions"
 
 
 def backends(device_type: str) -> dict[str, str | None]:
@@ -104,7 +112,7 @@ class Owner(Protocol):
     def receive(self, pending: list[Tensor], compiled: bool) -> None: ...
 
 
-_owners: WeakValueDictionary[int, Owner] = WeakValueDictionary()
+_owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
 _owner_numbers = itertools.count(1)
 
 
@@ -120,27 +128,37 @@ def register_owner(owner: Owner) -> Tensor:
 
 # --- Counters read on the host ---------------------------------------------------------------------------------------
 
-_counters: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # counter -> (version, value) when last seen
+_counters: dict[int, tuple[weakref.ref, int, int]] = {}  # id of a counter -> it, and version and value when last seen
+
+
+def _remember(counter: Tensor, value: int) -> int:
+    number = id(counter)
+    seen = _counters.get(number)
+    known = seen is not None and seen[0]() is counter
+    reference = seen[0] if known else weakref.ref(counter, lambda dead: _counters.pop(number, None))
+    _counters[number] = reference, counter._version, value
+    return value
 
 
 def read_counter(counter: Tensor) -> int:
     """The value of an int64 scalar; a device is asked only where somebody else wrote the counter since."""
-    version, value = _counters.get(counter, (None, None))
-    if version != counter._version:
-        value = int(counter)
-        _counters[counter] = (counter._version, value)
-    return value
+    seen = _counters.get(id(counter))
+    if seen is not None and seen[0]() is counter and seen[1] == counter._version:
+        return seen[2]
+    return _remember(counter, int(counter))
 
 
 def write_counter_(counter: Tensor, value: int) -> None:
     """counter = value, and `read_counter` knows."""
     counter.fill_(value)
-    _counters[counter] = (counter._version, value)
+    _remember(counter, value)
 
 
 # --- The operators ---------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("bcl_fast", "DEF")
+_functions: dict[str, Callable[..., Any]] = {}
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -150,17 +168,32 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
         name = function.__name__
 
         def outside_autocast(*arguments: Any) -> Any:
-            device = next(a for a in arguments if isinstance(a, Tensor)).device.type
-            if not torch.is_autocast_enabled(device):
-                return function(*arguments)
-            with torch.autocast(device, enabled=False):
+            with no_autocast(arguments[0].device.type):
                 return function(*arguments)
 
         _library.define(name + schema)
         _library.impl(name, outside_autocast, "CompositeExplicitAutograd")
+        _functions[name] = outside_autocast
         return function
 
     return register
+
+
+def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
+    """The operator of this name for arguments such as `tensor`: its function itself where nobody looks.
+
+    The dispatcher costs 10 us; a compiler, and tensors that are more than numbers, must go through it.
+    """
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
+        return getattr(torch.ops.bcl_fast, name)
+    return _functions[name]
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Outside any autocast; entering one costs 10 us, so only where there is one."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,15 +216,14 @@ def _float(tensor: Tensor) -> Tensor:
 
 def _forces(novelty: Tensor, win_rate: Tensor, forces: str, rescue_onset: float, pull_onset: float):
     """Steps 10 and 11 per feature: winner_share u, som_strength v, and the factor of rank_score in the mask or None."""
-    effective_win = win_rate * novelty
     coupled = forces == "coupled"
-    winner_share = effective_win if coupled else win_rate.clone()
+    winner_share = win_rate * novelty if coupled else win_rate
     som_strength = torch.ones_like(novelty) if coupled else 1 - novelty
     if rescue_onset:
         winner_share = torch.where(win_rate < rescue_onset, winner_share, 1.0)
     if pull_onset:
         som_strength = torch.where(win_rate < pull_onset, som_strength, 0.0)
-    return winner_share, som_strength, novelty * effective_win if coupled else None
+    return winner_share, som_strength, novelty * win_rate * novelty if coupled else None
 
 
 def _refresh_neighbours_(
@@ -249,10 +281,10 @@ def statistics_(
     rank_score, coverage, novelty, win_rate, winner, pair_pull = stage("competition", backend)(
         activation, neighbors, temperature
     )
-    norm = torch.linalg.vector_norm
-    x_inverse_norm = 1 / (norm(x, dim=1, dtype=activation.dtype) + EPS)
-    weight_inverse_norm = 1 / (norm(weight, dim=1, dtype=activation.dtype) + EPS)
-    need = 1 / (coverage + 1) if need_weighting else None
+    inverse_norm = stage("inverse_norm", backend)
+    x_inverse_norm = inverse_norm(_float(x))
+    weight_inverse_norm = None if affinity == "rank" else inverse_norm(_float(weight))
+    need = (coverage + 1).reciprocal_() if need_weighting else None
     rescue = stage("selection", backend)(
         activation, bias, x_inverse_norm, weight_inverse_norm, need, affinity, rescue_weighting, rescue_k
     )

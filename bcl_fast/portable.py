@@ -113,8 +113,13 @@ def _descending(key: Tensor) -> Tensor:
     return order.view(R, C).sub_(row * C)
 
 
+def inverse_norm(rows: Tensor) -> Tensor:
+    """Stage `inverse_norm` (step 9b): 1 / (norm + EPS) of each row of [R, N] -> [R]."""
+    return (torch.linalg.vector_norm(rows, dim=1) + EPS).reciprocal_()
+
+
 def _select_tile(
-    key: Tensor, weight_inverse_norm: Tensor, need: Tensor | None, rule: str, rescue_weighting: str, r: int
+    key: Tensor, weight_inverse_norm: Tensor | None, need: Tensor | None, rule: str, rescue_weighting: str, r: int
 ) -> tuple[Tensor, Tensor]:
     """`selection` for the key [R, B] of a tile of R features -> samples [R, r], shares [R, r]; samples run backwards.
 
@@ -154,7 +159,7 @@ def selection(
     activation: Tensor,
     bias: Tensor | None,
     x_inverse_norm: Tensor,
-    weight_inverse_norm: Tensor,
+    weight_inverse_norm: Tensor | None,
     need: Tensor | None,
     affinity_rule: str,
     rescue_weighting: str,
@@ -168,7 +173,8 @@ def selection(
     for a, b in _tiles(D, B, activation.device):
         key = activation[:, a:b] if bias is None else activation[:, a:b] - bias[a:b]
         key = (key * x_inverse_norm[:, None]).flip(0).T.contiguous()
-        chosen.append(_select_tile(key, weight_inverse_norm[a:b], need, affinity_rule, rescue_weighting, r))
+        winv = None if affinity_rule == "rank" else weight_inverse_norm[a:b]
+        chosen.append(_select_tile(key, winv, need, affinity_rule, rescue_weighting, r))
     backwards, shares = zip(*chosen, strict=True)
     return torch.cat(backwards).neg_().add_(B - 1), torch.cat(shares)
 

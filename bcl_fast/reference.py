@@ -258,7 +258,7 @@ def selection(
     activation: Tensor,
     bias: Tensor | None,
     x_inverse_norm: Tensor,
-    weight_inverse_norm: Tensor,
+    weight_inverse_norm: Tensor | None,
     need: Tensor | None,
     affinity_rule: str,
     rescue_weighting: str,

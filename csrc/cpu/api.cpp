@@ -256,6 +256,14 @@ int nearest(const Real* similarity, int64_t stride, int64_t rows, int64_t D, int
 }
 
 template <class Real>
+int inverse_norm(const Real* rows, int64_t stride, int64_t R, int64_t N, Real* inverse, int threads) {
+    parallel(threads, R, 0, [&](int64_t i, char*) {
+        inverse[i] = Real(1) / (kernels<Real>().norm(rows + i * stride, N) + Real(1e-8));
+    });
+    return DONE;
+}
+
+template <class Real>
 int rank(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, int threads) {
     constexpr int64_t COLUMNS = 16;  // a cache line of float32
     const int64_t tiles = (D + COLUMNS - 1) / COLUMNS;
@@ -270,7 +278,7 @@ int rank(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, i
 }  // namespace bcl
 
 // The number changes with any signature below.
-API int bcl_cpu_abi() { return 1; }
+API int bcl_cpu_abi() { return 2; }
 API const char* bcl_cpu_isa() { return bcl::isa; }
 
 #define INTERFACE(Real, Bits, suffix)                                                                                  \
@@ -303,6 +311,10 @@ API const char* bcl_cpu_isa() { return bcl::isa; }
     API int bcl_cpu_nearest_##suffix(const Real* similarity, int64_t stride, int64_t rows, int64_t D, int64_t first,   \
                                      int64_t k, int64_t* near, int threads) {                                          \
         return bcl::nearest<Real>(similarity, stride, rows, D, first, k, near, threads);                               \
+    }                                                                                                                  \
+    API int bcl_cpu_inverse_norm_##suffix(const Real* rows, int64_t stride, int64_t R, int64_t N, Real* inverse,       \
+                                          int threads) {                                                               \
+        return bcl::inverse_norm<Real>(rows, stride, R, N, inverse, threads);                                          \
     }                                                                                                                  \
     API int bcl_cpu_rank_##suffix(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, int threads) { \
         return bcl::rank<Real>(key, stride, B, D, rank, threads);                                                      \

@@ -53,6 +53,8 @@ struct Kernels {
     // Rows [first, last) of the batch; adds to sums [2, D]: rank_score, and rank_score / coverage. scratch: see
     // competition_scratch.
     void (*competition)(const Competition<Real>&, int64_t first, int64_t last, Real* scratch, double* sums);
+    // The Euclidean norm of one row [N].
+    Real (*norm)(const Real* row, int64_t N);
     // Features [first, last). scratch: see selection_scratch, in bytes.
     void (*selection)(const Selection<Real>&, int64_t first, int64_t last, char* scratch);
     // Feature d from its list of `count` samples and their shares.

@@ -1,0 +1,225 @@
+"""The C++ library: hostile inputs at sizes where its fast paths run, every instruction set, any number of threads.
+
+What every backend must do stands in tests/test_stages.py; here is what is particular to this one.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bcl_fast import cpu, native
+from bcl_fast import reference as ref
+from bcl_fast.experiments.data import Images
+from bcl_fast.experiments.run import Condition, run
+from bcl_fast.spec import BCLConfig
+from bcl_fast.testing import COLUMNS, columns, neighbours_of, relative_error
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
+PRIMES = (1009, 67)  # B, D: four histograms, several tiles, a rest of every vector width
+
+
+def check(activation, need, rescue_k=5, rule="rank", weighting="hard", rinv=None, bias=None):
+    """The chosen sets and shares are the reference's."""
+    B, D = activation.shape
+    rinv = torch.ones(B, dtype=activation.dtype) if rinv is None else rinv
+    winv = torch.ones(D, dtype=activation.dtype)
+    arguments = activation, bias, rinv, winv, need, rule, weighting, rescue_k
+    rows, shares = cpu.selection(*arguments)
+    expected, expected_shares = ref.selection(*arguments)
+    order, expected_order = rows.argsort(dim=1), expected.argsort(dim=1)
+    assert rows.gather(1, order).equal(expected.gather(1, expected_order))
+    assert relative_error(shares.gather(1, order), expected_shares.gather(1, expected_order)) <= 1e-6
+
+
+def uniform(B, seed=0, dtype=torch.float32):
+    return torch.rand(B, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", COLUMNS)
+@pytest.mark.parametrize("weighting", ["hard", "soft"])
+def test_selection_by_bounds_is_bit_equal(kind, weighting, dtype):
+    B, D = PRIMES
+    need, rinv, bias = uniform(B, 1, dtype) / 20 + 0.02, uniform(B, 2, dtype) + 0.1, uniform(D, 3, dtype)
+    check(columns(kind, B, D, dtype), need, weighting=weighting, rinv=rinv, bias=bias)
+    check(columns(kind, B, D, dtype), None, weighting=weighting)
+
+
+@pytest.mark.parametrize(
+    "need",
+    [
+        1 / torch.arange(1, 1010.0),  # every score of a rising column is nearly 1
+        1 / torch.arange(1, 1010.0).flip(0),
+        10 ** (30 * uniform(1009, 4) - 30),
+        torch.ones(1009),
+        torch.zeros(1009),
+        -torch.zeros(1009),
+        torch.where(uniform(1009, 5) < 0.5, 0.0, 1.0),
+        torch.where(uniform(1009, 5) < 0.01, torch.nan, uniform(1009, 6)),
+        torch.where(uniform(1009, 5) < 0.01, torch.inf, uniform(1009, 6)),
+        -uniform(1009, 7),
+    ],
+    ids=["1/rank", "1/rank falling", "log-uniform", "equal", "zero", "minus zero", "two", "nan", "inf", "negative"],
+)
+def test_hostile_needs(need):
+    B, D = PRIMES
+    rising = torch.arange(1.0, B + 1)[:, None].expand(B, D) * 1e-3
+    for activation in (rising, -rising, columns("random", B, D), columns("quantised", B, D)):
+        check(activation, need)
+        check(activation, need, rule="cosine")
+
+
+@pytest.mark.parametrize(
+    "outliers", [[1e30], [-1e30], [1e30, -1e30], [torch.inf], [-torch.inf, torch.inf], [torch.nan]]
+)
+def test_outliers_that_collapse_the_histogram(outliers):
+    B, D = PRIMES
+    activation = columns("random", B, D) * 1e-3
+    for i, value in enumerate(outliers):
+        activation[3 + 500 * i, ::2] = value  # every other column: a tile holds both
+    check(activation, uniform(B, 8))
+    check(activation, uniform(B, 8), weighting="soft")
+    check(activation, uniform(B, 8), rule="clamped_cosine")
+
+
+@pytest.mark.parametrize("rescue_k", [1, 31, 32, 33, 97, 1008, 1009, 0])
+@pytest.mark.parametrize("rule", ["rank", "cosine"])
+def test_rescue_k_up_to_the_batch(rescue_k, rule):
+    B, D = PRIMES
+    check(columns("random", B, D), uniform(B, 9), rescue_k, rule)
+    check(columns("quantised", B, D), uniform(B, 9), rescue_k, rule, "soft")
+
+
+@pytest.mark.parametrize("odd", [torch.nan, -torch.tensor(torch.nan), torch.inf])
+def test_competition_with_nan_and_inf_has_the_reference_s_winner(odd):
+    activation = torch.where(uniform(257 * 37, 10).reshape(257, 37) < 0.02, odd, columns("random", 257, 37))
+    neighbors = neighbours_of(37, 8)
+    winner = cpu.competition(activation, neighbors, 5.0)[4]
+    assert winner.equal(ref.competition(activation, neighbors, 5.0)[4])
+
+
+@pytest.mark.parametrize("k", [1, 8, 66])
+def test_competition_at_primes(k):
+    B, D = PRIMES
+    activation, neighbors = columns("random", B, D), neighbours_of(D, k)
+    for got, own in zip(cpu.competition(activation, neighbors, 5.0), ref.competition(activation, neighbors, 5.0),
+                        strict=True):  # fmt: skip
+        assert relative_error(got, own) <= 1e-5
+
+
+def test_infinite_similarities_are_the_largest_numbers():
+    similarity = columns("random", 40, 40)
+    similarity[::3, ::5], similarity[1::3, ::7] = torch.inf, -torch.inf
+    assert cpu.nearest(similarity, 0, 9).equal(ref.nearest(similarity, 9))
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    B, D, N = 1031, 301, 97  # enough work for several threads
+    activation, x = columns("random", B, D), columns("random", B, N)
+    neighbors, weight = neighbours_of(D, 8), columns("random", D, N)
+
+    def everything():
+        rank_score, coverage, novelty, win_rate, winner, pair_pull = cpu.competition(activation, neighbors, 5.0)
+        rows, shares = cpu.selection(activation, None, cpu.inverse_norm(x), None, 1 / (coverage + 1), "rank", "hard", 5)
+        target = cpu.targets(x, neighbors[winner], pair_pull, rows, shares, win_rate, "none")
+        gradient = cpu.gradient(activation, rank_score, None)
+        others = cpu.neighbours(weight, 8), cpu.rank(activation)
+        return rank_score, coverage, novelty, win_rate, winner, pair_pull, rows, target, *gradient, *others
+
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for others in results[1:]:
+        for one, other in zip(results[0], others, strict=True):
+            assert one.equal(other)
+
+
+PROBE = """
+import torch
+from bcl_fast import cpu, reference as ref
+from bcl_fast.testing import columns, neighbours_of, relative_error
+assert cpu.instruction_set() == {isa!r}, cpu.instruction_set()
+for B, D in ((1, 2), (17, 19), (1009, 67)):
+    a, near, need = columns("random", B, D), neighbours_of(D, 8), torch.rand(B)
+    got, own = cpu.competition(a, near, 5.0), ref.competition(a, near, 5.0)
+    assert got[4].equal(own[4]) and all(relative_error(x, y) <= 1e-5 for x, y in zip(got, own))
+    for rule in ("rank", "cosine"):
+        arguments = a, None, torch.ones(B), torch.ones(D), need, rule, "hard", 5
+        assert cpu.selection(*arguments)[0].sort().values.equal(ref.selection(*arguments)[0].sort().values)
+    assert cpu.rank(a).equal(ref.rank(a))
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_chooses_alike(isa):
+    if isa != "baseline":
+        try:
+            flags = Path("/proc/cpuinfo").read_text()
+        except OSError:
+            flags = ""
+        if {"avx2": " avx2 ", "avx512": " avx512dq "}[isa] not in flags:
+            pytest.skip(f"this processor has no {isa}")
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE.format(isa=isa)], cwd=ROOT, env=os.environ | {"BCL_FAST_ISA": isa},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_sigmoid_is_as_exact_as_torch_s():
+    """Of margins: one feature wins, the other is 0, so that the margin is the activation."""
+    x = torch.cat([torch.linspace(0, 1, 20001), torch.linspace(0, 87, 40001)])
+    activation = torch.stack([x, torch.zeros_like(x)], dim=1)
+    R = cpu.competition(activation, torch.tensor([[1], [0]]), 1.0)[0]
+    truth = torch.stack([x, -x], dim=1).double().sigmoid()
+    assert ((R - truth).abs() / truth).max() <= 4e-7  # 3.3 units in the last place
+    assert torch.sigmoid(torch.stack([x, -x], dim=1)).sub(truth).abs().div(truth).max() <= 4e-7
+
+
+def test_a_library_of_another_version_is_refused(monkeypatch):
+    monkeypatch.setattr(native, "CPU_ABI", -1)
+    native.cpu.cache_clear()
+    try:
+        assert "of another version" in cpu.missing()
+    finally:
+        monkeypatch.undo()
+        native.cpu.cache_clear()
+
+
+def test_a_missing_library_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "HERE", tmp_path)
+    native.cpu.cache_clear()
+    try:
+        assert "was not built" in cpu.missing()
+        (tmp_path / "_cpu.so").write_text("no library")
+        native.cpu.cache_clear()
+        assert "does not load" in cpu.missing()
+    finally:
+        monkeypatch.undo()
+        native.cpu.cache_clear()
+
+
+def test_training_is_the_reference_s_for_the_first_steps():
+    """Then roundings grow: the figures on MNIST hold both to the same ranges."""
+    pixels = torch.rand(400, 30, generator=torch.Generator().manual_seed(0))
+    images = Images("digits", pixels[:340], pixels[340:], (5, 6))
+    records = [
+        run(
+            Condition("digits", BCLConfig(som_lr=0.05), 4, batch_size=64, features=17, backend=backend),
+            images,
+            range(4),
+        )
+        for backend in ("cpu", "reference")
+    ]
+    for ours, expected in zip(*(record["rows"] for record in records), strict=True):
+        assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)
