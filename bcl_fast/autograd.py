@@ -44,8 +44,11 @@ class MaskedLinear(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         x, weight, mask, winner, *pending = ctx.saved_tensors
         ticket, *choices = pending
+        direct = not ctx.compiled and ops.direct(grad_output)
+        # With retain_graph=True the mask is read again.
+        reuse = direct and not torch._C._autograd._get_current_graph_task_keep_graph()
         masked, bias_gradient = ops.operator("masked_gradient", grad_output)(
-            grad_output, mask, winner, ctx.gradient_mask, [ticket, x, *choices], ctx.compiled, ctx.backend
+            grad_output, mask, winner, ctx.gradient_mask, [ticket, x, *choices], ctx.compiled, reuse, ctx.backend
         )
         masked = masked.to(ctx.dtype)
         with ops.no_autocast(x.device.type):

@@ -13,7 +13,7 @@ from . import native
 from .spec import EPS
 
 LEAST_WORK = 1 << 18  # elements below which a second thread costs more than it helps
-PANEL = 1 << 21  # similarities held at once by the neighbour search
+PANEL = 1 << 19  # similarities held at once by the neighbour search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
@@ -197,8 +197,10 @@ def targets_pull_(
     destination.add_(increment.mul_(som_strength[:, None]), alpha=som_lr)
 
 
-def gradient(grad_output: Tensor, mask: Tensor | None, winner: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Stage `gradient` (step 12): the masked gradient [B, D] and its sum over samples [D]."""
+def gradient(
+    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, and its sum [D]."""
     if winner is not None:
         won = winner[:, None]
         masked = torch.zeros_like(grad_output).scatter_(1, won, grad_output.gather(1, won))
@@ -207,7 +209,7 @@ def gradient(grad_output: Tensor, mask: Tensor | None, winner: Tensor | None) ->
         return grad_output, grad_output.sum(dim=0)
     grad_output, mask = _rows(grad_output), mask.contiguous()
     B, D = mask.shape
-    masked, total = torch.empty_like(mask), mask.new_empty(D)
+    masked, total = torch.empty_like(mask) if out is None else out, mask.new_empty(D)
     _call("gradient", mask.dtype, B * D, grad_output.data_ptr(), grad_output.stride(0), mask.data_ptr(), B, D,
           masked.data_ptr(), total.data_ptr())  # fmt: skip
     return masked, total

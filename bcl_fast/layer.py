@@ -291,7 +291,7 @@ class BCLLayer(nn.Linear):
 
     def receive(self, pending: list[Tensor], compiled: bool) -> None:
         """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
-        if self.weight.grad is None:
+        if self._kept is not None and self.weight.grad is None:
             self._kept = None  # its gradients were thrown away: a scaler skipped their step
         task = torch._C._current_graph_task_id()
         if task not in self._due:
@@ -326,11 +326,13 @@ class BCLLayer(nn.Linear):
         def consume(weight: Tensor) -> None:
             owner = layer()
             if owner is not None and owner.weight is weight:
-                owner._consume()
+                if not torch.is_grad_enabled():
+                    return owner._consume()
+                with torch.no_grad():  # a backward with create_graph=True
+                    owner._consume()
 
         self._hook = weakref.ref(weight), weight.register_post_accumulate_grad_hook(consume)
 
-    @torch.no_grad()
     def _consume(self) -> None:
         """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
         pulls = self._due.pop(torch._C._current_graph_task_id(), [])

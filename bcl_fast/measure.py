@@ -1,20 +1,30 @@
-"""Measuring training steps: contestants and interleaved clocks. `bench/` is a thin caller of it."""
+"""Measuring training steps: contestants, interleaved clocks, peak memory. `bench/` is a thin caller of it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from . import ops
+from . import ops, reference
 from .layer import BCLLayer
+from .spec import BCLConfig
 from .testing import relative_error
 
 Step = Callable[[], None]
+SLOW = ("reference", "compiled")  # many times slower than the others: they get few steps
+CONFIG = BCLConfig()
 
 
 @dataclass(frozen=True)
@@ -37,28 +47,32 @@ class StepTime:
     B: int
     D: int
     N: int
+    weights: str  # init, trained
     threads: int
     device: str
-    ms: float  # median over windows of the mean over a window of `steps` steps
+    ms: float  # median over windows of the mean over a window, refresh included
     ratio_to_linear: float  # median over rounds of its window over the Linear window of that round
     windows: int
-    steps: int
+    steps: int  # in a window; a slow contestant's refresh is measured apart and shared out over 50
 
 
-def contestants() -> dict[str, Callable[[int, int], nn.Linear]]:
-    """Name -> builder of a layer from N and D: `nn.Linear` first, the floor, then every backend."""
+# --- Contestants ------------------------------------------------------------------------------------------------------
 
-    def layer(backend: str) -> Callable[[int, int], nn.Linear]:
-        return lambda N, D: BCLLayer(N, D, backend=backend)
 
-    return {"linear": nn.Linear, **{backend: layer(backend) for backend in ops.BACKENDS}}
+def trained_weight(size: Size, seed: int = 0, steps: int = 60) -> Tensor:
+    """A weight [D, N] after strong pulls on random data: features have become alike, and few win."""
+    torch.manual_seed(seed)
+    layer = BCLLayer(size.N, size.D, som_lr=0.05)
+    step = training_step(layer, size, seed)
+    for _ in range(steps):
+        step()
+    return layer.weight.detach().clone()
 
 
 def training_step(layer: nn.Linear, size: Size, seed: int = 0) -> Step:
     """A function that runs one training step on a fixed random batch whose gradient is needed too."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.rand(size.B, size.N, generator=generator).to(layer.weight.device).requires_grad_()
-    grad_output = torch.randn(size.B, size.D, generator=generator).to(layer.weight.device) / size.B
+    x, grad_output = _batch(size, seed)
+    x.requires_grad_()
 
     def step() -> None:
         layer(x).backward(grad_output)
@@ -67,18 +81,73 @@ def training_step(layer: nn.Linear, size: Size, seed: int = 0) -> Step:
     return step
 
 
-def check_equal(size: Size, seed: int = 0) -> None:
+def _batch(size: Size, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(size.B, size.N, generator=generator)
+    return x, torch.randn(size.B, size.D, generator=generator) / size.B
+
+
+def whole_step(x: Tensor, weight: Tensor, bias: Tensor, neighbors: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
+    """The literal algorithm with its three products, the pull included, as one function of the reference's stages."""
+    activation = F.linear(x, weight, bias)
+    R, coverage, novelty, win_rate, winner, pair_pull = reference.competition(activation, neighbors, CONFIG.temperature)
+    rinv, need = reference.inverse_norm(x), reference.image_need(coverage)
+    rescue = reference.selection(activation, bias, rinv, None, need, CONFIG.affinity, "hard", CONFIG.rescue_k)
+    masked, bias_gradient = reference.gradient(grad_output, R, None)
+    gradients = masked @ weight, masked.T @ x, bias_gradient
+    target = reference.targets(x, neighbors[winner], pair_pull, *rescue, win_rate, "none")
+    return *gradients, weight + CONFIG.som_lr * (1 - novelty)[:, None] * (target - weight)
+
+
+def compiled_step(layer: nn.Linear, size: Size, seed: int = 0) -> Step:
+    """`whole_step` through torch.compile, without autograd: the best that a compiler makes of the reference."""
+    (x, grad_output), weight = _batch(size, seed), layer.weight.detach()
+    function, done = torch.compile(whole_step, dynamic=False), 0
+    neighbors = reference.neighbours(weight, CONFIG.neighborhood_k)
+
+    def step() -> None:
+        nonlocal done, neighbors
+        if done and done % CONFIG.recompute_every == 0:
+            neighbors = reference.neighbours(weight, CONFIG.neighborhood_k)
+        weight.copy_(function(x, weight, layer.bias.detach(), neighbors, grad_output)[-1])
+        done += 1
+
+    return step
+
+
+def contestants() -> dict[str, Callable[[Size, Tensor | None], tuple[nn.Linear, Step]]]:
+    """Name -> builder of a layer and its step, from size and weight (None: random); `nn.Linear`, the floor, first."""
+
+    def build(name: str) -> Callable[[Size, Tensor | None], tuple[nn.Linear, Step]]:
+        def built(size: Size, weight: Tensor | None) -> tuple[nn.Linear, Step]:
+            torch.manual_seed(0)
+            plain = name in ("linear", "compiled")
+            layer = nn.Linear(size.N, size.D) if plain else BCLLayer(size.N, size.D, backend=name)
+            if weight is not None:
+                layer.weight.data.copy_(weight)
+            return layer, (compiled_step if name == "compiled" else training_step)(layer, size)
+
+        return built
+
+    serving = [name for name in ops.BACKENDS if ops.why_not(name, "cpu") is None]
+    return {name: build(name) for name in ("linear", "compiled", *serving)}
+
+
+def check_equal(size: Size, weight: Tensor | None = None) -> None:
     """Raise AssertionError unless every backend makes the same first step as the reference: nothing wrong is timed."""
-    weights = {}
+    moved = {}
     for name, build in contestants().items():
-        torch.manual_seed(seed)
-        layer = build(size.N, size.D)
+        layer, step = build(size, weight)
         start = layer.weight.detach().clone()
-        training_step(layer, size, seed)()
-        weights[name] = layer.weight.detach() - start
-    for backend in ops.BACKENDS:
-        error = relative_error(weights[backend], weights["reference"])
-        assert error <= 1e-4, f"{backend} at {size}: the first pull differs from the reference's by {error:.1e}"
+        step()
+        moved[name] = layer.weight.detach() - start
+    for name, move in moved.items():
+        if name != "linear":
+            error = relative_error(move, moved["reference"])
+            assert error <= 1e-4, f"{name} at {size}: the first pull differs from the reference's by {error:.1e}"
+
+
+# --- Time -------------------------------------------------------------------------------------------------------------
 
 
 def _window(step: Step, steps: int) -> float:
@@ -89,33 +158,77 @@ def _window(step: Step, steps: int) -> float:
     return (time.perf_counter() - start) / steps * 1e3
 
 
-def step_times(size: Size, *, steps: int = 50, rounds: int = 5, slow_rounds: int = 1) -> list[StepTime]:
+def step_times(
+    size: Size, weight: Tensor | None = None, *, steps: int = 50, rounds: int = 5, slow_steps: int = 3
+) -> list[StepTime]:
     """Time every contestant in turn, window by window: L A B L A B ...
 
-    A window is `steps` consecutive steps (50 hold exactly one neighbour refresh); the reference, many times slower,
-    takes part in `slow_rounds` of the `rounds`. CPU only: a GPU needs its own clock.
+    A window is `steps` consecutive steps (50 hold exactly one neighbour refresh). The contestants of SLOW take part in
+    the first round alone, with `slow_steps`; their refresh is what the first step took longer. CPU only: a GPU needs
+    its own clock.
     """
-    torch.manual_seed(0)
-    running = {name: training_step(build(size.N, size.D), size) for name, build in contestants().items()}
-    for step in running.values():
-        step()
+    running = {name: build(size, weight)[1] for name, build in contestants().items()}
+    first = {}
+    for name, step in running.items():
+        if name == "compiled":
+            step()  # compiles
+        first[name] = _window(step, 1)
     taken: dict[str, list[float]] = {name: [] for name in running}
     ratios: dict[str, list[float]] = {name: [] for name in running}
     for turn in range(rounds):
         for name, step in running.items():
-            if name != "reference" or turn < slow_rounds:
+            if name in SLOW and turn == 0:
+                mean = _window(step, slow_steps)
+                taken[name].append(mean + max(0.0, first[name] - mean) / CONFIG.recompute_every)
+            elif name not in SLOW:
                 taken[name].append(_window(step, steps))
-                ratios[name].append(taken[name][-1] / taken["linear"][-1])
+            else:
+                continue
+            ratios[name].append(taken[name][-1] / taken["linear"][-1])
     return [
         StepTime(
             contestant=name,
-            **asdict(size),
+            **dataclasses.asdict(size),
+            weights="init" if weight is None else "trained",
             threads=torch.get_num_threads(),
             device="cpu",
             ms=statistics.median(taken[name]),
             ratio_to_linear=statistics.median(ratios[name]),
             windows=len(taken[name]),
-            steps=steps,
+            steps=slow_steps if name in SLOW else steps,
         )
         for name in running
     ]
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def peak_memory(contestant: str, size: Size, threads: int = 1) -> float:
+    """MB that two training steps need beyond what is there before the first, in a process of its own (Linux only)."""
+    words = [sys.executable, "-m", __name__, contestant, *map(str, dataclasses.astuple(size)), str(threads)]
+    # What is freed goes back at once: else the peak would depend on how malloc cuts its heap.
+    fixed = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": str(1 << 18)}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=fixed, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _resident(field: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def _peak_memory_here(contestant: str, size: Size) -> float:
+    contestants()[contestant](Size(4, 4, 4), None)[1]()  # what is loaded on first use
+    layer, step = contestants()[contestant](size, None)
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    step()
+    step()
+    return _resident("VmHWM") - before
+
+
+if __name__ == "__main__":
+    _name, *_sizes, _threads = sys.argv[1:]
+    torch.set_num_threads(int(_threads))
+    print(json.dumps(_peak_memory_here(_name, Size(*map(int, _sizes)))))

@@ -179,14 +179,17 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     return register
 
 
+def direct(tensor: Tensor) -> bool:
+    """Whether nobody looks at what is done with `tensor`: no compiler, and it is not more than numbers."""
+    return not torch.compiler.is_compiling() and type(tensor) in PLAIN
+
+
 def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """The operator of this name for arguments such as `tensor`: its function itself where nobody looks.
+    """The operator of this name for arguments such as `tensor`: the function itself where it is `direct`.
 
     The dispatcher costs 10 us; a compiler, and tensors that are more than numbers, must go through it.
     """
-    if torch.compiler.is_compiling() or type(tensor) not in PLAIN:
-        return getattr(torch.ops.bcl_fast, name)
-    return _functions[name]
+    return _functions[name] if direct(tensor) else getattr(torch.ops.bcl_fast, name)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
@@ -223,7 +226,7 @@ def _forces(novelty: Tensor, win_rate: Tensor, forces: str, rescue_onset: float,
         winner_share = torch.where(win_rate < rescue_onset, winner_share, 1.0)
     if pull_onset:
         som_strength = torch.where(win_rate < pull_onset, som_strength, 0.0)
-    return winner_share, som_strength, novelty * win_rate * novelty if coupled else None
+    return winner_share, som_strength, novelty * (win_rate * novelty) if coupled else None
 
 
 def _refresh_neighbours_(
@@ -314,7 +317,8 @@ def statistics__fake(x, weight, bias, activation, neighbors, step, refreshed_at,
 
 
 @_operator(
-    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, Tensor[] pending, bool compiled, str backend)"
+    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, Tensor[] pending, bool compiled, bool reuse,"
+    " str backend)"
     " -> (Tensor, Tensor)"
 )
 def masked_gradient(
@@ -324,9 +328,13 @@ def masked_gradient(
     gradient_mask: str,
     pending: Sequence[Tensor],
     compiled: bool,
+    reuse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Step 12 before its products: grad_output * G [B, D] and the bias gradient [D], in the dtype of the statistics.
+
+    With `reuse` the product takes the place of the mask, which nobody reads again. No schema says so: only who calls
+    this function without the dispatcher may ask for it.
 
     Also hands `pending`, what the pull of this forward needs, to the layer whose number stands in its ticket. That is
     part of this operator because it must happen once per backward, also in a compiled one.
@@ -335,16 +343,18 @@ def masked_gradient(
     owner = _owners.get(int(ticket))
     if owner is not None:
         owner.receive(list(pending), compiled)
+    soft = gradient_mask == "soft"
     masked, bias_gradient = stage("gradient", backend)(
         _float(grad_output),
-        mask if gradient_mask == "soft" else None,
+        mask if soft else None,
         winner if gradient_mask == "winner_take_all" else None,
+        mask if soft and reuse else None,
     )
     return (masked.clone() if masked is grad_output else masked), bias_gradient
 
 
 @_fake
-def masked_gradient_fake(grad_output, mask, winner, gradient_mask, pending, compiled, backend):
+def masked_gradient_fake(grad_output, mask, winner, gradient_mask, pending, compiled, reuse, backend):
     masked = torch.empty_like(_float(grad_output), memory_format=torch.contiguous_format)
     return masked, masked.new_empty(grad_output.shape[1])
 

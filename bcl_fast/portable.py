@@ -232,13 +232,15 @@ def targets_pull_(
     destination.add_(increment.mul_(som_strength[:, None]), alpha=som_lr)
 
 
-def gradient(grad_output: Tensor, mask: Tensor | None, winner: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Stage `gradient` (step 12): the masked gradient [B, D] and its sum over samples [D]."""
+def gradient(
+    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, and its sum [D]."""
     if winner is not None:
         won = winner[:, None]
         masked = torch.zeros_like(grad_output).scatter_(1, won, grad_output.gather(1, won))
     else:
-        masked = grad_output if mask is None else grad_output * mask
+        masked = grad_output if mask is None else torch.mul(grad_output, mask, out=out)
     return masked, masked.sum(dim=0)
 
 

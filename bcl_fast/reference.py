@@ -307,14 +307,17 @@ def targets_pull_(
     destination.add_(som_increment(stands, targets(*choices), som_strength), alpha=som_lr)
 
 
-def gradient(grad_output: Tensor, mask: Tensor | None, winner: Tensor | None) -> tuple[Tensor, Tensor]:
+def gradient(
+    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Stage `gradient` (step 12): the masked gradient [B, D] and its sum over samples [D].
 
-    mask [B, D] is G; winner [B] stands for the one-hot G of `winner_take_all`; neither means all ones.
+    mask [B, D] is G; winner [B] stands for the one-hot G of `winner_take_all`; neither means all ones. out, which may
+    be the mask itself, is where the product with a mask goes.
     """
     if winner is not None:
         mask = torch.zeros_like(grad_output).scatter_(1, winner[:, None], 1.0)
-    masked = grad_output if mask is None else grad_output * mask
+    masked = grad_output if mask is None else torch.mul(grad_output, mask, out=out)
     return masked, masked.sum(dim=0)
 
 

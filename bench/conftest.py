@@ -29,18 +29,21 @@ def rows(request):
     return request.config.stash[ROWS]
 
 
+def _text(value):
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
         return
     write = terminalreporter.write_line
     write("")
-    write(f"{'B, D, N':>20} {'contestant':>12} {'threads':>8} {'ms / step':>10} {'ratio to nn.Linear':>19}")
-    for row in rows:
-        size = f"{row['B']}, {row['D']}, {row['N']}"
-        write(
-            f"{size:>20} {row['contestant']:>12} {row['threads']:>8} {row['ms']:>10.2f} {row['ratio_to_linear']:>19.2f}"
-        )
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ("question", "device")]
+    text = [[_text(row.get(key)) for key in columns] for row in rows]
+    widths = [max(len(line[i]) for line in [columns, *text]) for i in range(len(columns))]
+    for line in [columns, *text]:
+        write("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     target = config.getoption("--save")
     if target is not None:
         record = {

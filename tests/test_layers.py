@@ -31,7 +31,7 @@ ALLOWED = {
     "layer": {"spec", "rounding", "ops", "autograd"},
     "diagnostics": {"spec", "reference"},
     "testing": {"spec", "reference"},
-    "measure": {"spec", "ops", "layer", "testing"},
+    "measure": {"spec", "reference", "ops", "layer", "testing"},
     "experiments": {"__init__", "spec", "environment", "layer", "losses", "diagnostics", "experiments"},
     "__main__": {"__init__", "spec", "environment", "ops", "measure", "experiments"},
 }

@@ -43,7 +43,7 @@ def test_opcheck_statistics(backend, config):
 def test_opcheck_masked_gradient(backend, kind, dtype):
     _, mask, winner, left = pending(backend, ops.BCLConfig(gradient_mask=kind), torch.float64 if dtype.itemsize == 8
                                     else torch.float32)  # fmt: skip
-    arguments = columns("random", B, D).to(dtype), mask, winner, kind, left, False, backend
+    arguments = columns("random", B, D).to(dtype), mask, winner, kind, left, False, False, backend
     torch.library.opcheck(torch.ops.bcl_fast.masked_gradient.default, arguments)
 
 

@@ -235,6 +235,9 @@ def test_gradient(backend, B, D, N, dtype):
         assert masked.equal(own)
         truth = own.double().sum(dim=0)
         assert relative_error(bias, truth) <= budget(own_bias, truth)
+    place = mask.clone()
+    masked, _ = stage("gradient", backend)(grad, place, None, place)
+    assert masked.data_ptr() == place.data_ptr() and place.equal(grad * mask)
 
 
 @backend
