@@ -11,7 +11,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +201,52 @@ def step_times(
         )
         for name in running
     ]
+
+
+def stage_times(size: Size, repeats: int = 5) -> list[dict[str, Any]]:
+    """Median milliseconds of every stage on every backend, on the numbers of one training step: a row for each."""
+    x, grad_output = _batch(size, 0)
+    torch.manual_seed(0)
+    linear = nn.Linear(size.N, size.D)
+    weight, bias = linear.weight.detach(), linear.bias.detach()
+    activation, neighbors = (
+        F.linear(x, weight, bias),
+        ops.stage("neighbours", "portable")(weight, CONFIG.neighborhood_k),
+    )
+    R, coverage, novelty, win_rate, winner, pull = ops.stage("competition", "portable")(activation, neighbors, 5.0)
+    need, rinv = reference.image_need(coverage), reference.inverse_norm(x)
+    chosen = activation, bias, rinv, None, need, "rank", "hard", CONFIG.rescue_k
+    choices = x, neighbors[winner], pull, *ops.stage("selection", "portable")(*chosen), win_rate, "none"
+    arguments = {
+        "neighbours": (weight, CONFIG.neighborhood_k),
+        "competition": (activation, neighbors, CONFIG.temperature),
+        "inverse_norm": (x,),
+        "selection": chosen,
+        "targets_pull_": (weight.clone(), None, 1 - novelty, 1e-3, *choices),
+        "gradient": (grad_output, R, None),
+        "rank": (activation,),
+    }
+    rows = []
+    for name, taken in arguments.items():
+        ms = {}
+        for backend in contestants():
+            if backend in ops.BACKENDS:
+                function = partial(ops.stage(name, backend), *taken)
+                function()
+                ms[backend] = statistics.median(_window(function, 1) for _ in range(repeats))
+        rows += [
+            {
+                "contestant": backend,
+                "stage": name,
+                **dataclasses.asdict(size),
+                "threads": torch.get_num_threads(),
+                "ms": time,
+                "ns_per_element": time * 1e6 / (size.B * size.D),
+                "times_faster_than_reference": ms["reference"] / time,
+            }
+            for backend, time in ms.items()
+        ]
+    return rows
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

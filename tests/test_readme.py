@@ -74,10 +74,29 @@ def test_fixes_table_is_that_of_the_committed_record():
             assert value == ("" if expected is None else f"{expected:.{digits}f}"), (name, heading)
 
 
-def test_step_table_is_that_of_the_committed_record():
-    record = json.loads((ROOT / "bench" / "results" / "step.json").read_text(encoding="utf-8"))
-    for row in record["rows"]:
-        if row["contestant"] != "linear":
-            size = f"({row['B']}, {row['D']}, {row['N']})"
-            line = next(line for line in README.splitlines() if line.startswith(f"| {size}"))
-            assert f"{row['ratio_to_linear']:.2f}" in line, (size, row["contestant"])
+RESULTS = ROOT / "bench" / "results"
+
+
+@pytest.mark.parametrize("name", ["step.json", "step-2-threads.json"])
+def test_step_table_is_that_of_the_committed_record(name):
+    rows = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
+    assert {row["contestant"] for row in rows} == {"linear", "reference", "compiled", "portable", "cpu"}
+    for place in {(row["B"], row["D"], row["N"], row["weights"], row["threads"]) for row in rows}:
+        B, D, N, weights, threads = place
+        ratios = {
+            row["contestant"]: row["ratio_to_linear"]
+            for row in rows
+            if (row["B"], row["D"], row["N"], row["weights"], row["threads"]) == place
+        }
+        cells = " | ".join(f"{ratios[name]:.2f}" for name in ("reference", "compiled", "portable", "cpu"))
+        assert f"| ({B}, {D}, {N}) | {weights} | {threads} | {cells} |" in README
+
+
+def test_memory_table_is_that_of_the_committed_record_and_keeps_the_promise():
+    rows = json.loads((RESULTS / "memory.json").read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        B, D, N = size = row["B"], row["D"], row["N"]
+        extra = {r["contestant"]: r["mb_beyond_linear"] for r in rows if (r["B"], r["D"], r["N"]) == size}
+        cells = " | ".join(f"{extra[name]:.0f}" for name in ("reference", "portable", "cpu"))
+        assert f"| ({B}, {D}, {N}) | {row['one_bd_and_one_dn_mb']:.0f} | {cells} |" in README
+        assert extra["cpu"] <= row["one_bd_and_one_dn_mb"]

@@ -25,7 +25,7 @@ const char* isa = "baseline";
 template <class Real> const Kernels<Real>& baseline();
 template <> const Kernels<float>& baseline<float>() { return baseline_float; }
 template <> const Kernels<double>& baseline<double>() { return baseline_double; }
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
 template <class Real> const Kernels<Real>& avx2();
 template <> const Kernels<float>& avx2<float>() { return avx2_float; }
 template <> const Kernels<double>& avx2<double>() { return avx2_double; }
@@ -37,7 +37,7 @@ template <> const Kernels<double>& avx512<double>() { return avx512_double; }
 // The widest that this processor has; BCL_FAST_ISA=avx2 or baseline takes a narrower one, for tests.
 template <class Real>
 const Kernels<Real>& choose() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
     const char* asked = getenv("BCL_FAST_ISA");
     const bool any = !asked || !*asked;
     __builtin_cpu_init();
