@@ -12,7 +12,6 @@ from torch import Tensor
 from . import native
 from .spec import EPS
 
-LEAST_WORK = 1 << 18  # elements below which a second thread costs more than it helps
 PANEL = 1 << 19  # similarities held at once by the neighbour search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -32,9 +31,8 @@ def instruction_set() -> str:
     return native.cpu().bcl_cpu_isa().decode()
 
 
-def _call(stage: str, dtype: torch.dtype, work: int, *arguments: int | float | None) -> None:
-    threads = torch.get_num_threads() if work >= LEAST_WORK else 1
-    if getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(*arguments, threads):
+def _call(stage: str, dtype: torch.dtype, *arguments: int | float | None) -> None:
+    if getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(*arguments, torch.get_num_threads()):
         raise MemoryError(f"no memory for the stage {stage}")
 
 
@@ -53,9 +51,7 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     R, D = similarity.shape
     k = min(neighborhood_k, D - 1)
     near = torch.empty(R, k, dtype=torch.int64)
-    _call(
-        "nearest", similarity.dtype, R * D, similarity.data_ptr(), similarity.stride(0), R, D, first, k, near.data_ptr()
-    )
+    _call("nearest", similarity.dtype, similarity.data_ptr(), similarity.stride(0), R, D, first, k, near.data_ptr())
     return near
 
 
@@ -71,17 +67,24 @@ def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
 
 
 def competition(
-    activation: Tensor, neighbors: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Stage `competition` (steps 2 to 8): rank_score, coverage, novelty, win_rate, winner, pair_pull."""
-    activation, neighbors = _rows(activation), neighbors.contiguous()
+    activation: Tensor,
+    neighbors: Tensor,
+    temperature: float,
+    x: Tensor,
+    forces: str,
+    rescue_onset: float,
+    pull_onset: float,
+) -> tuple[Tensor, ...]:
+    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
+    activation, neighbors, x = _rows(activation), neighbors.contiguous(), _rows(x.to(activation.dtype))
     (B, D), k = activation.shape, neighbors.shape[1]
-    rank_score, coverage = activation.new_empty(B, D), activation.new_empty(B)
-    novelty, win_rate = activation.new_empty(D), activation.new_empty(D)
-    winner, pair_pull = neighbors.new_empty(B), activation.new_empty(B, k)
-    results = rank_score, coverage, novelty, win_rate, winner, pair_pull
-    _call("competition", activation.dtype, B * D, activation.data_ptr(), activation.stride(0), B, D,
-          neighbors.data_ptr(), k, temperature, *(tensor.data_ptr() for tensor in results))  # fmt: skip
+    real, whole = activation.new_empty, neighbors.new_empty
+    results = (
+        real(B, D), real(B), real(D), real(D), whole(B), whole(B, k), real(B, k), real(B), real(B), real(D), real(D)
+    )  # fmt: skip
+    _call("competition", activation.dtype, activation.data_ptr(), activation.stride(0), B, D, neighbors.data_ptr(), k,
+          temperature, x.data_ptr(), x.stride(0), x.shape[1], forces == "coupled", rescue_onset, pull_onset,
+          *(tensor.data_ptr() for tensor in results))  # fmt: skip
     return results
 
 
@@ -90,7 +93,7 @@ def inverse_norm(rows: Tensor) -> Tensor:
     rows = _rows(rows)
     R, N = rows.shape
     inverse = rows.new_empty(R)
-    _call("inverse_norm", rows.dtype, R * N, rows.data_ptr(), rows.stride(0), R, N, inverse.data_ptr())
+    _call("inverse_norm", rows.dtype, rows.data_ptr(), rows.stride(0), R, N, inverse.data_ptr())
     return inverse
 
 
@@ -108,19 +111,12 @@ def selection(
     activation = _rows(activation)
     B, D = activation.shape
     r = min(rescue_k or B, B)
-    hard = rescue_weighting == "hard"
-    rows = torch.empty(D, r, dtype=torch.int64)
-    affinity = None if hard else activation.new_empty(D, r)
+    rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     vectors = (bias, x_inverse_norm, weight_inverse_norm, need)
     vectors = [None if vector is None else vector.contiguous() for vector in vectors]
-    _call("selection", activation.dtype, B * D, activation.data_ptr(), activation.stride(0), B, D,
-          *map(_pointer, vectors), RULES[affinity_rule], r, rows.data_ptr(), _pointer(affinity))  # fmt: skip
-    if affinity is None:
-        return rows, activation.new_full((D, r), 1 / r)
-    if affinity_rule == "rank":
-        affinity = affinity / (B - 1) if B > 1 else torch.ones_like(affinity)
-    value = (affinity if need is None else affinity * need[rows]).clamp_(min=0)
-    return rows, value / (value.sum(dim=1, keepdim=True) + EPS)
+    _call("selection", activation.dtype, activation.data_ptr(), activation.stride(0), B, D, *map(_pointer, vectors),
+          RULES[affinity_rule], rescue_weighting == "soft", r, rows.data_ptr(), shares.data_ptr())  # fmt: skip
+    return rows, shares
 
 
 def _targets(
@@ -140,7 +136,7 @@ def _targets(
     rescue = rescue_rows.contiguous(), rescue_weight.contiguous()
     k, r = pairs[0].shape[1], rescue[0].shape[1]
     weight, offset, som_strength, som_lr = pulled or (None, None, None, 0.0)
-    _call("targets", x.dtype, (B * k + D * r) * N, x.data_ptr(), x.stride(0), B, N, D, *map(_pointer, pairs), k,
+    _call("targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(_pointer, pairs), k,
           *map(_pointer, rescue), r, winner_share.data_ptr(), _pointer(weight), _pointer(offset),
           destination.data_ptr(), N, _pointer(som_strength), som_lr)  # fmt: skip
 
@@ -210,7 +206,7 @@ def gradient(
     grad_output, mask = _rows(grad_output), mask.contiguous()
     B, D = mask.shape
     masked, total = torch.empty_like(mask) if out is None else out, mask.new_empty(D)
-    _call("gradient", mask.dtype, B * D, grad_output.data_ptr(), grad_output.stride(0), mask.data_ptr(), B, D,
+    _call("gradient", mask.dtype, grad_output.data_ptr(), grad_output.stride(0), mask.data_ptr(), B, D,
           masked.data_ptr(), total.data_ptr())  # fmt: skip
     return masked, total
 
@@ -220,5 +216,5 @@ def rank(key: Tensor) -> Tensor:
     key = _rows(key)
     B, D = key.shape
     ranks = torch.empty(B, D, dtype=torch.int64)
-    _call("rank", key.dtype, B * D, key.data_ptr(), key.stride(0), B, D, ranks.data_ptr())
+    _call("rank", key.dtype, key.data_ptr(), key.stride(0), B, D, ranks.data_ptr())
     return ranks

@@ -92,13 +92,14 @@ def _batch(size: Size, seed: int) -> tuple[Tensor, Tensor]:
 def whole_step(x: Tensor, weight: Tensor, bias: Tensor, neighbors: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
     """The literal algorithm with its three products, the pull included, as one function of the reference's stages."""
     activation = F.linear(x, weight, bias)
-    R, coverage, novelty, win_rate, winner, pair_pull = reference.competition(activation, neighbors, CONFIG.temperature)
-    rinv, need = reference.inverse_norm(x), reference.image_need(coverage)
+    R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = reference.competition(
+        activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
+    )
     rescue = reference.selection(activation, bias, rinv, None, need, CONFIG.affinity, "hard", CONFIG.rescue_k)
     masked, bias_gradient = reference.gradient(grad_output, R, None)
     gradients = masked @ weight, masked.T @ x, bias_gradient
-    target = reference.targets(x, neighbors[winner], pair_pull, *rescue, win_rate, "none")
-    return *gradients, weight + CONFIG.som_lr * (1 - novelty)[:, None] * (target - weight)
+    target = reference.targets(x, *pairs, *rescue, winner_share, "none")
+    return *gradients, weight + CONFIG.som_lr * reference.som_increment(weight, target, som_strength)
 
 
 def compiled_step(layer: nn.Linear, size: Size, seed: int = 0) -> Step:
@@ -213,16 +214,16 @@ def stage_times(size: Size, repeats: int = 5) -> list[dict[str, Any]]:
         F.linear(x, weight, bias),
         ops.stage("neighbours", "portable")(weight, CONFIG.neighborhood_k),
     )
-    R, coverage, novelty, win_rate, winner, pull = ops.stage("competition", "portable")(activation, neighbors, 5.0)
-    need, rinv = reference.image_need(coverage), reference.inverse_norm(x)
+    competing = activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
+    R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = ops.stage("competition", "portable")(*competing)
     chosen = activation, bias, rinv, None, need, "rank", "hard", CONFIG.rescue_k
-    choices = x, neighbors[winner], pull, *ops.stage("selection", "portable")(*chosen), win_rate, "none"
+    choices = x, *pairs, *ops.stage("selection", "portable")(*chosen), winner_share, "none"
     arguments = {
         "neighbours": (weight, CONFIG.neighborhood_k),
-        "competition": (activation, neighbors, CONFIG.temperature),
+        "competition": competing,
         "inverse_norm": (x,),
         "selection": chosen,
-        "targets_pull_": (weight.clone(), None, 1 - novelty, 1e-3, *choices),
+        "targets_pull_": (weight.clone(), None, som_strength, 1e-3, *choices),
         "gradient": (grad_output, R, None),
         "rank": (activation,),
     }

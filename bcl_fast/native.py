@@ -10,13 +10,14 @@ import functools
 from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
 
-CPU_ABI = 2  # of csrc/cpu/api.cpp
+CPU_ABI = 3  # of csrc/cpu/api.cpp
 HERE = Path(__file__).parent
 
 _CPU_ARGUMENTS = {
-    "competition": [c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_double, *[c_void_p] * 6, c_int],
+    "competition": [c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_double, c_void_p, *[c_int64] * 2, c_int,
+                    *[c_double] * 2, *[c_void_p] * 11, c_int],
     "inverse_norm": [c_void_p, *[c_int64] * 3, c_void_p, c_int],
-    "selection": [c_void_p, *[c_int64] * 3, *[c_void_p] * 4, c_int, c_int64, *[c_void_p] * 2, c_int],
+    "selection": [c_void_p, *[c_int64] * 3, *[c_void_p] * 4, *[c_int] * 2, c_int64, *[c_void_p] * 2, c_int],
     "targets": [c_void_p, *[c_int64] * 4, *[c_void_p] * 2, c_int64, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64,
                 c_void_p, c_double, c_int],
     "gradient": [c_void_p, c_int64, c_void_p, *[c_int64] * 2, *[c_void_p] * 2, c_int],

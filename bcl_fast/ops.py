@@ -217,18 +217,6 @@ def _float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _forces(novelty: Tensor, win_rate: Tensor, forces: str, rescue_onset: float, pull_onset: float):
-    """Steps 10 and 11 per feature: winner_share u, som_strength v, and the factor of rank_score in the mask or None."""
-    coupled = forces == "coupled"
-    winner_share = win_rate * novelty if coupled else win_rate
-    som_strength = torch.ones_like(novelty) if coupled else 1 - novelty
-    if rescue_onset:
-        winner_share = torch.where(win_rate < rescue_onset, winner_share, 1.0)
-    if pull_onset:
-        som_strength = torch.where(win_rate < pull_onset, som_strength, 0.0)
-    return winner_share, som_strength, novelty * (win_rate * novelty) if coupled else None
-
-
 def _refresh_neighbours_(
     weight: Tensor, neighbors: Tensor, step: Tensor, refreshed_at: Tensor, recompute_every: int, backend: str
 ) -> None:
@@ -281,22 +269,19 @@ def statistics_(
         require_finite(x=x, weight=weight, activation=activation)
     _refresh_neighbours_(weight, neighbors, step, refreshed_at, recompute_every, backend)
     bias = None if bias is None else bias.to(activation.dtype)
-    rank_score, coverage, novelty, win_rate, winner, pair_pull = stage("competition", backend)(
-        activation, neighbors, temperature
-    )
-    inverse_norm = stage("inverse_norm", backend)
-    x_inverse_norm = inverse_norm(_float(x))
-    weight_inverse_norm = None if affinity == "rank" else inverse_norm(_float(weight))
-    need = (coverage + 1).reciprocal_() if need_weighting else None
+    rank_score, _, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength = stage(
+        "competition", backend
+    )(activation, neighbors, temperature, x, forces, rescue_onset, pull_onset)
+    need = need if need_weighting else None
+    weight_inverse_norm = None if affinity == "rank" else stage("inverse_norm", backend)(_float(weight))
     rescue = stage("selection", backend)(
         activation, bias, x_inverse_norm, weight_inverse_norm, need, affinity, rescue_weighting, rescue_k
     )
-    winner_share, som_strength, factor = _forces(novelty, win_rate, forces, rescue_onset, pull_onset)
     if gradient_mask != "soft":
         rank_score = rank_score.new_empty(0)
-    elif factor is not None:
-        rank_score.mul_(factor)
-    return rank_score, winner, owner.clone(), neighbors[winner], pair_pull, *rescue, winner_share, som_strength
+    elif forces == "coupled":  # step 11
+        rank_score.mul_(novelty * (win_rate * novelty))
+    return rank_score, winner, owner.clone(), *pairs, *rescue, winner_share, som_strength
 
 
 @_fake

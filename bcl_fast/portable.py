@@ -86,18 +86,41 @@ def _pair_pull(rank_score: Tensor, neighbors: Tensor, pair_feature: Tensor) -> T
     return rank_score.gather(1, pair_feature) / (1 + claimed)
 
 
+def inverse_norm(rows: Tensor) -> Tensor:
+    """Stage `inverse_norm` (step 9b): 1 / (norm + EPS) of each row of [R, N] -> [R]."""
+    return (torch.linalg.vector_norm(rows, dim=1) + EPS).reciprocal_()
+
+
 def competition(
-    activation: Tensor, neighbors: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Stage `competition` (steps 2 to 8): rank_score, coverage, novelty, win_rate, winner, pair_pull."""
+    activation: Tensor,
+    neighbors: Tensor,
+    temperature: float,
+    x: Tensor,
+    forces: str,
+    rescue_onset: float,
+    pull_onset: float,
+) -> tuple[Tensor, ...]:
+    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
     margin = _margin(activation, neighbors)
     winner = margin.argmax(dim=1)
     rank_score = margin.mul_(temperature).sigmoid_()
     coverage = rank_score.sum(dim=1)
     total = rank_score.sum(dim=0)
     novelty = rank_score.T.mv(1 / (coverage + EPS)) / (total + EPS)
-    pair_pull = _pair_pull(rank_score, neighbors, neighbors[winner])
-    return rank_score, coverage, novelty, total / rank_score.shape[0], winner, pair_pull
+    win_rate, pair_feature = total / rank_score.shape[0], neighbors[winner]
+    pair_pull = _pair_pull(rank_score, neighbors, pair_feature)
+    coupled = forces == "coupled"
+    winner_share = win_rate * novelty if coupled else win_rate.clone()
+    som_strength = torch.ones_like(novelty) if coupled else 1 - novelty
+    if rescue_onset:
+        winner_share.masked_fill_(~(win_rate < rescue_onset), 1.0)
+    if pull_onset:
+        som_strength.masked_fill_(~(win_rate < pull_onset), 0.0)
+    x_inverse_norm, need = inverse_norm(x.to(activation.dtype)), (coverage + 1).reciprocal_()
+    return (
+        rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need, winner_share,
+        som_strength,
+    )  # fmt: skip
 
 
 def _descending(key: Tensor) -> Tensor:
@@ -111,11 +134,6 @@ def _descending(key: Tensor) -> Tensor:
     row = torch.arange(R, device=key.device)[:, None]
     order = falling.add_((row << 32) + (1 << 31)).flatten().sort(stable=True).indices
     return order.view(R, C).sub_(row * C)
-
-
-def inverse_norm(rows: Tensor) -> Tensor:
-    """Stage `inverse_norm` (step 9b): 1 / (norm + EPS) of each row of [R, N] -> [R]."""
-    return (torch.linalg.vector_norm(rows, dim=1) + EPS).reciprocal_()
 
 
 def _select_tile(

@@ -233,6 +233,11 @@ def som_increment(weight: Tensor, som_target: Tensor, som_strength: Tensor) -> T
 
 # --- The stages: what every backend offers under these names and signatures ------------------------------------------
 
+COMPETITION = (  # what the stage `competition` returns
+    "rank_score", "coverage", "novelty", "win_rate", "winner", "pair_feature", "pair_pull", "x_inverse_norm", "need",
+    "winner_share", "som_strength",
+)  # fmt: skip
+
 
 def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
     """Stage `neighbours` (step 1): weight [D, N] -> [D, min(neighborhood_k, D - 1)] int64."""
@@ -240,18 +245,29 @@ def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
 
 
 def competition(
-    activation: Tensor, neighbors: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Stage `competition` (steps 2 to 8): activation [B, D], neighbors [D, k].
+    activation: Tensor,
+    neighbors: Tensor,
+    temperature: float,
+    x: Tensor,
+    forces: str,
+    rescue_onset: float,
+    pull_onset: float,
+) -> tuple[Tensor, ...]:
+    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
 
-    Returns rank_score [B, D], coverage [B], novelty [D], win_rate [D], winner [B] int64, and pair_pull [B, k]:
-    rank_score * local_novelty of each of the winner's neighbours.
+    activation [B, D], neighbors [D, k], x [B, N]; forces and onsets are the options of SPEC 3. Returns, in the order of
+    `COMPETITION`: rank_score [B, D]; coverage [B]; novelty, win_rate [D]; winner [B] int64; pair_feature [B, k] int64,
+    the winner's neighbours, and pair_pull [B, k], the rank_score * local_novelty of each; x_inverse_norm and need [B]
+    of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11.
     """
     m = margin(strength(activation), neighbors)
     R = rank_score(m, temperature)
-    coverage, w = image_coverage(R), winner(m)
-    pair_pull = (R * local_novelty(R, neighbors)).gather(1, neighbors[w])
-    return R, coverage, feature_novelty(R, coverage), win_rate(R), w, pair_pull
+    coverage, rate, w = image_coverage(R), win_rate(R), winner(m)
+    novelty, pair_feature = feature_novelty(R, coverage), neighbors[w]
+    pair_pull = (R * local_novelty(R, neighbors)).gather(1, pair_feature)
+    per_sample = inverse_norm(x.to(activation.dtype)), image_need(coverage)
+    per_feature = winner_share(rate, novelty, forces, rescue_onset), som_strength(rate, novelty, forces, pull_onset)
+    return R, coverage, novelty, rate, w, pair_feature, pair_pull, *per_sample, *per_feature
 
 
 def selection(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,6 +64,22 @@ def neighbours_of(D: int, neighborhood_k: int, seed: int = 0) -> Tensor:
     """Neighbours [D, k] of D random features."""
     weight = torch.randn(D, 16, generator=torch.Generator().manual_seed(seed))
     return reference.neighbours(weight, neighborhood_k)
+
+
+def compete(
+    competition: Callable[..., tuple[Tensor, ...]],
+    activation: Tensor,
+    neighbors: Tensor,
+    temperature: float = 5.0,
+    x: Tensor | None = None,
+    forces: str = "decoupled",
+    rescue_onset: float = 0.0,
+    pull_onset: float = 0.0,
+) -> dict[str, Tensor]:
+    """What a backend's stage `competition` returns, by name; where x [B, N] does not matter it is all ones."""
+    x = activation.new_ones(activation.shape[0], 1) if x is None else x
+    results = competition(activation, neighbors, temperature, x, forces, rescue_onset, pull_onset)
+    return dict(zip(reference.COMPETITION, results, strict=True))
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -16,7 +16,7 @@ from bcl_fast import reference as ref
 from bcl_fast.experiments.data import Images
 from bcl_fast.experiments.run import Condition, run
 from bcl_fast.spec import BCLConfig
-from bcl_fast.testing import COLUMNS, columns, neighbours_of, relative_error
+from bcl_fast.testing import COLUMNS, columns, compete, neighbours_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
@@ -99,17 +99,16 @@ def test_rescue_k_up_to_the_batch(rescue_k, rule):
 def test_competition_with_nan_and_inf_has_the_reference_s_winner(odd):
     activation = torch.where(uniform(257 * 37, 10).reshape(257, 37) < 0.02, odd, columns("random", 257, 37))
     neighbors = neighbours_of(37, 8)
-    winner = cpu.competition(activation, neighbors, 5.0)[4]
-    assert winner.equal(ref.competition(activation, neighbors, 5.0)[4])
+    got, own = (compete(module.competition, activation, neighbors) for module in (cpu, ref))
+    assert got["winner"].equal(own["winner"])
 
 
 @pytest.mark.parametrize("k", [1, 8, 66])
 def test_competition_at_primes(k):
     B, D = PRIMES
     activation, neighbors = columns("random", B, D), neighbours_of(D, k)
-    for got, own in zip(cpu.competition(activation, neighbors, 5.0), ref.competition(activation, neighbors, 5.0),
-                        strict=True):  # fmt: skip
-        assert relative_error(got, own) <= 1e-5
+    got, own = (compete(module.competition, activation, neighbors) for module in (cpu, ref))
+    assert all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
 
 
 def test_infinite_similarities_are_the_largest_numbers():
@@ -124,12 +123,12 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     neighbors, weight = neighbours_of(D, 8), columns("random", D, N)
 
     def everything():
-        rank_score, coverage, novelty, win_rate, winner, pair_pull = cpu.competition(activation, neighbors, 5.0)
-        rows, shares = cpu.selection(activation, None, cpu.inverse_norm(x), None, 1 / (coverage + 1), "rank", "hard", 5)
-        target = cpu.targets(x, neighbors[winner], pair_pull, rows, shares, win_rate, "none")
-        gradient = cpu.gradient(activation, rank_score, None)
-        others = cpu.neighbours(weight, 8), cpu.rank(activation)
-        return rank_score, coverage, novelty, win_rate, winner, pair_pull, rows, target, *gradient, *others
+        won = compete(cpu.competition, activation, neighbors, x=x)
+        rows, shares = cpu.selection(activation, None, won["x_inverse_norm"], None, won["need"], "rank", "hard", 5)
+        target = cpu.targets(x, won["pair_feature"], won["pair_pull"], rows, shares, won["winner_share"], "none")
+        gradient = cpu.gradient(activation, won["rank_score"], None)
+        others = cpu.neighbours(weight, 8), cpu.rank(activation), cpu.inverse_norm(x)
+        return *won.values(), rows, target, *gradient, *others
 
     before = torch.get_num_threads()
     try:
@@ -147,12 +146,12 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 PROBE = """
 import torch
 from bcl_fast import cpu, reference as ref
-from bcl_fast.testing import columns, neighbours_of, relative_error
+from bcl_fast.testing import columns, compete, neighbours_of, relative_error
 assert cpu.instruction_set() == {isa!r}, cpu.instruction_set()
 for B, D in ((1, 2), (17, 19), (1009, 67)):
     a, near, need = columns("random", B, D), neighbours_of(D, 8), torch.rand(B)
-    got, own = cpu.competition(a, near, 5.0), ref.competition(a, near, 5.0)
-    assert got[4].equal(own[4]) and all(relative_error(x, y) <= 1e-5 for x, y in zip(got, own))
+    got, own = (compete(module.competition, a, near) for module in (cpu, ref))
+    assert got["winner"].equal(own["winner"]) and all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
     for rule in ("rank", "cosine"):
         arguments = a, None, torch.ones(B), torch.ones(D), need, rule, "hard", 5
         assert cpu.selection(*arguments)[0].sort().values.equal(ref.selection(*arguments)[0].sort().values)
@@ -180,7 +179,7 @@ def test_sigmoid_is_as_exact_as_torch_s():
     """Of margins: one feature wins, the other is 0, so that the margin is the activation."""
     x = torch.cat([torch.linspace(0, 1, 20001), torch.linspace(0, 87, 40001)])
     activation = torch.stack([x, torch.zeros_like(x)], dim=1)
-    R = cpu.competition(activation, torch.tensor([[1], [0]]), 1.0)[0]
+    R = compete(cpu.competition, activation, torch.tensor([[1], [0]]), 1.0)["rank_score"]
     truth = torch.stack([x, -x], dim=1).double().sigmoid()
     assert ((R - truth).abs() / truth).max() <= 4e-7  # 3.3 units in the last place
     assert torch.sigmoid(torch.stack([x, -x], dim=1)).sub(truth).abs().div(truth).max() <= 4e-7

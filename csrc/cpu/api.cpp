@@ -19,6 +19,8 @@ namespace bcl {
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 64, MOST_BLOCKS = 64;  // sums of blocks take at most 64 * 2 * D numbers
+constexpr int64_t LEAST_WORK = 1 << 18;  // elements below which a second thread costs more than it helps
+constexpr double EPS = 1e-8;
 
 const char* isa = "baseline";
 
@@ -69,10 +71,12 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-// f(i, scratch) for i in [0, n) on `threads` threads, each with `bytes` of its own. False where memory ran out.
+// f(i, scratch) for i in [0, n), `work` elements in all, on at most `threads` threads, each with `bytes` of its own.
+// False where memory ran out.
 template <class F>
-bool parallel(int threads, int64_t n, int64_t bytes, F f) {
+bool parallel(int threads, int64_t work, int64_t n, int64_t bytes, F f) {
     int failed = 0;
+    if (work < LEAST_WORK) threads = 1;
     if (threads > n) threads = int(n);
 #if defined(_OPENMP)
     if (threads > 1) {
@@ -104,13 +108,29 @@ struct Blocks {
 
 enum Status { DONE = 0, NO_MEMORY = 1 };
 
+// Per feature: steps 5 and 7, the shares and strengths of steps 10 and 11 that follow from them, and their options.
 template <class Real>
-int competition(const Competition<Real>& c, Real* win_rate, Real* novelty, int threads) {
+struct Forces {
+    bool coupled;
+    Real rescue_onset, pull_onset;  // 0: none
+    Real *novelty, *win_rate, *winner_share, *som_strength;  // [D]
+
+    void operator()(int64_t d, Real novel, Real rate) const {
+        novelty[d] = novel;
+        win_rate[d] = rate;
+        winner_share[d] = rescue_onset > 0 && !(rate < rescue_onset) ? Real(1) : coupled ? rate * novel : rate;
+        som_strength[d] = pull_onset > 0 && !(rate < pull_onset) ? Real(0) : coupled ? Real(1) : 1 - novel;
+    }
+};
+
+template <class Real>
+int competition(const Competition<Real>& c, const Forces<Real>& forces, int threads) {
     const Blocks blocks(c.B);
     Buffer<double> sums(blocks.count * 2 * c.D);
     if (!sums.data) return NO_MEMORY;
     memset(sums.data, 0, blocks.count * 2 * c.D * sizeof(double));
-    const bool done = parallel(threads, blocks.count, competition_scratch(c.D) * sizeof(Real), [&](int64_t i, char* scratch) {
+    const int64_t bytes = competition_scratch(c.D) * sizeof(Real);
+    const bool done = parallel(threads, c.B * (c.D + c.N), blocks.count, bytes, [&](int64_t i, char* scratch) {
         const int64_t first = i * blocks.rows, last = first + blocks.rows < c.B ? first + blocks.rows : c.B;
         kernels<Real>().competition(c, first, last, (Real*)scratch, sums.data + i * 2 * c.D);
     });
@@ -120,8 +140,7 @@ int competition(const Competition<Real>& c, Real* win_rate, Real* novelty, int t
             total += sums.data[i * 2 * c.D + d];
             novel += sums.data[i * 2 * c.D + c.D + d];
         }
-        win_rate[d] = Real(total / double(c.B));
-        novelty[d] = Real(novel / (total + 1e-8));
+        forces(d, Real(novel / (total + EPS)), Real(total / double(c.B)));
     }
     return done ? DONE : NO_MEMORY;
 }
@@ -156,6 +175,23 @@ void order_by_need(const Real* need, int64_t B, int32_t* order, int32_t* spare) 
     if (from != order) memcpy(order, from, B * sizeof *order);
 }
 
+// The chosen samples of one feature weigh alike, or by affinity * need, where shares hold their affinities (SPEC 9b).
+template <class Real>
+void share(const Selection<Real>& s, int64_t d) {
+    Real* shares = s.shares + d * s.r;
+    const int64_t* rows = s.rows + d * s.r;
+    double sum = 0;
+    for (int64_t i = 0; i < s.r; i++) {
+        Real value = shares[i];
+        if (s.soft && s.rule == RANK) value = s.B > 1 ? value / Real(s.B - 1) : Real(1);
+        if (s.soft && s.need) value *= s.need[rows[i]];
+        shares[i] = s.soft ? (value < 0 ? Real(0) : value) : Real(1) / Real(s.r);
+        sum += shares[i];
+    }
+    if (s.soft)
+        for (int64_t i = 0; i < s.r; i++) shares[i] /= Real(sum + EPS);
+}
+
 template <class Real, class Bits>
 int selection(Selection<Real> s, int threads) {
     const int64_t B = s.B, P = padded(B);
@@ -187,8 +223,10 @@ int selection(Selection<Real> s, int threads) {
         s.order_norm = sorted.data + P;
     }
     const int64_t L = kernels<Real>().lanes, tiles = (s.D + L - 1) / L;
-    const bool done = parallel(threads, tiles, selection_scratch<Real>(B), [&](int64_t i, char* scratch) {
-        kernels<Real>().selection(s, i * L, i * L + L < s.D ? i * L + L : s.D, scratch);
+    const bool done = parallel(threads, B * s.D, tiles, selection_scratch<Real>(B), [&](int64_t i, char* scratch) {
+        const int64_t first = i * L, last = first + L < s.D ? first + L : s.D;
+        kernels<Real>().selection(s, first, last, scratch);
+        for (int64_t d = first; d < last; d++) share(s, d);
     });
     return done ? DONE : NO_MEMORY;
 }
@@ -212,17 +250,21 @@ int targets(const Targets<Real>& t, int64_t B, int64_t D, const int64_t* pair_fe
             samples.data[at] = int32_t(b);
             shares.data[at] = pair_pull[b * k + j];
         }
-    parallel(threads, D, 0, [&](int64_t d, char*) {
-        const int64_t first = start.data[d], pairs = end.data[d];
-        double sum = 0;
-        for (int64_t q = first; q < pairs; q++) sum += shares.data[q];
-        const Real u = winner_share[d], each = u / Real(sum + 1e-8);
-        for (int64_t q = first; q < pairs; q++) shares.data[q] *= each;
-        for (int64_t i = 0; i < r; i++) {
-            samples.data[pairs + i] = int32_t(rescue_rows[d * r + i]);
-            shares.data[pairs + i] = (1 - u) * rescue_weight[d * r + i];
+    const int64_t chunk = 64, chunks = (D + chunk - 1) / chunk;  // of features: they share the stretches of x in cache
+    parallel(threads, (B * k + D * r) * t.N, chunks, 0, [&](int64_t i, char*) {
+        const int64_t begin = i * chunk, stop = begin + chunk < D ? begin + chunk : D;
+        for (int64_t d = begin; d < stop; d++) {
+            const int64_t first = start.data[d], pairs = end.data[d];
+            double sum = 0;
+            for (int64_t q = first; q < pairs; q++) sum += shares.data[q];
+            const Real u = winner_share[d], each = u / Real(sum + EPS);
+            for (int64_t q = first; q < pairs; q++) shares.data[q] *= each;
+            for (int64_t i = 0; i < r; i++) {
+                samples.data[pairs + i] = int32_t(rescue_rows[d * r + i]);
+                shares.data[pairs + i] = (1 - u) * rescue_weight[d * r + i];
+            }
         }
-        kernels<Real>().targets(t, d, samples.data + first, shares.data + first, start.data[d + 1] - first);
+        kernels<Real>().targets(t, begin, stop, start.data, samples.data, shares.data);
     });
     return DONE;
 }
@@ -234,7 +276,7 @@ int gradient(const Real* gradient, int64_t stride, const Real* mask, int64_t B, 
     Buffer<double> sums(blocks.count * D);
     if (!sums.data) return NO_MEMORY;
     memset(sums.data, 0, blocks.count * D * sizeof(double));
-    const bool done = parallel(threads, blocks.count, padded(D) * sizeof(Real), [&](int64_t i, char* scratch) {
+    const bool done = parallel(threads, B * D, blocks.count, padded(D) * sizeof(Real), [&](int64_t i, char* scratch) {
         const int64_t first = i * blocks.rows, last = first + blocks.rows < B ? first + blocks.rows : B;
         kernels<Real>().gradient(gradient, stride, mask, masked, D, first, last, (Real*)scratch, sums.data + i * D);
     });
@@ -249,7 +291,7 @@ int gradient(const Real* gradient, int64_t stride, const Real* mask, int64_t B, 
 template <class Real>
 int nearest(const Real* similarity, int64_t stride, int64_t rows, int64_t D, int64_t first, int64_t k, int64_t* near,
             int threads) {
-    const bool done = parallel(threads, rows, k * sizeof(Real), [&](int64_t i, char* scratch) {
+    const bool done = parallel(threads, rows * D, rows, k * sizeof(Real), [&](int64_t i, char* scratch) {
         kernels<Real>().nearest(similarity + i * stride, D, first + i, k, near + i * k, (Real*)scratch);
     });
     return done ? DONE : NO_MEMORY;
@@ -257,8 +299,8 @@ int nearest(const Real* similarity, int64_t stride, int64_t rows, int64_t D, int
 
 template <class Real>
 int inverse_norm(const Real* rows, int64_t stride, int64_t R, int64_t N, Real* inverse, int threads) {
-    parallel(threads, R, 0, [&](int64_t i, char*) {
-        inverse[i] = Real(1) / (kernels<Real>().norm(rows + i * stride, N) + Real(1e-8));
+    parallel(threads, R * N, R, 0, [&](int64_t i, char*) {
+        inverse[i] = kernels<Real>().inverse_norm(rows + i * stride, N);
     });
     return DONE;
 }
@@ -267,7 +309,7 @@ template <class Real>
 int rank(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, int threads) {
     constexpr int64_t COLUMNS = 16;  // a cache line of float32
     const int64_t tiles = (D + COLUMNS - 1) / COLUMNS;
-    const bool done = parallel(threads, tiles, selection_scratch<Real>(B), [&](int64_t i, char* scratch) {
+    const bool done = parallel(threads, B * D, tiles, selection_scratch<Real>(B), [&](int64_t i, char* scratch) {
         const int64_t first = i * COLUMNS, last = first + COLUMNS < D ? first + COLUMNS : D;
         kernels<Real>().rank(key, stride, B, D, first, last, rank, scratch);
     });
@@ -278,22 +320,27 @@ int rank(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, i
 }  // namespace bcl
 
 // The number changes with any signature below.
-API int bcl_cpu_abi() { return 2; }
+API int bcl_cpu_abi() { return 3; }
 API const char* bcl_cpu_isa() { return bcl::isa; }
 
 #define INTERFACE(Real, Bits, suffix)                                                                                  \
-    API int bcl_cpu_competition_##suffix(const Real* activation, int64_t stride, int64_t B, int64_t D,                 \
-                                         const int64_t* neighbors, int64_t k, double temperature, Real* rank_score,    \
-                                         Real* coverage, Real* novelty, Real* win_rate, int64_t* winner,               \
-                                         Real* pair_pull, int threads) {                                               \
-        return bcl::competition<Real>({activation, stride, B, D, neighbors, k, Real(temperature), rank_score, coverage, \
-                                       winner, pair_pull}, win_rate, novelty, threads);                                \
+    API int bcl_cpu_competition_##suffix(                                                                              \
+        const Real* activation, int64_t stride, int64_t B, int64_t D, const int64_t* neighbors, int64_t k,             \
+        double temperature, const Real* x, int64_t x_stride, int64_t N, int coupled, double rescue_onset,              \
+        double pull_onset, Real* rank_score, Real* coverage, Real* novelty, Real* win_rate, int64_t* winner,           \
+        int64_t* pair_feature, Real* pair_pull, Real* x_inverse_norm, Real* need, Real* winner_share,                  \
+        Real* som_strength, int threads) {                                                                             \
+        return bcl::competition<Real>({activation, stride, B, D, neighbors, k, Real(temperature), x, x_stride, N,      \
+                                       rank_score, coverage, winner, pair_feature, pair_pull, x_inverse_norm, need},   \
+                                      {coupled != 0, Real(rescue_onset), Real(pull_onset), novelty, win_rate,          \
+                                       winner_share, som_strength}, threads);                                          \
     }                                                                                                                  \
     API int bcl_cpu_selection_##suffix(const Real* activation, int64_t stride, int64_t B, int64_t D, const Real* bias, \
                                        const Real* x_inverse_norm, const Real* weight_inverse_norm, const Real* need,  \
-                                       int rule, int64_t r, int64_t* rows, Real* affinity, int threads) {              \
+                                       int rule, int soft, int64_t r, int64_t* rows, Real* shares, int threads) {      \
         return bcl::selection<Real, Bits>({activation, stride, B, D, bias, x_inverse_norm, weight_inverse_norm, need,  \
-                                           rule, r, false, nullptr, nullptr, nullptr, rows, affinity}, threads);       \
+                                           rule, r, soft != 0, false, nullptr, nullptr, nullptr, rows, shares},        \
+                                          threads);                                                                    \
     }                                                                                                                  \
     API int bcl_cpu_targets_##suffix(const Real* x, int64_t x_stride, int64_t B, int64_t N, int64_t D,                 \
                                      const int64_t* pair_feature, const Real* pair_pull, int64_t k,                    \

@@ -6,16 +6,20 @@
 namespace bcl {
 
 template <class Real>
-struct Competition {  // steps 2 to 8
+struct Competition {  // steps 2 to 8; of step 9b what belongs to a sample
     const Real* activation;  // [B, D]
     int64_t stride, B, D;
     const int64_t* neighbors;  // [D, k]
     int64_t k;
     Real temperature;
-    Real* rank_score;  // [B, D]
-    Real* coverage;    // [B]
-    int64_t* winner;   // [B]
-    Real* pair_pull;   // [B, k]
+    const Real* x;  // [B, N]
+    int64_t x_stride, N;
+    Real* rank_score;       // [B, D]
+    Real* coverage;         // [B]
+    int64_t* winner;        // [B]
+    int64_t* pair_feature;  // [B, k]
+    Real* pair_pull;        // [B, k]
+    Real *x_inverse_norm, *need;  // [B]
 };
 
 enum Rule { RANK, CLAMPED_COSINE, COSINE };
@@ -27,12 +31,13 @@ struct Selection {  // step 9b
     const Real *bias, *x_inverse_norm, *weight_inverse_norm, *need;  // [D] or null, [B], [D], [B] or null
     int rule;
     int64_t r;        // samples to choose, 1 .. B
+    bool soft;        // their shares are not all alike
     bool bounded;     // every need is finite and not negative: bounds of ranks bound scores
     const int32_t* order;     // [B] samples by falling need, where bounded
     const Real* order_need;   // [B] their needs
     const Real* order_norm;   // [B] their x_inverse_norm
     int64_t* rows;  // [D, r] the chosen samples
-    Real* affinity;  // [D, r] their ranks (not divided by B - 1) or cosines; null where nobody asks
+    Real* shares;   // [D, r]; the kernels leave there, where soft, their ranks (not divided by B - 1) or cosines
 };
 
 template <class Real>
@@ -53,12 +58,13 @@ struct Kernels {
     // Rows [first, last) of the batch; adds to sums [2, D]: rank_score, and rank_score / coverage. scratch: see
     // competition_scratch.
     void (*competition)(const Competition<Real>&, int64_t first, int64_t last, Real* scratch, double* sums);
-    // The Euclidean norm of one row [N].
-    Real (*norm)(const Real* row, int64_t N);
+    // 1 / (the Euclidean norm of one row [N] + eps).
+    Real (*inverse_norm)(const Real* row, int64_t N);
     // Features [first, last). scratch: see selection_scratch, in bytes.
     void (*selection)(const Selection<Real>&, int64_t first, int64_t last, char* scratch);
-    // Feature d from its list of `count` samples and their shares.
-    void (*targets)(const Targets<Real>&, int64_t d, const int32_t* samples, const Real* shares, int64_t count);
+    // Features [first, last): that of d from its samples and their shares, which lie at start[d] up to start[d + 1].
+    void (*targets)(const Targets<Real>&, int64_t first, int64_t last, const int64_t* start, const int32_t* samples,
+                    const Real* shares);
     // masked = gradient * mask for rows [first, last); adds their sum to sums [D].
     void (*gradient)(const Real* gradient, int64_t stride, const Real* mask, Real* masked, int64_t D, int64_t first,
                      int64_t last, Real* partial, double* sums);
