@@ -216,34 +216,34 @@ class BCLLayer(nn.Linear):
     # --- Forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        self._check_input(input)
-        if not (self.training and torch.is_grad_enabled() and self.weight.requires_grad) or input.numel() == 0:
-            offset = self.som_offset
-            return F.linear(input, self.weight if offset is None else self.weight + offset, self.bias)
-        self._check_training()
-        x, weight, bias = input.reshape(-1, self.in_features), self.weight, self.bias
-        dtype = _product_dtype(weight)
+        # nn.Module looks its tensors up in Python, which is felt in a small step: once each.
+        weight, bias, offset = self.weight, self.bias, self.som_offset
+        self._check_input(input, weight)
+        if not (self.training and torch.is_grad_enabled() and weight.requires_grad) or input.numel() == 0:
+            return F.linear(input, weight if offset is None else weight + offset, bias)
+        self._check_training(weight)
+        x, dtype = input.reshape(-1, self.in_features), _product_dtype(weight)
         with ops.no_autocast(input.device.type):
             with torch.no_grad():
-                shifted = None if self.som_offset is None else weight + self.som_offset
+                shifted = None if offset is None else weight + offset
                 stands = weight if shifted is None else shifted
                 activation = _product(x, stands, bias, dtype)
-                mask, winner, *pending = self._statistics(x, stands, activation)
+                mask, winner, *pending = self._statistics(x, stands, bias, activation)
                 if self._observers:
                     pending += [activation.clone(), self.neighbors.clone()]
             output = MaskedLinear.apply(
                 x, weight, bias, shifted, activation, mask, winner, dtype, self._config.gradient_mask, self._backend,
                 *pending,
             )  # fmt: skip
-        return output.reshape(*input.shape[:-1], self.out_features)
+        return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
-    def _statistics(self, x: Tensor, stands: Tensor, activation: Tensor) -> tuple[Tensor, ...]:
+    def _statistics(self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
         config = self._config
         return ops.operator("statistics_", x)(
             x,
             stands,
-            self.bias,
+            bias,
             activation,
             self.neighbors,
             self.step,
@@ -263,18 +263,18 @@ class BCLLayer(nn.Linear):
             self._backend,
         )
 
-    def _check_input(self, input: Tensor) -> None:
+    def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must have shape [..., {self.in_features}], got {list(input.shape)}")
         if not input.is_floating_point():
-            raise TypeError(f"input must be floating point like the weight ({self.weight.dtype}), got {input.dtype}")
-        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"input must be {self.weight.dtype} like the weight (or use autocast), got {input.dtype}")
+            raise TypeError(f"input must be floating point like the weight ({weight.dtype}), got {input.dtype}")
+        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"input must be {weight.dtype} like the weight (or use autocast), got {input.dtype}")
 
-    def _check_training(self) -> None:
-        if not self.weight.is_leaf:
+    def _check_training(self, weight: Tensor) -> None:
+        if not weight.is_leaf:
             raise RuntimeError(
                 "weight must be a leaf: BCLLayer cannot train a parametrised weight (torch.nn.utils.parametrize, "
                 "weight_norm, ...), because the pull writes it in place; remove the parametrisation"
@@ -347,7 +347,8 @@ class BCLLayer(nn.Linear):
             pull.ticket.data.zero_()  # a second backward over the graph finds no owner; .data: no version to check
         if self._pulls:
             self._pull(pulls)
-        ops.write_counter_(self.step, ops.read_counter(self.step) + 1)
+        step = self.step
+        ops.write_counter_(step, ops.read_counter(step) + 1)
         if record is not None:
             for observer in observers:
                 observer(record)
@@ -356,17 +357,12 @@ class BCLLayer(nn.Linear):
     def _pulls(self) -> bool:
         return not self.frozen and self._som_lr > 0
 
-    @property
-    def _destination(self) -> Tensor:
-        return self.weight if self.som_offset is None else self.som_offset
-
     def _pull(self, pulls: list[PendingPull]) -> None:
-        if self._binding is None and len(pulls) == 1 and self._destination.dtype not in LOW_PRECISION:
+        weight, offset = self.weight, self.som_offset
+        if self._binding is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
             (pull,) = pulls
             choices = *pull.choices, self._config.target_projection, self._backend
-            ops.operator("targets_pull_", self.weight)(
-                self.weight, self.som_offset, pull.som_strength, self._som_lr, pull.x, *choices
-            )
+            ops.operator("targets_pull_", weight)(weight, offset, pull.som_strength, self._som_lr, pull.x, *choices)
             return
         for pull in pulls:
             self._average(pull)
@@ -391,7 +387,8 @@ class BCLLayer(nn.Linear):
         increment = kept[0].mul_(self._som_lr)
         if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
             increment = torch.where(found_inf > 0, 0.0, increment)
-        add_rounded_(self._destination, increment, self.step)
+        destination = self.weight if self.som_offset is None else self.som_offset
+        add_rounded_(destination, increment, self.step)
 
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull once per optimizer step instead of once per backward, in a hook before that step.
