@@ -185,7 +185,6 @@ def targets_pull_(
         *lists, winner_share = tensors
         pulled = weight, som_offset, som_strength.contiguous(), som_lr
         _targets(destination, pulled, x, *lists, winner_share.contiguous())
-        torch.autograd.graph.increment_version(destination)  # autograd must see what was written past it
         return
     increment = targets(x, *choices).sub_(weight)
     if som_offset is not None:

@@ -171,7 +171,7 @@ class BCLLayer(nn.Linear):
         self._attach_hook()
 
     def _choose_backend(self) -> None:
-        self._backend = ops.resolve_backend(*self._requested, self.weight.device.type)
+        self._backend = ops.resolve_backend(*self._requested, self.weight.device.type, self.weight.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
@@ -345,10 +345,7 @@ class BCLLayer(nn.Linear):
             record = ops.record(ops.read_counter(self.step), last.x, *state)
         for pull in pulls:
             pull.ticket.data.zero_()  # a second backward over the graph finds no owner; .data: no version to check
-        if self._pulls:
-            self._pull(pulls)
-        step = self.step
-        ops.write_counter_(step, ops.read_counter(step) + 1)
+        self._pull(pulls)
         if record is not None:
             for observer in observers:
                 observer(record)
@@ -358,16 +355,20 @@ class BCLLayer(nn.Linear):
         return not self.frozen and self._som_lr > 0
 
     def _pull(self, pulls: list[PendingPull]) -> None:
-        weight, offset = self.weight, self.som_offset
-        if self._binding is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
+        """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
+        weight, offset, step = self.weight, self.som_offset, self.step
+        if self._pulls and self._binding is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
             (pull,) = pulls
             choices = *pull.choices, self._config.target_projection, self._backend
-            ops.operator("targets_pull_", weight)(weight, offset, pull.som_strength, self._som_lr, pull.x, *choices)
+            forces = pull.som_strength, self._som_lr
+            ops.operator("targets_pull_", weight)(weight, offset, step, *forces, pull.x, *choices)
             return
-        for pull in pulls:
-            self._average(pull)
-        if self._binding is None:
-            self._apply_average(found_inf=None)
+        if self._pulls:
+            for pull in pulls:
+                self._average(pull)
+            if self._binding is None:
+                self._apply_average(found_inf=None)
+        ops.advance_(step, self._backend)
 
     def _average(self, pull: PendingPull) -> None:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""

@@ -8,8 +8,9 @@ a forward with the neighbour refresh, the masked gradient of a backward, the pul
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import itertools
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -25,39 +26,50 @@ from .spec import BCLConfig
 
 # Stage -> backend -> where the function of that name is found.
 DISPATCH: dict[str, dict[str, str]] = {
-    "neighbours": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "competition": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "inverse_norm": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "selection": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "targets": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "targets_pull_": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "gradient": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
-    "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu"},
+    "neighbours": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.neighbours"},
+    "competition": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.competition"},
+    "inverse_norm": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.inverse_norm"},
+    "selection": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.selection"},
+    "targets": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.targets_pull"},
+    "targets_pull_": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.targets_pull"},
+    "gradient": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.gradient"},
+    "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.rank"},
 }
-BACKENDS = ("reference", "portable", "cpu")
-FASTEST = {"cpu": "cpu"}  # type of device -> what `fused=True` means there; elsewhere, and where it is missing, GENERAL
+# Backends that decide on the device whether neighbours are due, and count steps there: nothing waits for the host.
+REFRESH = {"triton": "kernels.neighbours"}
+BACKENDS = ("reference", "portable", "cpu", "triton")
+FASTEST = {"cpu": "cpu", "cuda": "triton"}  # type of device -> what `fused=True` means there; else, or missing: GENERAL
 GENERAL = "portable"
-ABSENT = {
-    "triton": "its kernels are not part of this version",
-    "cuda": "its CUDA C++ library is not part of this version",
-}
+ABSENT = {"cuda": "its CUDA C++ library is not part of this version"}
 
 
 @functools.cache
 def stage(name: str, backend: str) -> Callable[..., Any]:
     """The function that serves a stage on a backend."""
-    return getattr(importlib.import_module("." + DISPATCH[name][backend], __package__), name)
+    where = REFRESH if name == "refresh_" else DISPATCH[name]
+    return getattr(importlib.import_module("." + where[backend], __package__), name)
 
 
-def why_not(backend: str, device_type: str) -> str | None:
-    """None where a backend can serve on this type of device ("cpu", "cuda", ...), else the reason."""
+def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where a backend can serve weights of this dtype on this type of device ("cpu", ...), else the reason."""
     if device_type == "meta":
         return "meta tensors hold no numbers"
     if backend == "cpu":
         from . import cpu
 
         return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
+    if backend == "triton":
+        return _why_not_triton(device_type, dtype)
     return None
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+        return "it serves CUDA tensors only (with TRITON_INTERPRET=1 Triton's interpreter runs it on the CPU, slowly)"
+    return "it computes in float32, and a float64 weight asks for float64" if dtype == torch.float64 else None
 
 
 def cpu_library() -> str:
@@ -72,7 +84,9 @@ def backends(device_type: str) -> dict[str, str | None]:
     return {**{name: why_not(name, device_type) for name in BACKENDS}, **ABSENT}
 
 
-def resolve_backend(fused: bool, backend: str | None, device_type: str = "cpu") -> str:
+def resolve_backend(
+    fused: bool, backend: str | None, device_type: str = "cpu", dtype: torch.dtype = torch.float32
+) -> str:
     """The backend that serves a layer: the one named, else the fastest of the device (`fused`), else the reference.
 
     Raises ValueError for an unknown name, for one that cannot serve here, and for `fused=False` with a backend other
@@ -81,22 +95,22 @@ def resolve_backend(fused: bool, backend: str | None, device_type: str = "cpu") 
     if not isinstance(fused, bool):
         raise TypeError(f"fused must be True or False, got {fused!r}")
     if backend is None:
-        return _fastest(device_type) if fused else "reference"
+        return _fastest(device_type, dtype) if fused else "reference"
     if backend not in BACKENDS:
         why = f": {ABSENT[backend]}" if backend in ABSENT else ""
         raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}{why}")
     if not fused and backend != "reference":
         raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
-    reason = why_not(backend, device_type) if device_type != "meta" else None
+    reason = why_not(backend, device_type, dtype) if device_type != "meta" else None
     if reason:
         raise ValueError(f"backend={backend!r} cannot serve on {device_type!r}: {reason}")
     return backend
 
 
 @functools.cache  # warns once
-def _fastest(device_type: str) -> str:
+def _fastest(device_type: str, dtype: torch.dtype) -> str:
     fastest = FASTEST.get(device_type, GENERAL)
-    reason = why_not(fastest, device_type)
+    reason = why_not(fastest, device_type, dtype)
     if fastest != GENERAL and reason:
         warnings.warn(f"backend {GENERAL!r} serves, slower than {fastest!r} would: {reason}", stacklevel=5)
         return GENERAL
@@ -152,6 +166,14 @@ def write_counter_(counter: Tensor, value: int) -> None:
     """counter = value, and `read_counter` knows."""
     counter.fill_(value)
     _remember(counter, value)
+
+
+def advance_(step: Tensor, backend: str) -> None:
+    """step += 1, where this backend counts: on the device, or on the host that then knows it."""
+    if backend in REFRESH:
+        step.add_(1)
+    else:
+        write_counter_(step, read_counter(step) + 1)
 
 
 # --- The operators ---------------------------------------------------------------------------------------------------
@@ -221,6 +243,10 @@ def _refresh_neighbours_(
     weight: Tensor, neighbors: Tensor, step: Tensor, refreshed_at: Tensor, recompute_every: int, backend: str
 ) -> None:
     """Step 1 where it is due: at multiples of `recompute_every`, once per value of `step` (int64 scalars)."""
+    if backend in REFRESH:
+        stage("refresh_", backend)(weight, neighbors, step, refreshed_at, recompute_every)
+        torch.autograd.graph.increment_version((neighbors, refreshed_at))
+        return
     now = read_counter(step)
     if now % recompute_every == 0 and read_counter(refreshed_at) != now:
         neighbors.copy_(stage("neighbours", backend)(_float(weight), neighbors.shape[1]))
@@ -350,17 +376,32 @@ _CHOICES = (
 )
 
 
-@_operator("(Tensor(a!) weight, Tensor(b!)? som_offset, Tensor som_strength, float som_lr, " + _CHOICES + ") -> ()")
+@_operator(
+    "(Tensor(a!) weight, Tensor(b!)? som_offset, Tensor(c!) step, Tensor som_strength, float som_lr, "
+    + _CHOICES
+    + ") -> ()"
+)
 def targets_pull_(
-    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: float, *choices: Any
+    weight: Tensor, som_offset: Tensor | None, step: Tensor, som_strength: Tensor, som_lr: float, *choices: Any
 ) -> None:
-    """Steps 9a to 13: the pull, in place on weight [D, N] or, where there is one, on som_offset. Not for float16."""
+    """Steps 9a to 13: the pull, in place on weight [D, N] or, where there is one, on som_offset; step advances by one.
+
+    Not for low-precision weights.
+    """
     *choices, backend = choices
-    stage("targets_pull_", backend)(weight, som_offset, som_strength, som_lr, *choices)
+    arguments = weight, som_offset, som_strength, som_lr, *choices
+    if backend in REFRESH:
+        stage("targets_pull_", backend)(*arguments, step)  # one launch does both
+        torch.autograd.graph.increment_version(step)
+    else:
+        stage("targets_pull_", backend)(*arguments)
+        advance_(step, backend)
+    # Autograd must see what was written past it.
+    torch.autograd.graph.increment_version(weight if som_offset is None else som_offset)
 
 
 @_fake
-def targets_pull__fake(weight, som_offset, som_strength, som_lr, *choices) -> None:
+def targets_pull__fake(weight, som_offset, step, som_strength, som_lr, *choices) -> None:
     return None
 
 

@@ -3,9 +3,12 @@
 import functools
 import os
 
+import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+interpreter.enable()  # before anything imports triton
 
 torch.set_num_threads(1)  # the sizes here are small, and sums then have one order
 

@@ -90,7 +90,7 @@ def test_interrupt_keeps_what_is_done(tmp_path, monkeypatch):
         (["--som-lr", "-1"], "som_lr must be a finite number >= 0, got -1"),
         (["--rescue-k", "-2"], "rescue_k must be an integer >= 0, got -2"),
         (["--loss", "l2"], "loss must be one of 'l1', 'mse', got 'l2'"),
-        (["--backend", "triton"], "backend must be None or one of 'reference', 'portable', 'cpu', got 'triton'"),
+        (["--backend", "gpu"], "backend must be None or one of 'reference', 'portable', 'cpu', 'triton', got 'gpu'"),
         (["--batch-size", "5000"], "batch_size must be at most 1527"),
         (["--device", "tpu"], "device must be one of 'cpu'"),
         (["--data", "mnist", "--data-dir", "nowhere"], "no MNIST in nowhere: .*--data-dir.*--download"),

@@ -11,12 +11,12 @@ import statistics
 from pathlib import Path
 
 import pytest
+from backends import ON_CPU
 
 from bcl_fast.experiments.data import mnist
 from bcl_fast.experiments.figures import RANGES, digits
 from bcl_fast.experiments.run import Condition, run
 from bcl_fast.experiments.tables import outside_of_ranges
-from bcl_fast.ops import BACKENDS
 from bcl_fast.spec import BCLConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def images():
     return mnist(MNIST)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_median_of_five_seeds_is_in_the_ranges(images, preset, backend):
     cells = cells_of(preset)

@@ -5,12 +5,13 @@ import warnings
 
 import pytest
 import torch
+from backends import ON_CPU
 
 from bcl_fast import BCLLayer, cpu, ops
 from bcl_fast.testing import VARIANTS, columns, neighbours_of
 
 B, D, N, K = 9, 5, 4, 3
-backend = pytest.mark.parametrize("backend", ops.BACKENDS)
+backend = pytest.mark.parametrize("backend", ON_CPU)
 CONFIGS = {name: ops.BCLConfig(**options) for name, options in VARIANTS.items()}
 
 
@@ -53,7 +54,8 @@ def test_opcheck_pull_and_increment(backend, offset):
     (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig())
     som_offset = torch.zeros_like(weight) if offset else None
     tail = x, *choices, "none", backend
-    torch.library.opcheck(torch.ops.bcl_fast.targets_pull_.default, (weight, som_offset, strength, 0.1, *tail))
+    pull = weight, som_offset, torch.tensor(3), strength, 0.1, *tail
+    torch.library.opcheck(torch.ops.bcl_fast.targets_pull_.default, pull)
     torch.library.opcheck(torch.ops.bcl_fast.som_increment.default, (weight, som_offset, strength, *tail))
 
 
@@ -62,8 +64,10 @@ def test_increment_is_the_pull_before_its_step_size(backend):
     (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig(), torch.float64)
     tail = x, *choices, "none", backend
     expected = weight + 0.1 * torch.ops.bcl_fast.som_increment(weight, None, strength, *tail)
-    torch.ops.bcl_fast.targets_pull_(weight, None, strength, 0.1, *tail)
+    step = torch.tensor(3)
+    torch.ops.bcl_fast.targets_pull_(weight, None, step, strength, 0.1, *tail)
     torch.testing.assert_close(weight, expected)
+    assert int(step) == 4
 
 
 def test_every_backend_serves_every_stage():
@@ -71,6 +75,7 @@ def test_every_backend_serves_every_stage():
         assert set(served) == set(ops.BACKENDS)
         for backend in ops.BACKENDS:
             assert ops.stage(name, backend).__name__ == name
+    assert all(ops.stage("refresh_", backend).__name__ == "refresh_" for backend in ops.REFRESH)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_resolve_backend(fused, backend, expected):
 
 
 def test_resolve_backend_refuses():
-    with pytest.raises(ValueError, match="backend must be .*'reference', 'portable', 'cpu', got 'fastest'"):
+    with pytest.raises(ValueError, match="backend must be .*'reference', 'portable', 'cpu', 'triton', got 'fastest'"):
         ops.resolve_backend(True, "fastest")
     with pytest.raises(ValueError, match="backend='portable' needs fused=True"):
         ops.resolve_backend(False, "portable")
@@ -91,17 +96,32 @@ def test_resolve_backend_refuses():
         ops.resolve_backend("yes", None)
 
 
-def test_backends_say_why_not():
+def test_backends_say_why_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     reasons = ops.backends("cpu")
-    assert all(reasons[name] is None for name in ops.BACKENDS)
-    assert all("not part of this version" in reasons[name] for name in ("triton", "cuda"))
+    assert reasons["reference"] is None and reasons["portable"] is None
+    assert reasons["triton"].startswith("it serves CUDA tensors only (with TRITON_INTERPRET=1")
+    assert "not part of this version" in reasons["cuda"]
     assert all(ops.backends("meta").values())
     elsewhere = ops.backends("cuda")
-    assert elsewhere["cpu"] == "it serves CPU tensors only" and elsewhere["portable"] is None
+    assert elsewhere["cpu"] == "it serves CPU tensors only"
+    assert elsewhere["portable"] is None and elsewhere["triton"] is None
     with pytest.raises(ValueError, match="backend='cpu' cannot serve on 'cuda': it serves CPU tensors only"):
         ops.resolve_backend(True, "cpu", "cuda")
-    with pytest.raises(ValueError, match="got 'triton': its kernels are not part of this version"):
-        ops.resolve_backend(True, "triton")
+    with pytest.raises(ValueError, match="got 'cuda': its CUDA C.. library is not part of this version"):
+        ops.resolve_backend(True, "cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert ops.why_not("triton", "cuda") == "Triton is not installed"
+
+
+def test_float64_on_a_gpu_is_not_served_by_triton_and_says_so():
+    ops._fastest.cache_clear()
+    assert ops.resolve_backend(True, None, "cuda") == "triton"
+    with pytest.warns(UserWarning, match="'portable' serves, slower than 'triton' would: it computes in float32"):
+        assert ops.resolve_backend(True, None, "cuda", torch.float64) == "portable"
+    with pytest.raises(ValueError, match="backend='triton' cannot serve on 'cuda': it computes in float32"):
+        ops.resolve_backend(True, "triton", "cuda", torch.float64)
+    ops._fastest.cache_clear()
 
 
 def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):

@@ -5,22 +5,26 @@ Choices are equal bit by bit given the same inputs; sums stay within budgets jud
 
 import pytest
 import torch
+from backends import candidates, over_backends, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bcl_fast import reference as ref
-from bcl_fast.ops import BACKENDS, stage
 from bcl_fast.testing import COLUMNS, budget, columns, compete, neighbours_of, relative_error
 
 SIZES = [(1, 2, 1), (2, 3, 5), (7, 5, 3), (37, 64, 16), (257, 129, 31), (1024, 512, 784)]
 RULES = ("rank", "clamped_cosine", "cosine")
 DTYPES = (torch.float32, torch.float64)
-CANDIDATES = [name for name in BACKENDS if name != "reference"]
 
-backend = pytest.mark.parametrize("backend", CANDIDATES)
-size = pytest.mark.parametrize("B, D, N", SIZES, ids=str)
+backend = over_backends()
+doubles = over_backends(dtype=torch.float64)
 kinds = pytest.mark.parametrize("kind", COLUMNS)
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+sizes = pytest.mark.parametrize("backend, B, D, N", [(name, *size) for name, size in candidates(sizes=SIZES)], ids=str)
+cases = pytest.mark.parametrize(
+    "backend, dtype, B, D, N",
+    [(name, dtype, *size) for dtype in DTYPES for name, size in candidates(dtype=dtype, sizes=SIZES)],
+    ids=str,
+)
 
 
 def vectors(seed, *lengths, dtype):
@@ -44,10 +48,8 @@ def check_selection(backend, activation, bias, rinv, winv, need, rule, weighting
     assert relative_error(shares, expected_shares) <= 1e-6
 
 
-@backend
-@dtypes
+@cases
 @kinds
-@size
 def test_selection_is_bit_equal(backend, B, D, N, kind, dtype):
     activation = columns(kind, B, D, dtype)
     rinv, winv, need, bias = vectors(1, B, D, B, D, dtype=dtype)
@@ -119,10 +121,8 @@ def test_selection_takes_strided_activations(backend):
     check_selection(backend, activation, None, rinv, winv, need, "rank", "hard", 5)
 
 
-@backend
-@dtypes
+@cases
 @kinds
-@size
 def test_rank_is_bit_equal(backend, B, D, N, kind, dtype):
     key = columns(kind, B, D, dtype)
     assert stage("rank", backend)(key).equal(ref.rank(key))
@@ -144,10 +144,8 @@ def check_competition(backend, activation, neighbors, **options):
     assert len(set(storages)) == len(storages)
 
 
-@backend
-@dtypes
+@cases
 @kinds
-@size
 def test_competition(backend, B, D, N, kind, dtype):
     check_competition(
         backend, columns(kind, B, D, dtype), neighbours_of(D, 8), x=columns("random", B, N, dtype, seed=1)
@@ -195,9 +193,7 @@ def doubled(arguments):
     return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
 
 
-@backend
-@dtypes
-@size
+@cases
 @pytest.mark.parametrize("projection", ["none", "orthogonal", "centered"])
 def test_targets_and_pull(backend, B, D, N, dtype, projection):
     arguments = *choices(B, D, N, 8, 5, dtype), projection
@@ -223,26 +219,23 @@ def test_targets_and_pull(backend, B, D, N, dtype, projection):
 
 @backend
 def test_targets_of_the_whole_batch_and_of_features_nobody_won(backend):
-    arguments = *choices(13, 7, 5, 3, 0, torch.float64), "none"
-    torch.testing.assert_close(stage("targets", backend)(*arguments), ref.targets(*arguments))
-    x, pairs, *rest = arguments
-    torch.testing.assert_close(  # all pairs point to feature 2: the others' winner target is 0
-        stage("targets", backend)(x, torch.full_like(pairs[:, :1], 2), rest[0][:, :1], *rest[1:]),
-        ref.targets(x, torch.full_like(pairs[:, :1], 2), rest[0][:, :1], *rest[1:]),
-    )
+    for B in (13, 41):
+        x, pairs, pair_pull, *rest = choices(B, 7, 5, 3, 0, torch.float32)
+        all_to_one = torch.full_like(pairs[:, :1], 2), pair_pull[:, :1]  # the others' winner target is 0
+        for arguments in ((x, pairs, pair_pull, *rest, "none"), (x, *all_to_one, *rest, "centered")):
+            truth = ref.targets(*doubled(arguments))
+            assert relative_error(stage("targets", backend)(*arguments), truth) <= 1e-5
 
 
 @backend
 def test_targets_take_strided_samples(backend):
-    x, *rest = choices(22, 7, 10, 3, 5, torch.float64)
-    strided = torch.empty(10, 44, dtype=torch.float64).T[::2].copy_(x)
-    expected = ref.targets(x, *rest, "none")
-    torch.testing.assert_close(stage("targets", backend)(strided, *rest, "none"), expected)
+    x, *rest = choices(22, 7, 10, 3, 5, torch.float32)
+    strided = torch.empty(10, 44).T[::2].copy_(x)
+    expected = stage("targets", backend)(x, *rest, "none")
+    assert stage("targets", backend)(strided, *rest, "none").equal(expected)
 
 
-@backend
-@dtypes
-@size
+@cases
 def test_gradient(backend, B, D, N, dtype):
     grad, mask = columns("random", B, D, dtype), columns("random", B, D, dtype, seed=1).sigmoid()
     winner = torch.arange(B) % D
@@ -254,11 +247,10 @@ def test_gradient(backend, B, D, N, dtype):
         assert relative_error(bias, truth) <= budget(own_bias, truth)
     place = mask.clone()
     masked, _ = stage("gradient", backend)(grad, place, None, place)
-    assert masked.data_ptr() == place.data_ptr() and place.equal(grad * mask)
+    assert masked.equal(place) and place.equal(grad * mask)
 
 
-@backend
-@size
+@sizes
 def test_neighbours_by_float64_regret(backend, B, D, N):
     weight = columns("random", D, N) + 3 * columns("random", 1, N, seed=1)  # close cosines
     near = stage("neighbours", backend)(weight, 8)
@@ -274,13 +266,13 @@ def test_neighbours_by_float64_regret(backend, B, D, N):
 @backend
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("k", [1, 3, 40])
-def test_neighbour_choice_is_bit_equal_given_similarities(backend, kind, k, monkeypatch):
+def test_neighbour_choice_is_bit_equal_given_similarities(backend, kind, k):
     """The product may round as it likes; given its result the choice is the reference's, ties and NaN included."""
-    module = __import__(stage("neighbours", backend).__module__, fromlist=["nearest"])
+    nearest = stage("nearest", backend, beside="neighbours")
     similarity = columns(kind, 41, 41)
     similarity[3], similarity[:, 3] = torch.nan, torch.nan
-    assert module.nearest(similarity, 0, k).equal(ref.nearest(similarity, k))
-    assert module.nearest(similarity[17:], 17, k).equal(ref.nearest(similarity, k)[17:])
+    assert nearest(similarity, 0, k).equal(ref.nearest(similarity, k))
+    assert nearest(similarity[17:], 17, k).equal(ref.nearest(similarity, k)[17:])
 
 
 @backend

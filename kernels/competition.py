@@ -1,0 +1,196 @@
+"""Competition (SPEC 2.2-2.8): who wins each sample against its neighbours, and what follows per sample and per feature.
+
+A program takes a few samples at a time. It lays their strengths out feature by feature, so that a neighbour is one
+whole sector of memory however far away it is; what it leaves per feature is a partial sum, added up in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-8)
+PROGRAMS = 256  # each holds BLOCK_B strengths of every feature: together they should stay in the level-2 cache
+BLOCK_B, BLOCK_D, BLOCK_N, BLOCK_K = 8, 64, 64, 8  # BLOCK_B float32 are one sector; no larger tile without spills
+
+
+@triton.jit
+def _ordered(x):
+    """Integers in the order of the numbers: -0 equals +0, NaN is the largest, as argmax has it."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d,
+               BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """|A| of BLOCK_B samples, feature by feature (step 2)."""
+    s = tl.arange(0, BLOCK_B)[:, None]
+    for start in range(0, D, BLOCK_D):
+        d = (start + tl.arange(0, BLOCK_D)[None, :]).to(tl.int64)  # [1, BLOCK_D]
+        inside = (b[:, None] < B) & (d < D)
+        value = tl.load(activation_ptr + b[:, None] * stride_b + d * stride_d, inside, other=0.0).to(tl.float32)
+        tl.store(strength_ptr + d * BLOCK_B + s, tl.abs(value), d < D)
+
+
+@triton.jit
+def _rank_scores(strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B, D,
+                 K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Steps 3, 4 and 8 of BLOCK_B samples: stores rank_score, returns coverage and winner [BLOCK_B]."""
+    s = tl.arange(0, BLOCK_B)[None, :]
+    coverage = tl.zeros([BLOCK_B], tl.float32)
+    best = tl.full([BLOCK_B], -0x80000000, tl.int32)
+    winner = tl.zeros([BLOCK_B], tl.int64)
+    for start in range(0, D, BLOCK_D):
+        d = (start + tl.arange(0, BLOCK_D)[:, None]).to(tl.int64)  # [BLOCK_D, 1]
+        inside = (d < D) & (b[None, :] < B)
+        strength = tl.load(strength_ptr + d * BLOCK_B + s, d < D, other=0.0)
+        rival = tl.zeros([BLOCK_D, BLOCK_B], tl.int32)  # magnitudes order like their bits, NaN last
+        for i in range(K):
+            j = tl.load(neighbors_ptr + d * K + i, d < D, other=0)
+            rival = tl.maximum(rival, tl.load(strength_ptr + j * BLOCK_B + s, d < D, other=0.0)
+                               .to(tl.int32, bitcast=True))  # fmt: skip
+        margin = strength - rival.to(tl.float32, bitcast=True)
+        rank_score = tl.where(inside, tl.sigmoid(margin * temperature), 0.0)
+        tl.store(rank_score_ptr + b[None, :] * D + d, rank_score, inside)
+        coverage += tl.sum(rank_score, 0)
+        order = tl.where(d < D, _ordered(margin), -0x80000000)
+        here = tl.max(order, 0)  # [BLOCK_B]
+        first = tl.min(tl.where(order == here[None, :], d, D), 0)  # the smallest index of equal margins
+        winner = tl.where(here > best, first, winner)
+        best = tl.maximum(here, best)
+    return coverage, winner
+
+
+@triton.jit
+def _column_sums(rank_score_ptr, partial_ptr, b, claim, started, B, D,
+                 BLOCK_D: tl.constexpr):  # fmt: skip
+    """What BLOCK_B samples add to the sums over the batch of steps 5 and 7: partial [2, D] of this program."""
+    for start in range(0, D, BLOCK_D):
+        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
+        inside = (d[:, None] < D) & (b[None, :] < B)
+        rank_score = tl.load(rank_score_ptr + b[None, :] * D + d[:, None], inside, other=0.0)
+        before = tl.load(partial_ptr + d, (d < D) & started, other=0.0)
+        tl.store(partial_ptr + d, before + tl.sum(rank_score, 1), d < D)
+        before = tl.load(partial_ptr + D + d, (d < D) & started, other=0.0)
+        tl.store(partial_ptr + D + d, before + tl.sum(rank_score * claim[None, :], 1), d < D)
+
+
+@triton.jit
+def _pairs(neighbors_ptr, rank_score_ptr, pair_feature_ptr, pair_pull_ptr, b, winner, B, D,
+           K: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """The winner's neighbours and their rank_score * local_novelty (step 6) for BLOCK_B samples."""
+    row_ptr = rank_score_ptr + b[:, None] * D
+    for i_start in range(0, K, BLOCK_K):
+        i = i_start + tl.arange(0, BLOCK_K)[None, :]
+        inside = (b[:, None] < B) & (i < K)
+        feature = tl.load(neighbors_ptr + winner[:, None] * K + i, inside, other=0)  # [BLOCK_B, BLOCK_K]
+        claimed = tl.zeros_like(feature).to(tl.float32)
+        for q_start in range(0, K, BLOCK_K):
+            q = q_start + tl.arange(0, BLOCK_K)[None, None, :]
+            both = inside[:, :, None] & (q < K)
+            j = tl.load(neighbors_ptr + feature[:, :, None] * K + q, both, other=0)
+            claimed += tl.sum(tl.load(row_ptr[:, :, None] + j, both, other=0.0), 2)
+        pull = tl.load(row_ptr + feature, inside, other=0.0) / (1 + claimed)
+        tl.store(pair_feature_ptr + b[:, None] * K + i, feature, inside)
+        tl.store(pair_pull_ptr + b[:, None] * K + i, pull, inside)
+
+
+@triton.jit
+def _inverse_norm(x_ptr, b, B, N, stride_b, stride_n, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """1 / (|X_b| + eps) (step 9b)."""
+    square = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = (start + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
+        x = tl.load(x_ptr + b[:, None] * stride_b + n * stride_n, (b[:, None] < B) & (n < N), other=0.0).to(tl.float32)
+        square += x * x
+    return 1 / (tl.sqrt(tl.sum(square, 1)) + EPS)
+
+
+@triton.jit(do_not_specialize=["B"])
+def _competition_kernel(activation_ptr, neighbors_ptr, x_ptr, strength_ptr, partial_ptr, rank_score_ptr, coverage_ptr,
+                        winner_ptr, pair_feature_ptr, pair_pull_ptr, x_inverse_norm_ptr, need_ptr, temperature,
+                        B, D, N, stride_b, stride_d, x_stride_b, x_stride_n, K: tl.constexpr, BLOCK_B: tl.constexpr,
+                        BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    strength_ptr += program * D * BLOCK_B
+    partial_ptr += program * D * 2
+    tiles = tl.cdiv(tl.cdiv(B, BLOCK_B) - program, programs)
+    for tile in range(tiles):
+        b = (program + tile * programs) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+        tl.debug_barrier()  # the strengths of the last tile have been read
+        _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d, BLOCK_B, BLOCK_D)
+        tl.debug_barrier()
+        coverage, winner = _rank_scores(
+            strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B, D, K, BLOCK_B, BLOCK_D
+        )
+        tl.debug_barrier()
+        _column_sums(rank_score_ptr, partial_ptr, b, 1 / (coverage + EPS), tile > 0, B, D, BLOCK_D)
+        _pairs(neighbors_ptr, rank_score_ptr, pair_feature_ptr, pair_pull_ptr, b, winner, B, D, K, BLOCK_K)
+        tl.store(winner_ptr + b, winner, b < B)
+        tl.store(coverage_ptr + b, coverage, b < B)
+        tl.store(need_ptr + b, 1 / (coverage + 1), b < B)
+        norm = _inverse_norm(x_ptr, b, B, N, x_stride_b, x_stride_n, BLOCK_B, BLOCK_N)
+        tl.store(x_inverse_norm_ptr + b, norm, b < B)
+
+
+@triton.jit(do_not_specialize=["B", "programs"])
+def _forces_kernel(partial_ptr, novelty_ptr, win_rate_ptr, winner_share_ptr, som_strength_ptr, B, D, programs,
+                   rescue_onset, pull_onset, COUPLED: tl.constexpr, HAS_RESCUE_ONSET: tl.constexpr,
+                   HAS_PULL_ONSET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """Steps 5, 7, 10 (u) and 11 (v) of BLOCK_D features from the partial sums of all programs."""
+    d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total, novel = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        p = (start + tl.arange(0, BLOCK_P)[:, None]).to(tl.int64)
+        inside = (p < programs) & (d[None, :] < D)
+        total += tl.sum(tl.load(partial_ptr + p * (2 * D) + d[None, :], inside, other=0.0), 0)
+        novel += tl.sum(tl.load(partial_ptr + p * (2 * D) + D + d[None, :], inside, other=0.0), 0)
+    novelty, win_rate = novel / (total + EPS), total / B
+    winner_share, som_strength = win_rate, 1 - novelty
+    if COUPLED:
+        winner_share, som_strength = win_rate * novelty, tl.full([BLOCK_D], 1.0, tl.float32)
+    if HAS_RESCUE_ONSET:
+        winner_share = tl.where(win_rate < rescue_onset, winner_share, 1.0)
+    if HAS_PULL_ONSET:
+        som_strength = tl.where(win_rate < pull_onset, som_strength, 0.0)
+    tl.store(novelty_ptr + d, novelty, d < D)
+    tl.store(win_rate_ptr + d, win_rate, d < D)
+    tl.store(winner_share_ptr + d, winner_share, d < D)
+    tl.store(som_strength_ptr + d, som_strength, d < D)
+
+
+def competition(
+    activation: torch.Tensor,
+    neighbors: torch.Tensor,
+    temperature: float,
+    x: torch.Tensor,
+    forces: str,
+    rescue_onset: float,
+    pull_onset: float,
+) -> tuple[torch.Tensor, ...]:
+    """activation [B, D] and x [B, N] any strides, neighbors [D, k] contiguous int64 -> rank_score [B, D], coverage [B],
+    novelty, win_rate [D], winner [B], pair_feature, pair_pull [B, k], x_inverse_norm, need [B], winner_share,
+    som_strength [D]: int64 the winner and pair_feature, float32 the others."""
+    (B, D), N, K = activation.shape, x.shape[1], neighbors.shape[1]
+
+    def real(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=activation.device)
+
+    rank_score, coverage, pair_pull, x_inverse_norm, need = real(B, D), real(B), real(B, K), real(B), real(B)
+    novelty, win_rate, winner_share, som_strength = real(D), real(D), real(D), real(D)
+    winner, pair_feature = neighbors.new_empty(B), neighbors.new_empty(B, K)
+    programs = min(triton.cdiv(B, BLOCK_B), PROGRAMS)
+    strength, partial = real(programs, D, BLOCK_B), real(programs, 2, D)
+    _competition_kernel[(programs,)](
+        activation, neighbors, x, strength, partial, rank_score, coverage, winner, pair_feature, pair_pull,
+        x_inverse_norm, need, temperature, B, D, N, *activation.stride(), *x.stride(), K, BLOCK_B, BLOCK_D, BLOCK_N,
+        min(BLOCK_K, triton.next_power_of_2(K)), num_warps=8,
+    )  # fmt: skip
+    _forces_kernel[(triton.cdiv(D, BLOCK_D),)](
+        partial, novelty, win_rate, winner_share, som_strength, B, D, programs, rescue_onset, pull_onset,
+        forces == "coupled", rescue_onset > 0, pull_onset > 0, 16, BLOCK_D,
+    )  # fmt: skip
+    return (
+        rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need, winner_share,
+        som_strength,
+    )  # fmt: skip

@@ -1,0 +1,29 @@
+"""Inverse norm (SPEC 2.9b: rinv, winv): 1 / (|row| + eps) of every row."""
+
+import torch
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-8)
+BLOCK_R, BLOCK_N = 8, 256
+
+
+@triton.jit(do_not_specialize=["R"])
+def _inverse_norm_kernel(rows_ptr, inverse_norm_ptr, R, N, stride_r, stride_n,
+                         BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
+    row_ptr = rows_ptr + r[:, None] * stride_r
+    square = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+        value = tl.load(row_ptr + n.to(tl.int64) * stride_n, (r[:, None] < R) & (n < N), other=0.0).to(tl.float32)
+        square += value * value
+    tl.store(inverse_norm_ptr + r, 1 / (tl.sqrt(tl.sum(square, 1)) + EPS), r < R)
+
+
+def inverse_norm(rows: torch.Tensor) -> torch.Tensor:
+    """rows [R, N] any strides -> [R] float32."""
+    R, N = rows.shape
+    inverse_norm = torch.empty(R, dtype=torch.float32, device=rows.device)
+    _inverse_norm_kernel[(triton.cdiv(R, BLOCK_R),)](rows, inverse_norm, R, N, *rows.stride(), BLOCK_R, BLOCK_N)
+    return inverse_norm

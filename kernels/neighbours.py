@@ -1,0 +1,164 @@
+"""Neighbours (SPEC 2.1): the k features most similar to each by cosine; the device decides whether they are due."""
+
+import torch
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-8)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
+LOW = tl.constexpr(2**31 - 1)  # the bits of a key that hold the column, falling
+EMPTY = tl.constexpr(-(2**63))  # a key below every candidate's
+ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the bits of a step
+
+
+@triton.jit
+def _keys(similarity, row, column, D, last):
+    """Similarities as distinct int64 keys [R, C]: the larger is more similar, or as similar at a smaller column.
+
+    EMPTY for the feature itself, for columns beyond D, and for what earlier passes found, down to the key `last`.
+    """
+    value = tl.where(similarity != similarity, -2.0, similarity)
+    value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)  # as torch.nan_to_num: an infinity ties with LARGEST
+    value = tl.where(value == 0, 0.0, value)  # -0 equals +0
+    bits = value.to(tl.int32, bitcast=True)
+    rising = tl.where(bits < 0, bits ^ LOW, bits)  # an integer that orders as the float does
+    key = (rising.to(tl.int64) << 32) | (column ^ LOW)
+    return tl.where((column < D) & (column != row) & (key < last), key, EMPTY)
+
+
+@triton.jit
+def _keep(key, kept):
+    """Merge a tile of keys [R, C] into the unordered list [R, KEPT] of the largest of each row."""
+    best, worst = tl.max(key, 1, keep_dims=True), tl.min(kept, 1, keep_dims=True)
+    while tl.max((best > worst).to(tl.int32)) > 0:
+        kept = tl.where(kept == worst, tl.maximum(best, worst), kept)
+        worst = tl.min(kept, 1, keep_dims=True)
+        best = tl.max(tl.where(key < best, key, EMPTY), 1, keep_dims=True)
+    return kept
+
+
+@triton.jit
+def _write(neighbors_ptr, kept, row, R, place, K):
+    """Store the columns of a list in order, to the places of its rows that start at `place`."""
+    first_ptr = neighbors_ptr + row.to(tl.int64) * K + place
+    for i in range(kept.shape[1]):  # not tl.sort, whose registers spill
+        best = tl.max(kept, 1, keep_dims=True)
+        tl.store(first_ptr + i, (best & LOW) ^ LOW, (row < R) & (place + i < K))
+        kept = tl.where(kept == best, EMPTY, kept)
+
+
+@triton.jit
+def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.constexpr):
+    """Cosines of the features `row` [R, 1] with `column` [1, C], in full float32: [R, C]; a zero row gives 0."""
+    column = tl.trans(column)
+    row_ptr = weight_ptr + tl.minimum(row, D - 1).to(tl.int64) * stride_d  # beyond D: the last, for nobody's use
+    column_ptr = weight_ptr + tl.minimum(column, D - 1).to(tl.int64) * stride_d
+    dot = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
+    row_square = tl.zeros([row.shape[0], BLOCK_N], tl.float32)
+    column_square = tl.zeros([column.shape[0], BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)[None, :]
+        offset = n.to(tl.int64) * stride_n
+        of_row = tl.load(row_ptr + offset, n < N, other=0.0).to(tl.float32)
+        of_column = tl.load(column_ptr + offset, n < N, other=0.0).to(tl.float32)
+        dot = tl.dot(of_row, tl.trans(of_column), dot, input_precision="ieee")
+        row_square += of_row * of_row
+        column_square += of_column * of_column
+    row_inverse = 1 / (tl.sqrt(tl.sum(row_square, 1)) + EPS)
+    column_inverse = 1 / (tl.sqrt(tl.sum(column_square, 1)) + EPS)
+    return dot * row_inverse[:, None] * column_inverse[None, :]
+
+
+@triton.jit(do_not_specialize=["K", "recompute_every"])
+def _neighbours_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, N, K, stride_d, stride_n,
+                       recompute_every, REFRESH: tl.constexpr, KEPT: tl.constexpr, BLOCK_R: tl.constexpr,
+                       BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    if REFRESH:
+        step = tl.load(step_ptr)
+        # The low bits stay as they were until the last program has decided; those of -1 (never) are no step's.
+        refreshed_at = tl.load(refreshed_at_ptr) & (ARRIVAL - 1)
+        if (step % recompute_every != 0) | (refreshed_at == step):
+            return
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
+    last = tl.full([BLOCK_R, 1], 2**63 - 1, tl.int64)
+    for place in range(0, K, KEPT):  # each pass finds the KEPT that stand behind the last one of the pass before
+        kept = tl.full([BLOCK_R, KEPT], EMPTY, tl.int64) + tl.arange(0, KEPT)[None, :]  # distinct: one leaves at a time
+        for start in range(0, D, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]
+            similarity = _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N)
+            kept = _keep(_keys(similarity, row, column, D, last), kept)
+        _write(neighbors_ptr, kept, row, D, place, K)
+        last = tl.min(kept, 1, keep_dims=True)
+    if REFRESH:
+        arrived = (tl.atomic_add(refreshed_at_ptr, ARRIVAL) + 1) // ARRIVAL  # before this program; + 1 because of -1
+        if arrived == tl.num_programs(0) - 1:
+            tl.store(refreshed_at_ptr, step)
+
+
+@triton.jit(do_not_specialize=["first", "R", "K"])
+def _nearest_kernel(similarity_ptr, neighbors_ptr, first, R, D, K, stride_r, stride_d, KEPT: tl.constexpr,
+                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
+    row_ptr = similarity_ptr + row.to(tl.int64) * stride_r
+    last = tl.full([BLOCK_R, 1], 2**63 - 1, tl.int64)
+    for place in range(0, K, KEPT):
+        kept = tl.full([BLOCK_R, KEPT], EMPTY, tl.int64) + tl.arange(0, KEPT)[None, :]
+        for start in range(0, D, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]
+            similarity = tl.load(row_ptr + column.to(tl.int64) * stride_d, (row < R) & (column < D), other=0.0)
+            kept = _keep(_keys(similarity.to(tl.float32), first + row, column, D, last), kept)
+        _write(neighbors_ptr, kept, row, R, place, K)
+        last = tl.min(kept, 1, keep_dims=True)
+
+
+def _kept(K: int) -> int:
+    """How many neighbours a pass finds: a longer list spills registers, a shorter one gains nothing."""
+    return min(max(triton.next_power_of_2(K), 8), 32)
+
+
+def _launch(
+    weight: torch.Tensor,
+    neighbors: torch.Tensor,
+    step: torch.Tensor | None,
+    refreshed_at: torch.Tensor | None,
+    recompute_every: int,
+) -> None:
+    (D, N), K = weight.shape, neighbors.shape[1]
+    # Many programs while D is small, less traffic once it is large; both fit the registers of every target.
+    BLOCK_R, BLOCK_N, num_warps = (16, 64, 4) if D < 8192 else (64, 16, 8)
+    _neighbours_kernel[(triton.cdiv(D, BLOCK_R),)](
+        weight, neighbors, step, refreshed_at, D, N, K, *weight.stride(), recompute_every,
+        step is not None, _kept(K), BLOCK_R, 64, BLOCK_N, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def neighbours(weight: torch.Tensor, neighborhood_k: int) -> torch.Tensor:
+    """weight [D, N] any strides -> the features most similar to each [D, min(neighborhood_k, D - 1)] int64."""
+    D = weight.shape[0]
+    neighbors = torch.empty(D, min(neighborhood_k, D - 1), dtype=torch.int64, device=weight.device)
+    _launch(weight, neighbors, None, None, 1)
+    return neighbors
+
+
+def refresh_(
+    weight: torch.Tensor,
+    neighbors: torch.Tensor,
+    step: torch.Tensor,
+    refreshed_at: torch.Tensor,
+    recompute_every: int,
+) -> None:
+    """weight [D, N] any strides; rewrites neighbors [D, k] contiguous and refreshed_at where they are due at `step`.
+
+    step and refreshed_at are int64 scalars on the device, read and written there; step < 2^40 - 1.
+    """
+    _launch(weight, neighbors, step, refreshed_at, recompute_every)
+
+
+def nearest(similarity: torch.Tensor, first: int, neighborhood_k: int) -> torch.Tensor:
+    """similarity [R, D] of the features first .. first + R - 1, any strides -> their nearest others [R, k] int64."""
+    (R, D), K = similarity.shape, min(neighborhood_k, similarity.shape[1] - 1)
+    neighbors = torch.empty(R, K, dtype=torch.int64, device=similarity.device)
+    _nearest_kernel[(triton.cdiv(R, 16),)](
+        similarity, neighbors, first, R, D, K, *similarity.stride(), _kept(K), 16, 64
+    )
+    return neighbors

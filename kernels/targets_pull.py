@@ -1,0 +1,210 @@
+"""Targets and pull (sums of SPEC 2.9a, 2.10, 2.13): where the samples draw each feature, and the step toward it."""
+
+import torch
+import triton
+import triton.language as tl
+
+EPS = tl.constexpr(1e-8)
+MAX_CHUNKS = 32  # programs that group the pairs; the pull reads one start of each per feature
+CHUNK_ROWS = 16  # fewest samples of a chunk
+STREAM = 4096  # features or pairs of a tile that is only streamed
+TILE = 256  # pairs placed at once, each compared with all the others
+COMPARE = 32  # of them at a time: all at once would not fit the registers
+GATHER = 16  # rows of x gathered at once; a common list is eight winner pairs and five rescued rows
+MAX_BLOCK_N = 128  # one warp's width: a narrow block of a large x stays in the level-2 cache while all features read it
+DENSE_ROWS = 16  # a larger whole batch is rescued by a product: a gather would read all of x for every feature
+
+
+@triton.jit(do_not_specialize=["pairs", "chunk", "chunks"])
+def _pairs_kernel(
+    pair_feature_ptr, pair_pull_ptr, cursor_ptr, start_ptr, row_ptr, pull_ptr, pairs, chunk, chunks, D,
+    K: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, COMPARE: tl.constexpr,
+):  # fmt: skip
+    """A stable counting sort of chunk t by feature: starts within the chunk [D + 1, chunks], and the grouped pairs.
+
+    Its cursors, row t of [chunks, D], are nobody else's: the barriers of one program order everything, and what
+    integer atomics leave does not depend on their order.
+    """
+    t = tl.program_id(0).to(tl.int64)
+    first = t * chunk
+    stop = tl.minimum(first + chunk, pairs)
+    cursor_ptr += t * D
+    wide, lane, few = tl.arange(0, STREAM), tl.arange(0, TILE), tl.arange(0, COMPARE)
+    for d in range(0, D, STREAM):
+        tl.store(cursor_ptr + d + wide, 0, d + wide < D)
+    tl.debug_barrier()
+    for p in range(first, stop, STREAM):
+        feature = tl.load(pair_feature_ptr + p + wide, p + wide < stop, other=0)
+        tl.atomic_add(cursor_ptr + feature, 1, p + wide < stop, sem="relaxed")
+    tl.debug_barrier()
+    before = 0
+    for d in range(0, D, STREAM):
+        count = tl.load(cursor_ptr + d + wide, d + wide < D, other=0)
+        start = before + tl.cumsum(count) - count
+        tl.store(cursor_ptr + d + wide, start, d + wide < D)
+        tl.store(start_ptr + (d + wide).to(tl.int64) * chunks + t, start, d + wide < D)
+        before += tl.sum(count)
+    tl.store(start_ptr + D.to(tl.int64) * chunks + t, before)
+    tl.debug_barrier()
+    for p in range(first, stop, TILE):
+        pair, mask = p + lane, p + lane < stop
+        feature = tl.load(pair_feature_ptr + pair, mask, other=0).to(tl.int32)
+        place = first + tl.load(cursor_ptr + feature, mask, other=0)
+        for q in range(0, TILE, COMPARE):
+            other = tl.load(pair_feature_ptr + p + q + few, p + q + few < stop, other=0).to(tl.int32)
+            earlier = (other[:, None] == feature[None, :]) & (q + few[:, None] < lane[None, :])
+            place += tl.sum(earlier.to(tl.int32), axis=0)
+        tl.store(row_ptr + place, pair // K, mask)
+        tl.store(pull_ptr + place, tl.load(pair_pull_ptr + pair, mask, other=0.0), mask)
+        tl.debug_barrier()  # no cursor moves before all have read it
+        tl.atomic_add(cursor_ptr + feature, 1, mask, sem="relaxed")
+        tl.debug_barrier()
+
+
+@triton.jit
+def _listed(position, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr):
+    """The samples at these positions of a feature's list, `won` pairs and then rescued rows, and their weights."""
+    place = position + tl.sum(tl.where(position[None, :] >= end[:, None], jump[:, None], 0), axis=0)
+    is_won, is_rescued = position < won, (position >= won) & (position < listed)
+    row = tl.load(row_ptr + place, is_won, other=0) + tl.load(rescue_rows_ptr + position, is_rescued, other=0)
+    pull = tl.load(pull_ptr + place, is_won, other=0.0)
+    return row, pull + tl.load(rescue_weight_ptr + position, is_rescued, other=0.0)
+
+
+@triton.jit(do_not_specialize=["chunk", "chunks", "r"])
+def _pull_kernel(
+    destination_ptr, weight_ptr, som_strength_ptr, step_ptr, x_ptr, start_ptr, row_ptr, pull_ptr,
+    rescue_rows_ptr, rescue_weight_ptr, winner_share_ptr, som_lr, N, chunk, chunks, r,
+    stride_d, stride_n, weight_stride_d, weight_stride_n, x_stride_b, x_stride_n,
+    MAX_CHUNKS: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    d = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t, lane = tl.arange(0, MAX_CHUNKS), tl.arange(0, GATHER)
+    start_ptr += d * chunks
+    start = tl.load(start_ptr + t, t < chunks, other=0)
+    stop = tl.load(start_ptr + chunks + t, t < chunks, other=0)
+    end = tl.cumsum(stop - start)  # of chunk t's pairs in the feature's list
+    jump = chunk.to(tl.int64) + tl.load(start_ptr + 1 + t, t + 1 < chunks, other=0) - stop  # on to the next chunk's
+    head, won = tl.load(start_ptr), tl.sum(stop - start)
+    listed = won + r
+    row_ptr += head
+    pull_ptr += head
+    rescue_rows_ptr += d * r - won
+    rescue_weight_ptr += d * r - won
+    row, weight = _listed(lane, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr)
+    toward_won = tl.zeros([BLOCK_N], tl.float32)
+    toward_rescued = tl.zeros([BLOCK_N], tl.float32)
+    total = tl.zeros([GATHER], tl.float32)
+    for first in range(0, listed, GATHER):
+        position = first + lane
+        mask = (position < listed)[:, None] & (n < N)[None, :]
+        x = tl.load(x_ptr + row[:, None] * x_stride_b + n[None, :] * x_stride_n, mask, other=0.0).to(tl.float32)
+        next_row, next_weight = _listed(  # while x is on its way
+            position + GATHER, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr
+        )
+        pull = tl.where(position < won, weight, 0.0)
+        toward_won += tl.sum(pull[:, None] * x, axis=0)
+        toward_rescued += tl.sum((weight - pull)[:, None] * x, axis=0)
+        total += pull
+        row, weight = next_row, next_weight
+    u = tl.load(winner_share_ptr + d)
+    target = u * (toward_won / (tl.sum(total) + EPS)) + (1 - u) * toward_rescued
+    place = d * stride_d + n * stride_n
+    if som_strength_ptr is not None:
+        stands = tl.load(destination_ptr + place, n < N, other=0.0)
+        gap = target - stands
+        if weight_ptr is not None:  # the destination is an offset of this weight
+            gap -= tl.load(weight_ptr + d * weight_stride_d + n * weight_stride_n, n < N, other=0.0)
+        target = stands + som_lr * (tl.load(som_strength_ptr + d) * gap)
+    tl.store(destination_ptr + place, target, n < N)
+    if step_ptr is not None:
+        if tl.program_id(0) + tl.program_id(1) == 0:
+            tl.store(step_ptr, tl.load(step_ptr) + 1)
+
+
+def _takes_whole_batch(x: torch.Tensor, rescue_rows: torch.Tensor) -> bool:
+    return x.shape[0] == rescue_rows.shape[1] > DENSE_ROWS
+
+
+def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair_pull, rescue_rows, rescue_weight,
+          winner_share):  # fmt: skip
+    """Targets into destination [D, N], or, given som_strength, a step toward them; a large whole batch is left out."""
+    (B, N), D, k = x.shape, winner_share.shape[0], pair_feature.shape[1]
+    r = 0 if _takes_whole_batch(x, rescue_rows) else rescue_rows.shape[1]
+    chunk_rows = max(CHUNK_ROWS, triton.cdiv(B, MAX_CHUNKS))
+    chunk, chunks = chunk_rows * k, triton.cdiv(B, chunk_rows)
+    cursor = torch.empty(chunks, D, dtype=torch.int32, device=x.device)
+    start = torch.empty(D + 1, chunks, dtype=torch.int32, device=x.device)
+    row = torch.empty(B * k, dtype=torch.int64, device=x.device)
+    pull = torch.empty(B * k, dtype=torch.float32, device=x.device)
+    _pairs_kernel[(chunks,)](
+        pair_feature.contiguous(), pair_pull.contiguous(), cursor, start, row, pull, B * k, chunk, chunks, D,
+        k, STREAM, TILE, COMPARE, num_warps=8, num_stages=1)  # fmt: skip
+    BLOCK_N = min(MAX_BLOCK_N, triton.next_power_of_2(N))
+    weight_stride = (0, 0) if weight is None else weight.stride()
+    _pull_kernel[D, triton.cdiv(N, BLOCK_N)](
+        destination, weight, som_strength, step, x, start, row, pull,
+        rescue_rows.contiguous(), rescue_weight.contiguous(), winner_share.contiguous(), som_lr, N, chunk, chunks, r,
+        *destination.stride(), *weight_stride, *x.stride(), MAX_CHUNKS, GATHER, BLOCK_N, num_warps=1)  # fmt: skip
+
+
+def targets(
+    x: torch.Tensor,
+    pair_feature: torch.Tensor,
+    pair_pull: torch.Tensor,
+    rescue_rows: torch.Tensor,
+    rescue_weight: torch.Tensor,
+    winner_share: torch.Tensor,
+    target_projection: str,
+) -> torch.Tensor:
+    """Where each feature is pulled to.
+
+    x [B, N], pair_feature [B, k] int64, pair_pull [B, k] float32, rescue_rows [D, r] int64, rescue_weight [D, r] and
+    winner_share [D] float32 -> [D, N] float32.
+    """
+    target = torch.empty(winner_share.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
+    _pull(target, None, None, 0.0, None, x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share)
+    if _takes_whole_batch(x, rescue_rows):
+        pull = torch.empty_like(rescue_weight).scatter_(1, rescue_rows, rescue_weight * (1 - winner_share)[:, None])
+        target.addmm_(pull, x.float())
+    if target_projection == "none":
+        return target
+    mean = target.mean(dim=0)
+    if target_projection == "centered":
+        return target.sub_(mean)
+    square = mean @ mean
+    return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
+
+
+def targets_pull_(
+    weight: torch.Tensor,
+    som_offset: torch.Tensor | None,
+    som_strength: torch.Tensor,
+    som_lr: float,
+    x: torch.Tensor,
+    pair_feature: torch.Tensor,
+    pair_pull: torch.Tensor,
+    rescue_rows: torch.Tensor,
+    rescue_weight: torch.Tensor,
+    winner_share: torch.Tensor,
+    target_projection: str,
+    step: torch.Tensor | None = None,
+) -> None:
+    """One pull, in place on weight or, if there is one, on som_offset; step, if given, goes on by one.
+
+    weight and som_offset [D, N] float32 of any strides, som_strength [D] float32, step int64 scalar; the rest as in
+    `targets`.
+    """
+    choices = x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share
+    destination, other = (weight, None) if som_offset is None else (som_offset, weight)
+    if target_projection == "none" and not _takes_whole_batch(x, rescue_rows):
+        _pull(destination, other, som_strength.contiguous(), som_lr, step, *choices)
+        torch.autograd.graph.increment_version(destination)  # autograd must see what was written past it
+        return
+    gap = targets(*choices, target_projection).sub_(weight)
+    if som_offset is not None:
+        gap.sub_(som_offset)
+    destination.addcmul_(gap, som_strength[:, None], value=som_lr)
+    if step is not None:
+        step.add_(1)

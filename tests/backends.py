@@ -1,0 +1,51 @@
+"""Which backends a test runs on, and where: on the GPU if there is one, else on the CPU, where Triton interprets."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from bcl_fast import ops
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided by conftest.py
+DEVICE = {name: "cuda" if name == "triton" and torch.cuda.is_available() else "cpu" for name in ops.BACKENDS}
+SLOW = {"triton"} if INTERPRETED else set()  # seconds for what the others do in milliseconds
+ON_CPU = [name for name in ops.BACKENDS if ops.why_not(name, "cpu") is None and name not in SLOW]
+
+
+def candidates(dtype=torch.float32, sizes=(None,), most=1 << 16):
+    """(backend, size) for every backend beside the reference that serves this dtype here; a slow one gets the sizes
+    (B, D, N) of at most `most` elements [B, D]."""
+    return [
+        (name, size)
+        for name, device in DEVICE.items()
+        for size in sizes
+        if name != "reference" and ops.why_not(name, device, dtype) is None
+        if name not in SLOW or size is None or size[0] * size[1] <= most
+    ]
+
+
+def over_backends(**options):
+    """Parametrise a test over `backend`."""
+    return pytest.mark.parametrize("backend", [name for name, _ in candidates(**options)])
+
+
+def stage(name, backend, beside=None):
+    """The function of a stage, or one `beside` it, for CPU tensors whatever its device; in-place changes come back."""
+    function = getattr(sys.modules[ops.stage(beside or name, backend).__module__], name)
+    device = DEVICE[backend]
+    if device == "cpu":
+        return function
+
+    def there_and_back(*arguments):
+        moved = [a.to(device) if torch.is_tensor(a) else a for a in arguments]
+        results = function(*moved)
+        for ours, theirs in zip(arguments, moved, strict=True):
+            if torch.is_tensor(ours):
+                ours.copy_(theirs)
+        if results is None or torch.is_tensor(results):
+            return None if results is None else results.cpu()
+        return tuple(result.cpu() for result in results)
+
+    return there_and_back

@@ -1,0 +1,180 @@
+"""The Triton kernels as one backend, without a GPU: launches, no work beside them, determinism, far addresses.
+
+What each kernel computes is held to the reference in test_stages.py, what it moves in test_traffic.py, what it compiles
+to in test_ahead_of_time.py.
+"""
+
+import mmap
+
+import pytest
+import torch
+from backends import INTERPRETED
+from interpreter import Launches
+from test_layer import N, batch, check_one_step, make, same, state
+from test_ops import pending, statistics_arguments
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from bcl_fast import BCLConfig, BCLLayer, measure, ops
+from bcl_fast.testing import VARIANTS, columns, compete, neighbours_of
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for a GPU here, or is not installed")
+MOST_LAUNCHES = 8
+
+
+def train(layer, steps=3, **kinds):
+    for seed in range(steps):
+        layer(batch(seed=seed, **kinds)).square().mean().backward()
+    return layer
+
+
+@pytest.mark.parametrize("B", [17, 300])
+def test_a_step_takes_at_most_eight_launches(B):
+    layer = train(make("triton"), 1)  # the next step refreshes nothing
+    with Launches() as launches:
+        layer(batch(B)).square().mean().backward()
+    assert len(launches) <= MOST_LAUNCHES, [launch.name for launch in launches]
+    assert {launch.name for launch in launches} >= {"_neighbours_kernel", "_competition_kernel", "_pull_kernel"}
+
+
+class Computed(TorchDispatchMode):
+    """Counts the torch operations that compute: each would be a launch of its own on a GPU."""
+
+    FREE = {"empty", "new_empty", "empty_like", "empty_strided", "view", "_unsafe_view", "reshape", "t", "transpose",
+            "detach", "as_strided", "alias", "_reshape_alias", "slice", "select", "expand", "unsqueeze", "permute",
+            "fill_"}  # fmt: skip  # by the tests themselves, which poison what comes uninitialised
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        scalar = arguments and torch.is_tensor(arguments[0]) and arguments[0].dim() == 0  # the ticket, on the host
+        if name not in self.FREE and not scalar and function.namespace == "aten":
+            self.names.append(name)
+        return function(*arguments, **(options or {}))
+
+
+def test_a_step_does_nothing_beside_its_kernels_and_three_products():
+    layer = train(make("triton"), 1)
+    layer.zero_grad()
+    x, gradient = batch().requires_grad_(), torch.randn(17, 11)
+    with Launches(execute=False), Computed() as computed:  # the interpreter computes with torch itself
+        layer(x).backward(gradient)
+    assert sorted(computed.names) == ["addmm", "mm", "mm"]
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+def test_one_step_is_the_specification(options):
+    check_one_step("triton", options, dtype=torch.float32)
+
+
+PRESETS = [BCLConfig(), BCLConfig.preset("soft-clamp"), BCLConfig(rescue_k=0, gradient_mask="winner_take_all")]
+
+
+@pytest.mark.parametrize("config", PRESETS, ids=["decoupled", "soft-clamp", "dense"])
+def test_operators_are_what_they_declare(config):
+    check = torch.library.opcheck
+    check(torch.ops.bcl_fast.statistics_.default, statistics_arguments("triton", config))
+    (_, weight, *_), mask, winner, left = pending("triton", config)
+    check(torch.ops.bcl_fast.masked_gradient.default,
+          (torch.ones(9, 5), mask, winner, config.gradient_mask, left, False, False, "triton"))  # fmt: skip
+    _, x, *choices, strength = left
+    for offset in (None, torch.zeros_like(weight)):
+        tail = x, *choices, config.target_projection, "triton"
+        check(torch.ops.bcl_fast.targets_pull_.default, (weight, offset, torch.tensor(3), strength, 0.1, *tail))
+        check(torch.ops.bcl_fast.som_increment.default, (weight, offset, strength, *tail))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_training_is_bit_equal_across_the_refresh(compiler):
+    torch._dynamo.reset()
+    plain, other = make("triton", recompute_every=2), make("triton", recompute_every=2)
+    compiled = torch.compile(other, fullgraph=True, backend=compiler)
+    for seed in range(3):
+        for call in (plain, compiled):
+            call(batch(seed=seed)).square().mean().backward()
+    assert same(state(plain), state(other)) and int(other.step) == 3
+
+
+def test_checkpointed_hidden_layers_and_averaged_forwards():
+    """What the layer asks of a backend beside a plain step."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(BCLLayer(N, 9, backend="triton"), nn.Tanh(), BCLLayer(9, 7, backend="triton"))
+    other = nn.Sequential(BCLLayer(N, 9, backend="triton"), nn.Tanh(), BCLLayer(9, 7, backend="triton"))
+    other.load_state_dict(plain.state_dict())
+    plain(batch()).square().sum().backward()
+    checkpoint(other, batch(), use_reentrant=False).square().sum().backward()
+    for one, two in zip(plain, other, strict=True):
+        assert same(state(one), state(two))
+    first, second = make("triton", som_lr=0.1), make("portable", som_lr=0.1)
+    for layer in (first, second):
+        (layer(batch(5, 1)).square().sum() + layer(batch(20, 2)).square().sum()).backward()
+    torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=1e-6)
+    assert int(first.step) == 1
+
+
+def test_the_same_inputs_give_the_same_bits():
+    assert same(*(state(train(make("triton"), 2)) for _ in range(2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_layers_train(dtype):
+    layer = make("triton", som_lr=0.1, dtype=dtype)
+    reference = make("reference", som_lr=0.1, dtype=dtype)
+    for each in (layer, reference):
+        train(each, 1, dtype=dtype)
+    torch.testing.assert_close(layer.weight, reference.weight, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_steps_and_refreshes_are_counted_on_the_device():
+    """A host that changes the counters behind the layer's back is believed: nothing is remembered of them."""
+    layer, other = make("triton", recompute_every=2), make("portable", recompute_every=2)
+    for each in (layer, other):
+        train(each, 2)
+        each.step.fill_(40)
+        train(each, 3)
+        assert int(each.step) == 43
+    assert layer.neighbors.equal(other.neighbors)
+
+
+def far(tensor, stride):
+    """The same numbers [R, C], rows far apart: 32 bits cannot number the elements. Untouched pages cost nothing."""
+    R, C = tensor.shape
+    size = (R - 1) * stride + C
+    memory = torch.frombuffer(mmap.mmap(-1, size * tensor.element_size()), dtype=tensor.dtype)
+    copy = memory.as_strided((R, C), (stride, 1))
+    return copy.copy_(tensor)
+
+
+STRIDE = (1 << 30) + 3  # itself a 32-bit number: the third row is beyond 2^31
+
+
+@pytest.mark.parametrize("name", ["neighbours", "competition", "inverse_norm", "selection", "rank", "gradient",
+                                  "targets", "targets_pull_"])  # fmt: skip
+def test_more_than_two_to_the_31_elements(name):
+    size = measure.Size(3, 4, 5)
+    calls = measure.stage_calls(size, like="reference")
+    calls["targets"] = calls["targets_pull_"][4:]
+    near = calls[name]
+    place = next(i for i, value in enumerate(near) if torch.is_tensor(value) and value.dim() == 2)
+    distant = [far(v, STRIDE) if i == place else v.clone() if torch.is_tensor(v) else v for i, v in enumerate(near)]
+    function = ops.stage(name, "triton")
+    expected, got = function(*near), function(*distant)
+    if name.endswith("_"):
+        expected, got = near[0], distant[0]
+    for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (expected, got)), strict=True):
+        assert one.equal(other)
+
+
+def test_competition_by_many_programs(monkeypatch):
+    """More samples than one pass of all programs takes: sums go on where they stopped."""
+    from bcl_fast.kernels import competition
+
+    activation, neighbors = columns("random", 101, 13), neighbours_of(13, 4)
+    whole = compete(competition.competition, activation, neighbors)
+    monkeypatch.setattr(competition, "PROGRAMS", 2)
+    for name, value in compete(competition.competition, activation, neighbors).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-7)
