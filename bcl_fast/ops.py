@@ -33,7 +33,7 @@ DISPATCH: dict[str, dict[str, str]] = {
     "targets": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.targets_pull"},
     "targets_pull_": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.targets_pull"},
     "gradient": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.gradient"},
-    "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.rank"},
+    "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.selection"},
 }
 # Backends that decide on the device whether neighbours are due, and count steps there: nothing waits for the host.
 REFRESH = {"triton": "kernels.neighbours"}

@@ -10,6 +10,9 @@ LOW = tl.constexpr(2**31 - 1)  # the bits of a key that hold the column, falling
 EMPTY = tl.constexpr(-(2**63))  # a key below every candidate's
 ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the bits of a step
 
+# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
 
 @triton.jit
 def _keys(similarity, row, column, D, last):
@@ -92,7 +95,7 @@ def _neighbours_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D,
     if REFRESH:
         arrived = (tl.atomic_add(refreshed_at_ptr, ARRIVAL) + 1) // ARRIVAL  # before this program; + 1 because of -1
         if arrived == tl.num_programs(0) - 1:
-            tl.store(refreshed_at_ptr, step)
+            tl.store(refreshed_at_ptr, tl.load(step_ptr))  # read again, not kept in a register
 
 
 @triton.jit(do_not_specialize=["first", "R", "K"])
@@ -124,11 +127,11 @@ def _launch(
     recompute_every: int,
 ) -> None:
     (D, N), K = weight.shape, neighbors.shape[1]
-    # Many programs while D is small, less traffic once it is large; both fit the registers of every target.
-    BLOCK_R, BLOCK_N, num_warps = (16, 64, 4) if D < 8192 else (64, 16, 8)
+    # Many programs while D is small, less traffic once it is large.
+    BLOCK_R, BLOCK_N, num_warps = (16, 32, 4) if D < 8192 else (64, 16, 8)
     _neighbours_kernel[(triton.cdiv(D, BLOCK_R),)](
         weight, neighbors, step, refreshed_at, D, N, K, *weight.stride(), recompute_every,
-        step is not None, _kept(K), BLOCK_R, 64, BLOCK_N, num_warps=num_warps,
+        step is not None, _kept(K), BLOCK_R, 64, BLOCK_N, num_warps=num_warps, **REGISTERS,
     )  # fmt: skip
 
 

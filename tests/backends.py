@@ -14,7 +14,7 @@ SLOW = {"triton"} if INTERPRETED else set()  # seconds for what the others do in
 ON_CPU = [name for name in ops.BACKENDS if ops.why_not(name, "cpu") is None and name not in SLOW]
 
 
-def candidates(dtype=torch.float32, sizes=(None,), most=1 << 16):
+def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12):
     """(backend, size) for every backend beside the reference that serves this dtype here; a slow one gets the sizes
     (B, D, N) of at most `most` elements [B, D]."""
     return [
@@ -26,9 +26,10 @@ def candidates(dtype=torch.float32, sizes=(None,), most=1 << 16):
     ]
 
 
-def over_backends(**options):
+def over_backends(slow=True, **options):
     """Parametrise a test over `backend`."""
-    return pytest.mark.parametrize("backend", [name for name, _ in candidates(**options)])
+    names = [name for name, _ in candidates(**options) if slow or name not in SLOW]
+    return pytest.mark.parametrize("backend", names)
 
 
 def stage(name, backend, beside=None):

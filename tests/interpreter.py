@@ -206,7 +206,7 @@ class Watcher:
 
 
 _watchers: list[Watcher] = []
-_running: list[Running] = []  # at most one; empty between launches
+_running: list[Running] = []  # at most one: none between launches, nor for tensors elsewhere than on the CPU
 
 
 def _tell(event: str, *arguments) -> None:
@@ -223,15 +223,18 @@ def _span(argument: str, tensor: torch.Tensor) -> Span:
 def _announced(stock):
     def run(self, *args, grid, warmup, **kwargs):
         given, _ = _bound(self.fn, args, kwargs)
-        spans = [_span(name, value) for name, value in given.items() if torch.is_tensor(value)]
-        _running.append(Running(self.fn.__name__, spans))
+        tensors = {name: value for name, value in given.items() if torch.is_tensor(value)}
+        if any(tensor.device.type != "cpu" for tensor in tensors.values()):  # the interpreter works on copies of these
+            return stock(self, *args, grid=grid, warmup=warmup, **kwargs)
+        running = Running(self.fn.__name__, [_span(name, tensor) for name, tensor in tensors.items()])
+        _running.append(running)
         try:
-            _tell("begin", _running[-1])
+            _tell("begin", running)
             with np.errstate(all="ignore"):  # a GPU says nothing of an overflow
                 stock(self, *args, grid=grid, warmup=warmup, **kwargs)
-            _tell("end", _running[-1])
+            _tell("end", running)
         finally:
-            _running.pop()
+            _running.clear()
 
     return run
 
@@ -246,15 +249,16 @@ def _announced_barrier(stock):
 def _touch(kind: str, builder, pointers: np.ndarray, mask: np.ndarray) -> None:
     """Every unmasked lane must point into a tensor of the launch, the first of those that share its memory."""
     lanes = np.broadcast_to(np.asarray(mask, dtype=bool), pointers.shape)  # it may hold integers 0 and 1
-    addresses, (running,) = pointers[lanes], _running
-    for span in running.spans:
-        inside = (addresses >= span.start) & (addresses < span.stop)
-        if inside.any():
-            elements = (addresses[inside] - np.uint64(span.start)) // np.uint64(span.itemsize)
-            _tell("access", kind, running.kernel, span, elements.astype(np.int64), builder.grid_idx)
-            addresses = addresses[~inside]
-    if addresses.size:
-        raise IndexError(f"{running.kernel}: {addresses.size} lanes of a {kind} point outside of the launch's tensors")
+    for running in _running:
+        addresses = pointers[lanes]
+        for span in running.spans:
+            inside = (addresses >= span.start) & (addresses < span.stop)
+            if inside.any():
+                elements = (addresses[inside] - np.uint64(span.start)) // np.uint64(span.itemsize)
+                _tell("access", kind, running.kernel, span, elements.astype(np.int64), builder.grid_idx)
+                addresses = addresses[~inside]
+        if addresses.size:
+            raise IndexError(f"{running.kernel}: {addresses.size} lanes of a {kind} point outside of its tensors")
 
 
 def _checked(kind: str, pointers_at: int, mask_at: int | None):

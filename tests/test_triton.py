@@ -12,6 +12,7 @@ from backends import INTERPRETED
 from interpreter import Launches
 from test_layer import N, batch, check_one_step, make, same, state
 from test_ops import pending, statistics_arguments
+from test_stages import check_selection, needs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -178,3 +179,23 @@ def test_competition_by_many_programs(monkeypatch):
     monkeypatch.setattr(competition, "PROGRAMS", 2)
     for name, value in compete(competition.competition, activation, neighbors).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["random", "quantised", "equal", "huge"])
+@pytest.mark.parametrize("need", ["flat", "log-uniform", "with nan"])
+def test_selection_by_several_runs(kind, need):
+    """More samples than one run sorts, and columns that no program's tile divides."""
+    B, D = 1100, 5
+    check_selection(
+        "triton", columns(kind, B, D), None, torch.ones(B), torch.ones(D), needs(need, B), "rank", "hard", 5
+    )
+
+
+def test_ranks_by_several_runs():
+    key = columns("quantised", 2100, 3)
+    assert ops.stage("rank", "triton")(key).equal(ops.stage("rank", "reference")(key))
+
+
+def test_more_samples_and_features_than_a_tile():
+    errors = measure.check_stages(measure.Size(150, 70, 130), "triton")
+    assert max(errors.values()) <= 1e-5
