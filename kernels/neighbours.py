@@ -162,6 +162,6 @@ def nearest(similarity: torch.Tensor, first: int, neighborhood_k: int) -> torch.
     (R, D), K = similarity.shape, min(neighborhood_k, similarity.shape[1] - 1)
     neighbors = torch.empty(R, K, dtype=torch.int64, device=similarity.device)
     _nearest_kernel[(triton.cdiv(R, 16),)](
-        similarity, neighbors, first, R, D, K, *similarity.stride(), _kept(K), 16, 64
+        similarity, neighbors, first, R, D, K, *similarity.stride(), _kept(K), 16, 64, **REGISTERS
     )
     return neighbors

@@ -14,6 +14,8 @@ MOST = 32  # so many samples are chosen in registers; beyond, scores are sorted
 PROGRAMS = 264  # each holds the sorted runs of its columns, in twice their memory: together less than one large [B, D]
 COLUMNS = 4  # half a sector of float32 of every row: more would spill where a run is sorted
 BLOCK = 128  # elements of a run, or samples, that are looked at together
+# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 SAMPLE = tl.constexpr(0x7FFFFFFF)  # the bits of a packed integer that name its sample
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # stands behind every key
@@ -154,14 +156,14 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
 
 def _launch(activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares, ranks, rule, r, soft):
     (B, D), device = activation.shape, activation.device
-    RUN, warps = (128, 8) if B <= 128 else (1024, 16)
+    RUN, warps = (128, 8) if B <= 128 else (1024, 8)
     runs, programs = triton.cdiv(B, RUN), min(triton.cdiv(D, COLUMNS), PROGRAMS)
     run = torch.empty(programs * COLUMNS * runs * RUN if rule == "rank" else 0, dtype=torch.int64, device=device)
     scale = 1 / r if not soft else 1 / max(B - 1, 1) if rule == "rank" else 1.0
     _selection_kernel[(programs,)](
         activation, bias, x_inverse_norm, weight_inverse_norm, need, run, rows, shares, ranks, B, D, r, runs,
         *activation.stride(), scale, rule, bias is not None, x_inverse_norm is not None, need is not None, soft,
-        ranks is not None, triton.next_power_of_2(max(r, 2)), RUN, BLOCK, COLUMNS, num_warps=warps,
+        ranks is not None, triton.next_power_of_2(max(r, 2)), RUN, BLOCK, COLUMNS, num_warps=warps, **REGISTERS,
     )  # fmt: skip
 
 

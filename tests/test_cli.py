@@ -136,7 +136,7 @@ def test_tensorboard_gets_every_row_of_both(tmp_path):
     [
         (["table", "trance"], "table must be one of 'all', 'trace', .* got 'trance'"),
         (["table", "trace", "--data-dir", "nowhere"], "no MNIST in nowhere: .*--data-dir.*--download"),
-        (["table", "trace", "--data", "digits", "--backend", "triton"], "backend must be None or one of"),
+        (["table", "trace", "--data", "digits", "--backend", "gpu"], "backend must be None or one of"),
         (["table", "trace", "--data", "digits", "--device", "tpu"], "device must be one of 'cpu'"),
         (["sweep", "--som-lr", "0.1,x"], "som_lr must be numbers separated by commas, got '0.1,x'"),
         (["sweep", "--rescue-k", "1,-1"], "rescue_k must be an integer >= 0, got -1"),
