@@ -107,7 +107,7 @@ setup(
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision", "tensorboard"],
-        "test": ["pytest", "hypothesis", "numpy", "setuptools>=77"],  # setuptools: tests/test_packaging.py builds with it
+        "test": ["pytest", "hypothesis", "numpy", "setuptools>=77"],  # setuptools: for tests/test_packaging.py
         "bench": ["pytest-benchmark"],
     },
     entry_points={"console_scripts": ["bcl-fast = bcl_fast.__main__:main"]},
