@@ -12,6 +12,9 @@ EPS = tl.constexpr(1e-8)
 PROGRAMS = 256  # each holds BLOCK_B strengths of every feature: together they should stay in the level-2 cache
 BLOCK_B, BLOCK_D, BLOCK_N, BLOCK_K = 8, 64, 64, 8  # BLOCK_B float32 are one sector; no larger tile without spills
 
+# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+
 
 @triton.jit
 def _ordered(x):
@@ -184,7 +187,7 @@ def competition(
     _competition_kernel[(programs,)](
         activation, neighbors, x, strength, partial, rank_score, coverage, winner, pair_feature, pair_pull,
         x_inverse_norm, need, temperature, B, D, N, *activation.stride(), *x.stride(), K, BLOCK_B, BLOCK_D, BLOCK_N,
-        min(BLOCK_K, triton.next_power_of_2(K)), num_warps=8,
+        min(BLOCK_K, triton.next_power_of_2(K)), num_warps=8, **REGISTERS,
     )  # fmt: skip
     _forces_kernel[(triton.cdiv(D, BLOCK_D),)](
         partial, novelty, win_rate, winner_share, som_strength, B, D, programs, rescue_onset, pull_onset,
