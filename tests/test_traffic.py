@@ -61,11 +61,11 @@ COMPETITION = Row(
         ("partial_ptr", "load"): lambda B, D, N, k, r: B / 8 * 2 * D,
     },
 )
-STREAM = Row(  # 8 features at a time
+STREAM = Row(  # 4 features at a time
     least=lambda B, D, N, k, r: B * D + 2 * B + 2 * D + 2 * D * r,
     again={
-        ("x_inverse_norm_ptr", "load"): lambda B, D, N, k, r: B * D / 8,
-        ("need_ptr", "load"): lambda B, D, N, k, r: B * D / 8,
+        ("x_inverse_norm_ptr", "load"): lambda B, D, N, k, r: B * D / 4,
+        ("need_ptr", "load"): lambda B, D, N, k, r: B * D / 4,
         ("bias_ptr", "load"): lambda B, D, N, k, r: B * D / 128,
         ("weight_inverse_norm_ptr", "load"): lambda B, D, N, k, r: B * D / 128,
     },
@@ -77,7 +77,7 @@ RUNS = {  # the sorted runs of 1024 keys, from which ranks are read: a step of a
 RANKED = Row(
     least=STREAM.least,
     again={
-        ("x_inverse_norm_ptr", "load"): lambda B, D, N, k, r: B * D / 8,
+        ("x_inverse_norm_ptr", "load"): lambda B, D, N, k, r: B * D / 4,
         ("need_ptr", "load"): lambda B, D, N, k, r: 2 * B * D,
     },
     own=RUNS | {("run_ptr", "load"): lambda B, D, N, k, r: 2.5 * B * D},  # few could still be chosen
