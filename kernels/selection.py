@@ -156,14 +156,14 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
 
 def _launch(activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares, ranks, rule, r, soft):
     (B, D), device = activation.shape, activation.device
-    RUN, warps = (128, 8) if B <= 128 else (1024, 8)
+    RUN = 128 if B <= 128 else 1024
     runs, programs = triton.cdiv(B, RUN), min(triton.cdiv(D, COLUMNS), PROGRAMS)
     run = torch.empty(programs * COLUMNS * runs * RUN if rule == "rank" else 0, dtype=torch.int64, device=device)
     scale = 1 / r if not soft else 1 / max(B - 1, 1) if rule == "rank" else 1.0
     _selection_kernel[(programs,)](
         activation, bias, x_inverse_norm, weight_inverse_norm, need, run, rows, shares, ranks, B, D, r, runs,
         *activation.stride(), scale, rule, bias is not None, x_inverse_norm is not None, need is not None, soft,
-        ranks is not None, triton.next_power_of_2(max(r, 2)), RUN, BLOCK, COLUMNS, num_warps=warps, **REGISTERS,
+        ranks is not None, triton.next_power_of_2(max(r, 2)), RUN, BLOCK, COLUMNS, num_warps=8, **REGISTERS,
     )  # fmt: skip
 
 

@@ -200,7 +200,6 @@ def targets_pull_(
     destination, other = (weight, None) if som_offset is None else (som_offset, weight)
     if target_projection == "none" and not _takes_whole_batch(x, rescue_rows):
         _pull(destination, other, som_strength.contiguous(), som_lr, step, *choices)
-        torch.autograd.graph.increment_version(destination)  # autograd must see what was written past it
         return
     gap = targets(*choices, target_projection).sub_(weight)
     if som_offset is not None:
