@@ -1,11 +1,14 @@
-"""Build script: the metadata, kernels/ installed as bcl_fast.kernels, and the optional C++ library of csrc/cpu.
+"""Build script: the metadata, kernels/ installed as bcl_fast.kernels, and the optional libraries of csrc/.
 
-The environment variable BCL_FAST_EXT says what to build: `auto` (the default) builds what it can and tells what it
-skipped and why, `cpu` makes a failed build an error, `none` builds nothing.
+The environment variable BCL_FAST_EXT says what to build: `auto` (the default) builds what it can, the C++ library with
+a C++ compiler and the CUDA library where nvcc is found, and tells what it skipped and why; `cpu`, `cuda` and `all`
+build that and make a failure an error; `none` builds nothing. BCL_FAST_CUDA_ARCHITECTURES says for which GPUs, such as
+`90` alone.
 """
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.sdist import sdist
 
 VERSION = re.search(r'^__version__ = "(.+)"$', Path("bcl_fast/__init__.py").read_text(encoding="utf-8"), re.M)[1]
-MODES = ("auto", "cpu", "none")
+MODES = ("auto", "cpu", "cuda", "all", "none")
 MODE = os.environ.get("BCL_FAST_EXT", "auto")
 if MODE not in MODES:
     raise SystemExit(f"BCL_FAST_EXT must be one of {', '.join(MODES)}, got {MODE!r}")
@@ -29,10 +32,33 @@ CPU = Extension(
     extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"],
     language="c++",
 )
+CUDA = Extension(
+    "bcl_fast._cuda",
+    ["csrc/cuda/library.cu"],
+    depends=[str(path) for path in Path("csrc/cuda").glob("*.*h")],
+    # No fused multiply-add: a key is rounded as the reference rounds it, wherever it is formed.
+    extra_compile_args=["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "--cudart=static",
+                        "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror", "-Xlinker", "--exclude-libs,ALL"],
+)  # fmt: skip
+# Later GPUs than the last compile its PTX as they load it.
+ARCHITECTURES = os.environ.get("BCL_FAST_CUDA_ARCHITECTURES", "80 90 100").split()
+LIBRARIES = {"auto": [CPU, CUDA], "cpu": [CPU], "cuda": [CUDA], "all": [CPU, CUDA], "none": []}[MODE]
+
+
+def nvcc_command(ext, target):
+    """The words that build a library for every architecture; FileNotFoundError where there is no nvcc."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError(f"no nvcc in {os.path.join(home, 'bin') if home else 'PATH'}")
+    codes = [f"arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
+    codes.append("arch=compute_{0},code=compute_{0}".format(ARCHITECTURES[-1]))
+    gencode = [word for code in codes for word in ("-gencode", code)]
+    return [nvcc, "-shared", "--threads=0", *ext.extra_compile_args, *gencode, *ext.sources, "-o", str(target)]
 
 
 class BuildExt(build_ext):
-    """A plain shared library for ctypes: nothing of Python in it, so that one file serves every version."""
+    """Plain shared libraries for ctypes: nothing of Python in them, so that one file serves every version."""
 
     def get_ext_filename(self, fullname):
         return os.path.join(*fullname.split(".")) + ".so"
@@ -44,16 +70,30 @@ class BuildExt(build_ext):
         return ext.libraries  # without libpython
 
     def build_extension(self, ext):
+        try:
+            self.build_with_nvcc(ext) if ext is CUDA else self.build_with_openmp(ext)
+        except Exception as error:
+            if MODE != "auto":
+                raise
+            instead = "Triton serves GPUs" if ext is CUDA else "`portable` will serve"
+            print(f"bcl_fast: {ext.name} skipped, {instead}: {error}", file=sys.stderr, flush=True)
+
+    def build_with_openmp(self, ext):
         arguments = ext.extra_compile_args
-        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP builds for one thread
-            ext.extra_compile_args, ext.extra_link_args = [*arguments, *openmp], openmp
-            try:
-                return super().build_extension(ext)
-            except Exception as error:
-                failure = error
-        if MODE != "auto":
-            raise failure
-        print(f"bcl_fast: {ext.name} skipped, `portable` will serve: {failure}", file=sys.stderr, flush=True)
+        try:
+            ext.extra_compile_args, ext.extra_link_args = [*arguments, "-fopenmp"], ["-fopenmp"]
+            super().build_extension(ext)
+        except Exception:  # a compiler without OpenMP builds for one thread
+            ext.extra_compile_args, ext.extra_link_args = arguments, []
+            super().build_extension(ext)
+
+    def build_with_nvcc(self, ext):
+        target = Path(self.get_ext_fullpath(ext.name))
+        inputs = [*ext.sources, *ext.depends, __file__]
+        if target.exists() and not self.force and all(Path(p).stat().st_mtime < target.stat().st_mtime for p in inputs):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.spawn(nvcc_command(ext, target))
 
     # What was skipped must not be expected: by the list of installed files, or by an editable install.
     def get_outputs(self):
@@ -103,7 +143,7 @@ setup(
     # kernels/ has no __init__.py: with one, a checkout on the path would hide another package of the name `kernels`.
     # Its README keeps the folder in the wheel where it holds no module.
     package_data={"bcl_fast.kernels": ["README.md"], "bcl_fast.experiments": ["report.html"]},
-    ext_modules=[] if MODE == "none" else [CPU],
+    ext_modules=LIBRARIES,
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision", "tensorboard"],

@@ -48,7 +48,8 @@ def checkout(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory):
     target = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, checkout)
+    pip = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, checkout
+    run(*pip, env=os.environ | {"BCL_FAST_CUDA_ARCHITECTURES": "90"})
     (found,) = target.glob("*.whl")
     return found
 
@@ -70,24 +71,30 @@ def test_wheel_holds_the_library_for_every_python(wheel):
     assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_wheel_holds_the_cuda_library(wheel):
+    assert "bcl_fast/_cuda.so" in zipfile.ZipFile(wheel).namelist()
+
+
 def build_without_compiler(checkout, tmp_path, mode):
     """A wheel of a fresh copy, where every compiler is `false`."""
     fresh = shutil.copytree(checkout, tmp_path / "copy", ignore=shutil.ignore_patterns("build", "*.so", "*.egg-info"))
     pip = sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, fresh
-    broken = {"CC": "false", "CXX": "false", "BCL_FAST_EXT": mode}
+    broken = {"CC": "false", "CXX": "false", "CUDA_HOME": str(tmp_path), "BCL_FAST_EXT": mode}
     done = subprocess.run(list(map(str, pip)), capture_output=True, text=True, env=os.environ | broken)
     return done, list(tmp_path.glob("*.whl"))
 
 
-def test_without_a_compiler_the_package_installs_without_the_library(checkout, tmp_path):
+def test_without_compilers_the_package_installs_without_the_libraries(checkout, tmp_path):
     done, wheels = build_without_compiler(checkout, tmp_path, "auto")
     assert done.returncode == 0, done.stderr
     assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheels[0]).namelist())
 
 
-def test_a_library_that_is_asked_for_is_built_or_an_error(checkout, tmp_path):
-    done, wheels = build_without_compiler(checkout, tmp_path, "cpu")
-    assert done.returncode != 0 and not wheels and "false" in done.stdout + done.stderr
+@pytest.mark.parametrize("mode, missing", [("cpu", "false"), ("cuda", "no nvcc in"), ("all", "false")])
+def test_a_library_that_is_asked_for_is_built_or_an_error(checkout, tmp_path, mode, missing):
+    done, wheels = build_without_compiler(checkout, tmp_path, mode)
+    assert done.returncode != 0 and not wheels and missing in done.stdout + done.stderr
 
 
 def test_no_library_where_none_is_wanted(checkout, tmp_path):
@@ -97,9 +104,8 @@ def test_no_library_where_none_is_wanted(checkout, tmp_path):
 
 def test_a_wrong_mode_is_named(checkout, tmp_path):
     done, _ = build_without_compiler(checkout, tmp_path, "gpu")
-    assert (
-        done.returncode != 0 and "BCL_FAST_EXT must be one of auto, cpu, none, got 'gpu'" in done.stdout + done.stderr
-    )
+    message = "BCL_FAST_EXT must be one of auto, cpu, cuda, all, none, got 'gpu'"
+    assert done.returncode != 0 and message in done.stdout + done.stderr
 
 
 def test_wheel_asks_for_torch_alone(wheel):
@@ -135,7 +141,8 @@ def test_editable_install(checkout, tmp_path, mode):
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
     (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     pip = sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation"
-    run(*pip, "--config-settings", f"editable_mode={mode}", "-e", checkout)
+    without_cuda = os.environ | {"BCL_FAST_EXT": "cpu"}  # it takes long, and the wheel has it
+    run(*pip, "--config-settings", f"editable_mode={mode}", "-e", checkout, env=without_cuda)
     package, kernels = map(Path, probe(python, tmp_path))
     if mode != "strict":  # strict links single files into a build folder
         assert package == checkout / "bcl_fast" and kernels == checkout / "kernels"

@@ -1,0 +1,43 @@
+// Small device functions that several stages need.
+#pragma once
+#include "plan.h"
+
+namespace bcl {
+
+// The same number, but what follows from it is computed where it stands: else compilers compute it once before a loop
+// and keep it, for every feature of a thread, in registers there are not.
+template <class T>
+__device__ inline T opaque(T x) {
+#ifdef __CUDA_ARCH__
+    if constexpr (sizeof(T) == 8) asm volatile("" : "+l"(x));
+    else asm volatile("" : "+r"(x));
+#endif
+    return x;
+}
+
+// Unsigned integers in the order of the numbers: -0 equals +0, NaN last.
+__device__ inline uint32_t ordered(float x) {
+    if (x != x) return 0xFFFFFFFFu;
+    const uint32_t bits = __float_as_uint(x + 0.0f);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ inline float sum_of_warp(float x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+__device__ inline int sum_of_warp(int x) {
+    for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);
+    return x;
+}
+
+__device__ inline uint64_t largest_of_warp(uint64_t x) {
+    for (int step = 16; step > 0; step /= 2) {
+        const uint64_t other = __shfl_xor_sync(0xFFFFFFFFu, x, step);
+        x = other > x ? other : x;
+    }
+    return x;
+}
+
+}  // namespace bcl

@@ -1,0 +1,279 @@
+// Competition (SPEC 2 to 8) for many features: tiles of a few samples, whose strengths of all features lie in shared
+// memory, in that of a cluster of blocks, or where no cluster holds them in global memory. A neighbour's strengths are
+// one vector. Blocks stay and take tile after tile, so that neighbours and sums over the batch stay in registers.
+#pragma once
+#include "common.cuh"
+
+namespace bcl {
+
+struct Competition {
+    const float* activation;  // [B, D]
+    int64_t stride_b, stride_d, B, D;
+    const int64_t* neighbors;  // [D, k]
+    int64_t k;
+    float temperature;
+    const float* x;  // [B, N]
+    int64_t x_stride_b, x_stride_n, N;
+    float* rank_score;      // [B, D]
+    float* coverage;        // [B]
+    int64_t* winner;        // [B]
+    int64_t* pair_feature;  // [B, k]
+    float* pair_pull;       // [B, k]
+    float *x_inverse_norm, *need;  // [B]
+    float* partial;    // [groups, 2, D] sums of rank_score and of rank_score / coverage
+    char* strengths;   // [groups, D] rows of a tile, where no shared memory holds them
+    const void* ids;   // [k, D] the neighbours, packed, where registers do not hold them
+    int64_t slice;     // features of a block
+    int sums_shared;   // the sums lie behind the strengths in shared memory until the end
+    int cluster_log;   // a cluster has 1 << cluster_log blocks
+};
+
+struct Forces {
+    const float* partial;
+    int64_t groups, B, D;
+    int coupled;
+    float rescue_onset, pull_onset;
+    float *novelty, *win_rate, *winner_share, *som_strength;  // [D]
+};
+
+template <int ROWS>
+struct alignas(4 * ROWS) Row {  // what a tile has of one feature
+    float of[ROWS];
+};
+
+constexpr int COMPETITION_WARPS = COMPETITION_THREADS / 32;
+constexpr float EPS = 1e-8f;
+
+template <int ROWS>
+struct Head {
+    uint64_t best[COMPETITION_WARPS][ROWS];  // (margin, feature) packed so that the largest is the winner
+    float part[COMPETITION_WARPS][ROWS];     // of the coverage
+    uint64_t block_best[ROWS];
+    float block_part[ROWS], coverage[ROWS];
+    int64_t winner[ROWS];
+};
+
+// The larger of two is the larger margin, of equal ones the smaller feature; NaN is the largest, as argmax has it.
+__device__ inline uint64_t contender(float margin, int64_t d) {
+    return uint64_t(ordered(margin)) << 32 | (0xFFFFFFFFu - uint32_t(d));
+}
+
+// 1 / (|X_b| + eps) (step 9b), a warp for each sample.
+__global__ void norm_kernel(const Competition c) {
+    const int lane = threadIdx.x % 32;
+    const int64_t warps = int64_t(gridDim.x) * blockDim.x / 32;
+    for (int64_t b = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32; b < c.B; b += warps) {
+        float square = 0;
+#pragma unroll 8
+        for (int64_t n = lane; n < c.N; n += 32) {
+            const float value = c.x[b * c.x_stride_b + n * c.x_stride_n];
+            square += value * value;
+        }
+        square = sum_of_warp(square);
+        if (lane == 0) c.x_inverse_norm[b] = 1 / (sqrtf(square) + EPS);
+    }
+}
+
+template <class Id>
+__global__ void pack_kernel(const int64_t* neighbors, int64_t D, int64_t k, Id* ids) {
+    for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < D * k; i += int64_t(gridDim.x) * blockDim.x)
+        ids[i % k * D + i / k] = Id(neighbors[i]);
+}
+
+// WHERE the strengths lie; OWN: most features of a thread, whose neighbours (at most HELD) are in registers, or 0.
+template <int WHERE, int ROWS, int OWN, class Id>
+__global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(const Competition c) {
+    SHARED(memory);
+    static_assert(sizeof(Head<ROWS>) <= HEAD, "the strengths follow the head");
+    Head<ROWS>& head = *reinterpret_cast<Head<ROWS>*>(memory);
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+    const unsigned blocks = 1u << c.cluster_log, block = WHERE == CLUSTER ? cluster_rank() : 0;
+    const int D = int(c.D), k = int(c.k), group = blockIdx.x >> c.cluster_log, groups = gridDim.x >> c.cluster_log;
+    Row<ROWS>* strength = reinterpret_cast<Row<ROWS>*>(memory + HEAD);
+    if constexpr (WHERE == MEMORY) strength = reinterpret_cast<Row<ROWS>*>(c.strengths) + group * c.D;
+    const Id* ids = static_cast<const Id*>(c.ids);
+    float* sums = reinterpret_cast<float*>(memory + HEAD + c.slice * int64_t(sizeof(Row<ROWS>)));  // where sums_shared
+    auto partial = [&] { return c.partial + int64_t(opaque(group)) * 2 * D; };
+
+    auto barrier = [] {
+        if constexpr (WHERE == CLUSTER) cluster_barrier();
+        else __syncthreads();
+    };
+    // Features lie in a cluster in chunks of 32, dealt out in turn.
+    auto strength_of = [&](uint32_t j) {
+        if constexpr (WHERE != CLUSTER) return strength[j];
+        const uint32_t chunk = j >> 5;
+        return *of_peer(strength + (chunk >> c.cluster_log << 5 | (j & 31)), chunk & (blocks - 1));
+    };
+    // Calls visit(feature, its place in this block, its number in this thread) for every feature of this thread.
+    const int first = int((warp << c.cluster_log) + block) << 5 | lane, step = COMPETITION_THREADS << c.cluster_log;
+    auto each = [&](auto visit) {
+        int d = first;
+        if constexpr (OWN > 0) {
+            d = opaque(d);
+#pragma unroll
+            for (int f = 0; f < OWN; f++, d += step)
+                if (d < D) visit(d, thread + f * COMPETITION_THREADS, f);
+        } else {
+            for (int place = thread; d < D; place += COMPETITION_THREADS, d += step) visit(d, place, 0);
+        }
+    };
+
+    uint32_t near[OWN > 0 ? OWN : 1][HELD / 2];  // two neighbours each; the first fills up what is missing of HELD
+    if constexpr (OWN > 0)
+        each([&](int d, int, int f) {
+#pragma unroll
+            for (int i = 0; i < HELD; i += 2) {
+                const int64_t one = c.neighbors[int64_t(d) * k + (i < k ? i : 0)];
+                const int64_t other = c.neighbors[int64_t(d) * k + (i + 1 < k ? i + 1 : 0)];
+                near[f][i / 2] = uint32_t(one) | uint32_t(other) << 16;
+            }
+        });
+
+    for (int64_t tile = group; tile * ROWS < c.B; tile += groups) {
+        const int64_t b = tile * ROWS;
+        const int rows = int(least(c.B - b, ROWS));
+        each([&](int d, int place, int) {  // step 2
+            Row<ROWS> row;
+            for (int i = 0; i < ROWS; i++)
+                row.of[i] = i < rows ? fabsf(c.activation[(b + i) * c.stride_b + d * c.stride_d]) : 0.0f;
+            strength[place] = row;
+        });
+        barrier();
+
+        float covered[ROWS] = {};
+        uint64_t best[ROWS] = {};
+        each([&](int d, int place, int f) {  // step 3
+            uint32_t rival[ROWS] = {};  // magnitudes order like their bits, NaN last
+            auto meet = [&](uint32_t j) {
+                const Row<ROWS> other = strength_of(j);
+                for (int i = 0; i < ROWS; i++) {
+                    const uint32_t bits = __float_as_uint(other.of[i]);
+                    rival[i] = bits > rival[i] ? bits : rival[i];
+                }
+            };
+            if constexpr (OWN > 0) {
+#pragma unroll
+                for (int i = 0; i < HELD / 2; i++) {
+                    const uint32_t two = opaque(near[f][i]);
+                    meet(two & 0xFFFF);
+                    meet(two >> 16);
+                }
+            } else {
+                for (int64_t i = 0; i < k; i++) meet(ids[i * c.D + d]);
+            }
+            const Row<ROWS> own = strength[place];
+            for (int i = 0; i < ROWS; i++) {
+                if (i >= rows) continue;
+                const float margin = own.of[i] - __uint_as_float(rival[i]);
+                const float score = 1 / (1 + expf(-(c.temperature * margin)));
+                c.rank_score[(b + i) * D + d] = score;
+                covered[i] += score;
+                const uint64_t here = contender(margin, d);
+                best[i] = here > best[i] ? here : best[i];
+            }
+        });
+        for (int i = 0; i < ROWS; i++) {  // steps 4 and 8
+            covered[i] = sum_of_warp(covered[i]);
+            best[i] = largest_of_warp(best[i]);
+            if (lane == 0) {
+                head.part[warp][i] = covered[i];
+                head.best[warp][i] = best[i];
+            }
+        }
+        __syncthreads();
+        if (thread < ROWS) {
+            float part = 0;
+            uint64_t largest = 0;
+            for (int w = 0; w < COMPETITION_WARPS; w++) {
+                part += head.part[w][thread];
+                largest = head.best[w][thread] > largest ? head.best[w][thread] : largest;
+            }
+            head.block_part[thread] = part;
+            head.block_best[thread] = largest;
+        }
+        if constexpr (WHERE == CLUSTER) cluster_barrier();  // also: all strengths have been read, all scores are written
+        if (thread < ROWS) {
+            float coverage = 0;
+            uint64_t largest = 0;
+            for (unsigned peer = 0; peer < blocks; peer++) {
+                const Head<ROWS>& other = WHERE == CLUSTER ? *of_peer(&head, peer) : head;
+                coverage += other.block_part[thread];
+                largest = other.block_best[thread] > largest ? other.block_best[thread] : largest;
+            }
+            head.coverage[thread] = coverage;
+            head.winner[thread] = 0xFFFFFFFFu - uint32_t(largest);
+        }
+        __syncthreads();
+
+        float claim[ROWS];
+        for (int i = 0; i < ROWS; i++) claim[i] = 1 / (head.coverage[i] + EPS);
+        each([&](int d, int place, int) {  // the sums over the batch of steps 5 and 7
+            float t = 0, n = 0;
+            for (int i = 0; i < ROWS; i++) {
+                if (i >= rows) continue;
+                const float score = c.rank_score[(b + i) * D + d];
+                t += score;
+                n += score * claim[i];
+            }
+            float *total = c.sums_shared ? sums + place : partial() + d, *novel = total + (c.sums_shared ? c.slice : D);
+            *total = tile == group ? t : *total + t;
+            *novel = tile == group ? n : *novel + n;
+        });
+        for (int task = warp * blocks + block; task < rows * k; task += COMPETITION_WARPS * blocks) {  // step 6: a warp a pair
+            const int i = task / k, q = task % k;
+            const int64_t f = c.neighbors[head.winner[i] * k + q];
+            const float* row = c.rank_score + (b + i) * D;
+            float claimed = 0;
+            for (int j = lane; j < k; j += 32) claimed += row[c.neighbors[f * k + j]];
+            claimed = sum_of_warp(claimed);
+            if (lane == 0) {
+                c.pair_feature[(b + i) * k + q] = f;
+                c.pair_pull[(b + i) * k + q] = row[f] / (1 + claimed);
+            }
+        }
+        if (block == 0 && thread < rows) {
+            c.coverage[b + thread] = head.coverage[thread];
+            c.need[b + thread] = 1 / (head.coverage[thread] + 1);
+            c.winner[b + thread] = head.winner[thread];
+        }
+    }
+    if (c.sums_shared)
+        each([&](int d, int place, int) {
+            partial()[d] = sums[place];
+            partial()[D + d] = sums[c.slice + place];
+        });
+    if constexpr (WHERE == CLUSTER) cluster_barrier();  // nobody leaves while others read its memory
+}
+
+// Steps 5, 7, 10 (u) and 11 (v) from the sums of all groups, added in their order.
+__global__ void __launch_bounds__(COMPETITION_THREADS) forces_kernel(const Forces f) {
+    SHARED(memory);
+    float(*part)[2][32] = reinterpret_cast<float(*)[2][32]>(memory);  // [COMPETITION_WARPS]
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t d = int64_t(blockIdx.x) * 32 + lane, D = f.D;
+    float total = 0, novel = 0;
+    if (d < D)
+        for (int64_t group = warp; group < f.groups; group += COMPETITION_WARPS) {
+            total += f.partial[group * 2 * D + d];
+            novel += f.partial[group * 2 * D + D + d];
+        }
+    part[warp][0][lane] = total;
+    part[warp][1][lane] = novel;
+    __syncthreads();
+    if (warp > 0 || d >= D) return;
+    for (int w = 1; w < COMPETITION_WARPS; w++) {
+        total += part[w][0][lane];
+        novel += part[w][1][lane];
+    }
+    const float novelty = novel / (total + EPS), win_rate = total / float(f.B);
+    float share = f.coupled ? win_rate * novelty : win_rate, strength = f.coupled ? 1 : 1 - novelty;
+    if (f.rescue_onset > 0 && !(win_rate < f.rescue_onset)) share = 1;
+    if (f.pull_onset > 0 && !(win_rate < f.pull_onset)) strength = 0;
+    f.novelty[d] = novelty;
+    f.win_rate[d] = win_rate;
+    f.winner_share[d] = share;
+    f.som_strength[d] = strength;
+}
+
+}  // namespace bcl
