@@ -325,6 +325,7 @@ def doctor() -> None:
     for device, name in here["devices"].items():
         table.add_row(device, name)
     table.add_row("C++ library", ops.cpu_library())
+    table.add_row("CUDA library", ops.cuda_library())
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")

@@ -137,7 +137,7 @@ def contestants(device: str = "cpu") -> dict[str, Callable[[Size, Tensor | None]
         return built
 
     serving = [name for name in ops.BACKENDS if ops.why_not(name, device) is None]
-    interpreted = ("triton",) if device == "cpu" else ()
+    interpreted = ("triton", "cuda") if device == "cpu" else ()
     return {name: build(name) for name in ("linear", "compiled", *serving) if name not in interpreted}
 
 
@@ -244,9 +244,9 @@ def ceilings(device: str = "cpu") -> Ceilings:
     for count in (large, small):
         one, other = source[:count], target[:count]
         repeats = max(1, (1 << 22) // count)  # a call takes longer than it takes to launch
-        ms = _median_ms(lambda one=one, other=other, n=repeats: [other.copy_(one) for _ in range(n)], device)
+        ms = median_ms(lambda one=one, other=other, n=repeats: [other.copy_(one) for _ in range(n)], device)
         rates.append(8 * count * repeats / ms / 1e6)
-    return Ceilings(*rates, 2 * side**3 / _median_ms(lambda: a @ b, device) / 1e9)
+    return Ceilings(*rates, 2 * side**3 / median_ms(lambda: a @ b, device) / 1e9)
 
 
 # --- Time -------------------------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def window(step: Step, steps: int, device: str = "cpu") -> float:
     return (time.perf_counter() - start) / steps * 1e3
 
 
-def _median_ms(function: Callable[[], Any], device: str, repeats: int = 5) -> float:
+def median_ms(function: Callable[[], Any], device: str, repeats: int = 5) -> float:
     """Median milliseconds of one call; on a GPU of the device's own time, with nothing of it left in the cache."""
     function()
     if device == "cuda":
@@ -295,7 +295,7 @@ def step_times(
     running = {name: build(size, weight)[1] for name, build in contestants(device).items()}
     first = {}
     for name, step in running.items():
-        if name in ("compiled", "triton"):
+        if name in ("compiled", "triton", "cuda"):
             step()  # compiles
         first[name] = window(step, 1, device)
     taken: dict[str, list[float]] = {name: [] for name in running}
@@ -360,7 +360,7 @@ def stage_times(
     rows = []
     for name, taken in stage_calls(size, device).items():
         ms = {
-            backend: _median_ms(partial(ops.stage(name, backend), *taken), device, repeats)
+            backend: median_ms(partial(ops.stage(name, backend), *taken), device, repeats)
             for backend in contestants(device)
             if backend in ops.BACKENDS
         }

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_char_p, c_double, c_int, c_int64, c_void_p
+import os
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 
 CPU_ABI = 3  # of csrc/cpu/api.cpp
+CUDA_ABI = 1  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
 
 _CPU_ARGUMENTS = {
@@ -26,20 +28,50 @@ _CPU_ARGUMENTS = {
 }  # fmt: skip
 
 
-@functools.cache
-def cpu() -> ctypes.CDLL:
-    """The CPU library, or an ImportError that says why there is none."""
-    path = next(iter(sorted(HERE.glob("_cpu.*"))), None)
+_SCRATCH_AND_STREAM = [c_void_p, POINTER(c_size_t), c_int, c_void_p]
+_CUDA_ARGUMENTS = {
+    "competition": [c_void_p, *[c_int64] * 4, c_void_p, c_int64, c_float, c_void_p, *[c_int64] * 3, c_int,
+                    *[c_float] * 2, *[c_void_p] * 11, *_SCRATCH_AND_STREAM],
+    "selection": [c_void_p, *[c_int64] * 4, *[c_void_p] * 5, c_int64, c_int, *[c_void_p] * 2, *_SCRATCH_AND_STREAM],
+    "rank": [c_void_p, *[c_int64] * 4, c_void_p, c_int, *_SCRATCH_AND_STREAM],
+    "sort": [*[c_void_p] * 4, *[c_int64] * 2, *_SCRATCH_AND_STREAM],
+}  # fmt: skip
+
+
+def _load(name: str, language: str, abi: int, path: str | os.PathLike | None = None) -> ctypes.CDLL:
+    """The library bcl_fast/_`name`, or the one at `path`; an ImportError says why there is none."""
+    path = path or next(iter(sorted(HERE.glob(f"_{name}.*"))), None)
     if path is None:
-        raise ImportError("its C++ library was not built (pip install with a C++ compiler builds it)")
+        compiler = "nvcc" if name == "cuda" else "a C++ compiler"
+        raise ImportError(f"its {language} library was not built (pip install with {compiler} builds it)")
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"its C++ library does not load: {error}") from error
+        raise ImportError(f"its {language} library does not load: {error}") from error
+    if (found := getattr(library, f"bcl_{name}_abi")()) != abi:
+        raise ImportError(f"its {language} library is of another version (interface {found}, not {abi}): install again")
+    return library
+
+
+@functools.cache
+def cpu() -> ctypes.CDLL:
+    """The CPU library, or an ImportError that says why there is none."""
+    library = _load("cpu", "C++", CPU_ABI)
     library.bcl_cpu_isa.restype = c_char_p
-    if (found := library.bcl_cpu_abi()) != CPU_ABI:
-        raise ImportError(f"its C++ library is of another version (interface {found}, not {CPU_ABI}): install again")
     for name, arguments in _CPU_ARGUMENTS.items():
         for suffix in ("f32", "f64"):
             getattr(library, f"bcl_cpu_{name}_{suffix}").argtypes = arguments
+    return library
+
+
+@functools.cache
+def cuda() -> ctypes.CDLL:
+    """The CUDA library, or an ImportError that says why there is none.
+
+    BCL_FAST_CUDA names another build of it, such as the one that runs its kernels on the host, for tests.
+    """
+    library = _load("cuda", "CUDA C++", CUDA_ABI, os.environ.get("BCL_FAST_CUDA"))
+    library.bcl_cuda_error.argtypes, library.bcl_cuda_error.restype = [c_int], c_char_p
+    for name, arguments in _CUDA_ARGUMENTS.items():
+        getattr(library, f"bcl_cuda_{name}").argtypes = arguments
     return library

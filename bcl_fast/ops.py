@@ -24,7 +24,7 @@ from .spec import BCLConfig
 
 # --- Backends --------------------------------------------------------------------------------------------------------
 
-# Stage -> backend -> where the function of that name is found.
+# Stage -> backend -> where the function of that name is found. `cuda` is Triton but where CUDA_SERVES says otherwise.
 DISPATCH: dict[str, dict[str, str]] = {
     "neighbours": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.neighbours"},
     "competition": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.competition"},
@@ -35,19 +35,37 @@ DISPATCH: dict[str, dict[str, str]] = {
     "gradient": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.gradient"},
     "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.selection"},
 }
+# Stage -> whether a call of it with these arguments goes to the C++ of the backend `cuda`. Where it is faster than
+# Triton is not yet measured on a GPU: until it is, it serves every size it can.
+CUDA_SERVES: dict[str, Callable[..., bool]] = {
+    "competition": lambda *arguments: True,
+    "selection": lambda *arguments: arguments[5] == "rank" and 0 < arguments[7] <= 32,  # affinity_rule, rescue_k
+    "rank": lambda *arguments: True,
+}
 # Backends that decide on the device whether neighbours are due, and count steps there: nothing waits for the host.
-REFRESH = {"triton": "kernels.neighbours"}
-BACKENDS = ("reference", "portable", "cpu", "triton")
+REFRESH = {"triton": "kernels.neighbours", "cuda": "kernels.neighbours"}
+BACKENDS = ("reference", "portable", "cpu", "triton", "cuda")
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # type of device -> what `fused=True` means there; else, or missing: GENERAL
 GENERAL = "portable"
-ABSENT = {"cuda": "its CUDA C++ library is not part of this version"}
 
 
 @functools.cache
 def stage(name: str, backend: str) -> Callable[..., Any]:
     """The function that serves a stage on a backend."""
+    if backend == "cuda" and name in CUDA_SERVES:
+        return functools.partial(_cuda_or_triton, name)
     where = REFRESH if name == "refresh_" else DISPATCH[name]
-    return getattr(importlib.import_module("." + where[backend], __package__), name)
+    return _function(where["triton" if backend == "cuda" else backend], name)
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module("." + module, __package__), name)
+
+
+def _cuda_or_triton(name: str, *arguments: Any) -> Any:
+    """A stage of the backend `cuda`: its own C++ where CUDA_SERVES says so, else Triton's."""
+    module = "cuda" if CUDA_SERVES[name](*arguments) else DISPATCH[name]["triton"]
+    return _function(module, name)(*arguments)
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -58,8 +76,8 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
         from . import cpu
 
         return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
-    if backend == "triton":
-        return _why_not_triton(device_type, dtype)
+    if backend in ("triton", "cuda"):
+        return _why_not_triton(device_type, dtype) or (_why_not_cuda(device_type) if backend == "cuda" else None)
     return None
 
 
@@ -72,6 +90,12 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
     return "it computes in float32, and a float64 weight asks for float64" if dtype == torch.float64 else None
 
 
+def _why_not_cuda(device_type: str) -> str | None:
+    from . import cuda
+
+    return cuda.missing(device_type)
+
+
 def cpu_library() -> str:
     """What the C++ library of the backend `cpu` is built on here, or why there is none."""
     from . import cpu
@@ -79,9 +103,16 @@ def cpu_library() -> str:
     return cpu.missing() or f"{cpu.instruction_set()} instructions"
 
 
+def cuda_library() -> str:
+    """Whether the CUDA C++ library of the backend `cuda` is there, or why it is not."""
+    from . import cuda
+
+    return cuda.missing("cuda") or "built"
+
+
 def backends(device_type: str) -> dict[str, str | None]:
     """Every backend by name -> None where it can serve on this type of device, else why it cannot."""
-    return {**{name: why_not(name, device_type) for name in BACKENDS}, **ABSENT}
+    return {name: why_not(name, device_type) for name in BACKENDS}
 
 
 def resolve_backend(
@@ -97,8 +128,7 @@ def resolve_backend(
     if backend is None:
         return _fastest(device_type, dtype) if fused else "reference"
     if backend not in BACKENDS:
-        why = f": {ABSENT[backend]}" if backend in ABSENT else ""
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}{why}")
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     if not fused and backend != "reference":
         raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
     reason = why_not(backend, device_type, dtype) if device_type != "meta" else None
