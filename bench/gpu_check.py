@@ -1,12 +1,15 @@
 """Everything that only a GPU can show, from a checkout with nothing installed: `python bench/gpu_check.py --out FILE`.
 
-In this order: the ceilings of the device; every stage at real sizes against the reference by the exactness contract;
-the tests of the stages and of the layer on the device; the stages and the whole step timed, with the fraction of the
-roof each reaches; small sizes under compute-sanitizer where it is installed. FILE (JSON) is rewritten after each part,
-so that whatever ends the run early leaves what was found. Takes under eight minutes; exits with 1 if anything failed.
+In this order: the CUDA library, built where nvcc is; the ceilings of the device; every stage of `triton` and `cuda` at
+real sizes against the reference by the exactness contract; the tests of the stages and of the layer on the device; the
+stages and the whole step timed, with the fraction of the roof each reaches; ranks a second; small sizes under
+compute-sanitizer where it is installed. FILE (JSON) is rewritten after each part, so that whatever ends the run early
+leaves what was found. Takes under eight minutes; exits with 1 if anything failed.
 """
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import shutil
@@ -29,8 +32,18 @@ from bcl_fast.environment import environment  # noqa: E402
 EQUAL = [(128, 64, 784), (1000, 777, 501), (1024, 4096, 784), (8192, 8192, 784)]
 TIMED = [(128, 64, 784), (1024, 4096, 784), (8192, 8192, 784)]
 LARGE = [(65536, 16384, 784)]  # without the reference: its [B, D, k] alone takes 34 GB
-SANITIZED = "(37-64 or 7-5) and triton and not any_shape"  # small sizes: the sanitizer is a hundred times slower
-TESTS = ["tests/test_stages.py", "tests/test_gpu.py"]
+RANKED = [(128, 8192), (4096, 4096), (65536, 1024)]  # B, D
+SANITIZED = "(37-64 or 7-5) and {} and not any_shape"  # small sizes: the sanitizer is a hundred times slower
+SANITIZERS = {"triton memcheck": "memcheck", "cuda memcheck": "memcheck", "cuda racecheck": "racecheck"}
+CHECKS = ("build", "tests", *SANITIZERS)
+TESTS = ["tests/test_stages.py", "tests/test_gpu.py", "tests/test_cuda.py"]
+
+
+def build() -> dict[str, Any]:
+    """The CUDA library beside the package, as `pip install` would build it."""
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"BCL_FAST_EXT": "cuda"})
+    return {"exit": done.returncode, "output": (done.stdout + done.stderr)[-2000:]}
 
 
 def pytest(*words: str, prefix: tuple[str, ...] = (), limit: int = 150) -> dict[str, Any]:
@@ -45,12 +58,16 @@ def pytest(*words: str, prefix: tuple[str, ...] = (), limit: int = 150) -> dict[
     return {"command": " ".join(command), "exit": code, "s": time.monotonic() - started, "output": output[-3000:]}
 
 
+def serving(device: str) -> list[str]:
+    return [name for name in ("triton", "cuda") if ops.why_not(name, device) is None]
+
+
 def contract(device: str, sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
     rows = []
-    for size in sizes:
-        row: dict[str, Any] = dict(zip("BDN", size, strict=True))
+    for size, backend in itertools.product(sizes, serving(device)):
+        row: dict[str, Any] = {"backend": backend, **dict(zip("BDN", size, strict=True))}
         try:
-            row["errors"] = measure.check_stages(measure.Size(*size), "triton", device)
+            row["errors"] = measure.check_stages(measure.Size(*size), backend, device)
         except (AssertionError, torch.OutOfMemoryError) as error:
             row["failed"] = str(error)
         rows.append(row)
@@ -71,10 +88,10 @@ def timed(device: str, roof: measure.Ceilings, sizes: list[tuple[int, int, int]]
 
 
 def large(device: str, roof: measure.Ceilings, sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Steps too large for the reference: `nn.Linear` and Triton alone, and their peak memory."""
+    """Steps too large for the reference: `nn.Linear` and the kernels alone, and their peak memory."""
     rows = []
     for size in (measure.Size(*size) for size in sizes):
-        for name in ("linear", "triton"):
+        for name in ("linear", *serving(device)):
             row = {"contestant": name, **asdict(size), "floor_ms": sum(roof.floor_ms(size).values())}
             try:
                 torch.cuda.reset_peak_memory_stats()
@@ -90,13 +107,38 @@ def large(device: str, roof: measure.Ceilings, sizes: list[tuple[int, int, int]]
     return rows
 
 
+def ranked(device: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Ranks a second of every way to them; CUB's sort alone is what the C++ stands on for large B."""
+    from bcl_fast import cuda
+
+    rows = []
+    for B, D in sizes:
+        key = torch.randn(B, D, device=device)
+        ways: dict[str, Callable[[], Any]] = {
+            "argsort of argsort": lambda key=key: key.argsort(dim=0, stable=True).argsort(dim=0, stable=True),
+            "torch.sort": lambda key=key: key.sort(dim=0, stable=True),
+            **{name: functools.partial(ops.stage("rank", name), key) for name in serving(device)},
+        }
+        expected = ways["argsort of argsort"]()
+        for name in serving(device):
+            assert ways[name]().equal(expected), f"{name}: ranks of ({B}, {D}) are wrong"
+        if "cuda" in serving(device):
+            columns = key.T.contiguous().view(torch.int32)
+            ways["CUB segmented sort"] = lambda columns=columns: cuda.sort_segments(columns)
+        for name, way in ways.items():
+            ms = measure.median_ms(way, device)
+            rows.append({"way": name, "B": B, "D": D, "ms": ms, "gkeys_per_s": B * D / ms / 1e6})
+    return rows
+
+
 def show(report: dict[str, Any]) -> None:
     """The report as tables."""
     print("\nceilings:", {name: round(value, 1) for name, value in report["ceilings"].items()})
     for row in report["contract"]:
         worst = max(row.get("errors", {"": 0.0}).values())
-        print(f"({row['B']}, {row['D']}, {row['N']}): {row.get('failed') or f'equal, largest error {worst:.1e}'}")
-    for name in ("tests", "sanitizer"):
+        outcome = row.get("failed") or f"equal, largest error {worst:.1e}"
+        print(f"{row['backend']:6} ({row['B']}, {row['D']}, {row['N']}): {outcome}")
+    for name in CHECKS:
         if name in report:
             print(f"{name}: exit {report[name].get('exit')}, {report[name].get('output', '').strip()[-200:]}")
     for row in report.get("timed", {}).get("stages", []):
@@ -107,13 +149,15 @@ def show(report: dict[str, Any]) -> None:
         floor = row["times_the_floor"]
         print(f"{row['B']:6} {row['D']:6} {row['N']:5} step {row['contestant']:10} {row['ms']:10.4f} ms"
               f" {row['ratio_to_linear']:8.2f} linear {'' if floor is None else f'{floor:6.2f} floors'}")  # fmt: skip
+    for row in report.get("ranked", []):
+        print(f"{row['B']:6} {row['D']:6} rank {row['way']:20} {row['ms']:10.4f} ms {row['gkeys_per_s']:8.2f} Gkeys/s")
     for row in report.get("large", []):
         print({name: value if isinstance(value, (str, int)) else round(value, 2) for name, value in row.items()})
 
 
 def wrong(report: dict[str, Any]) -> list[str]:
     """What failed, by name of the part."""
-    parts = [name for name in ("tests", "sanitizer") if report.get(name, {}).get("exit", 0) != 0]
+    parts = [name for name in CHECKS if report.get(name, {}).get("exit", 0) != 0]
     return parts + ["contract"] * any("failed" in row for row in report["contract"])
 
 
@@ -126,22 +170,27 @@ def main() -> int:
     reason = ops.why_not("triton", device)
     if reason or (device == "cuda" and not torch.cuda.is_available()):
         parser.error(f"Triton cannot serve on {device!r}: {reason or 'torch sees no GPU'}")
+    report: dict[str, Any] = {"environment": environment()}
+    if not options.rehearse and shutil.which("nvcc"):
+        report["build"] = build()
     roof = measure.ceilings(device)
+    report["ceilings"] = asdict(roof)
     tiny = [(16, 8, 12)]
-    report: dict[str, Any] = {"environment": environment(), "ceilings": asdict(roof)}
     parts: dict[str, Callable[[], Any]] = {
         "contract": lambda: contract(device, tiny if options.rehearse else EQUAL),
-        "tests": lambda: pytest(*TESTS, "-k", "triton or gpu" if not options.rehearse else "moves_between"),
+        "tests": lambda: pytest(*TESTS, "-k", "triton or cuda or gpu" if not options.rehearse else "moves_between"),
         "timed": lambda: timed(
             device, roof, tiny if options.rehearse else TIMED, **(dict(steps=2, rounds=1) if options.rehearse else {})
         ),
     }
+    parts["ranked"] = lambda: ranked(device, [(16, 8)] if options.rehearse else RANKED)
     if not options.rehearse:
         parts["large"] = lambda: large(device, roof, LARGE)
         if sanitizer := shutil.which("compute-sanitizer"):
-            parts["sanitizer"] = lambda: pytest(
-                TESTS[0], "-k", SANITIZED, prefix=(sanitizer, "--tool", "memcheck", "--error-exitcode", "9"), limit=90
-            )
+            for name, tool in SANITIZERS.items():
+                words = TESTS[0], "-k", SANITIZED.format(name.partition(" ")[0])
+                prefix = sanitizer, "--tool", tool, "--error-exitcode", "9"
+                parts[name] = functools.partial(pytest, *words, prefix=prefix, limit=45)
     for name, part in parts.items():
         started = time.monotonic()
         report[name] = part()

@@ -1,4 +1,7 @@
-"""Which backends a test runs on, and where: on the GPU if there is one, else on the CPU, where Triton interprets."""
+"""Which backends a test runs on, and where: on the GPU if there is one, else on the CPU.
+
+There Triton interprets, and the CUDA kernels run on the host (cuda_host.py).
+"""
 
 import os
 import sys
@@ -9,32 +12,38 @@ import torch
 from bcl_fast import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided by conftest.py
-DEVICE = {name: "cuda" if name == "triton" and torch.cuda.is_available() else "cpu" for name in ops.BACKENDS}
-SLOW = {"triton"} if INTERPRETED else set()  # seconds for what the others do in milliseconds
+ON_GPU = ("triton", "cuda")
+DEVICE = {name: "cuda" if name in ON_GPU and torch.cuda.is_available() else "cpu" for name in ops.BACKENDS}
+SLOW = set(ON_GPU) if INTERPRETED else set()  # seconds for what the others do in milliseconds
 ON_CPU = [name for name in ops.BACKENDS if ops.why_not(name, "cpu") is None and name not in SLOW]
 
 
-def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12):
-    """(backend, size) for every backend beside the reference that serves this dtype here; a slow one gets the sizes
-    (B, D, N) of at most `most` elements [B, D]."""
+def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12, stage=None):
+    """(backend, size) for every backend beside the reference that serves this dtype, with a stage of its own, here.
+
+    A slow one gets the sizes (B, D, N) of at most `most` elements [B, D].
+    """
     return [
         (name, size)
         for name, device in DEVICE.items()
         for size in sizes
         if name != "reference" and ops.why_not(name, device, dtype) is None
         if name not in SLOW or size is None or size[0] * size[1] <= most
+        if name != "cuda" or stage is None or stage in ops.CUDA_SERVES
     ]
 
 
 def over_backends(slow=True, **options):
-    """Parametrise a test over `backend`."""
+    """Parametrise a test over `backend`; the options are those of `candidates`."""
     names = [name for name, _ in candidates(**options) if slow or name not in SLOW]
     return pytest.mark.parametrize("backend", names)
 
 
 def stage(name, backend, beside=None):
     """The function of a stage, or one `beside` it, for CPU tensors whatever its device; in-place changes come back."""
-    function = getattr(sys.modules[ops.stage(beside or name, backend).__module__], name)
+    function = ops.stage(beside or name, backend)
+    if beside:
+        function = getattr(sys.modules[function.__module__], name)
     device = DEVICE[backend]
     if device == "cpu":
         return function

@@ -3,12 +3,14 @@
 import functools
 import os
 
+import cuda_host
 import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 interpreter.enable()  # before anything imports triton
+cuda_host.enable()
 
 torch.set_num_threads(1)  # the sizes here are small, and sums then have one order
 

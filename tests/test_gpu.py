@@ -1,4 +1,5 @@
-"""The layer on a GPU: served by Triton, in training programs, CUDA graphs and torch.compile. Skipped without one."""
+"""The layer on a GPU: served by Triton and CUDA C++, in training programs, CUDA graphs and torch.compile. Skipped
+without one."""
 
 import copy
 from collections import Counter
@@ -7,16 +8,30 @@ import pytest
 import torch
 from test_layer import batch, make, same, state
 
-from bcl_fast import BCLLayer, measure
+from bcl_fast import BCLLayer, measure, ops
 from bcl_fast.testing import VARIANTS, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SIZES = [(128, 64, 784), (1000, 777, 501), (1024, 4096, 784), (8192, 8192, 784)]
 
 
+@pytest.fixture(params=["triton", "cuda"])
+def backend(request):
+    if reason := ops.why_not(request.param, "cuda"):
+        pytest.skip(reason)
+    return request.param
+
+
+def on_gpu(backend, **options):
+    """`make()`, but on the GPU from the start: a backend asked for by name must serve where the layer is."""
+    layer = make(backend, device="cuda", **options)
+    layer.load_state_dict(make("reference", **options).state_dict())
+    return layer
+
+
 @pytest.mark.parametrize("size", [measure.Size(*size) for size in SIZES], ids=str)
-def test_every_stage_keeps_the_contract(size):
-    measure.check_stages(size, "triton", "cuda")
+def test_every_stage_keeps_the_contract(backend, size):
+    measure.check_stages(size, backend, "cuda")
 
 
 def steps(layer, count=3, **kinds):
@@ -26,9 +41,9 @@ def steps(layer, count=3, **kinds):
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_the_first_step_is_that_of_the_reference(options):
-    reference, layer = make("reference", som_lr=0.1, **options).cuda(), make(som_lr=0.1, **options).cuda()
-    assert layer.backend == "triton"
+def test_the_first_step_is_that_of_the_reference(backend, options):
+    reference, layer = (on_gpu(name, som_lr=0.1, **options) for name in ("reference", backend))
+    assert layer.backend == backend
     start = layer.weight.detach().clone()
     for each in (reference, layer):
         steps(each, 1)
@@ -40,8 +55,8 @@ def test_the_first_step_is_that_of_the_reference(options):
     assert relative_error(*moved) <= 1e-4 and int(layer.step) == 1
 
 
-def test_the_same_inputs_give_the_same_bits():
-    assert same(state(steps(make().cuda(), 5)), state(steps(make().cuda(), 5)))
+def test_the_same_inputs_give_the_same_bits(backend):
+    assert same(state(steps(on_gpu(backend), 5)), state(steps(on_gpu(backend), 5)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -55,8 +70,8 @@ def test_other_dtypes_train(dtype):
     assert int(steps(layer, 3, dtype=dtype).step) == 3
 
 
-def test_compiled_training_is_bit_equal_across_the_refresh():
-    plain = make(recompute_every=2).cuda()
+def test_compiled_training_is_bit_equal_across_the_refresh(backend):
+    plain = on_gpu(backend, recompute_every=2)
     other = copy.deepcopy(plain)
     compiled = torch.compile(other, fullgraph=True)
     for seed in range(5):
@@ -65,9 +80,9 @@ def test_compiled_training_is_bit_equal_across_the_refresh():
     assert same(state(plain), state(other))
 
 
-def test_a_step_can_be_captured_in_a_cuda_graph():
+def test_a_step_can_be_captured_in_a_cuda_graph(backend):
     """Refreshes and steps are counted on the device: replays do what eager steps do."""
-    plain = make(recompute_every=2).cuda()
+    plain = on_gpu(backend, recompute_every=2)
     captured = copy.deepcopy(plain)
     x = batch().cuda()
     side = torch.cuda.Stream()

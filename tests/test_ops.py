@@ -7,7 +7,7 @@ import pytest
 import torch
 from backends import ON_CPU
 
-from bcl_fast import BCLLayer, cpu, ops
+from bcl_fast import BCLLayer, cpu, cuda, ops
 from bcl_fast.testing import VARIANTS, columns, neighbours_of
 
 B, D, N, K = 9, 5, 4, 3
@@ -72,9 +72,12 @@ def test_increment_is_the_pull_before_its_step_size(backend):
 
 def test_every_backend_serves_every_stage():
     for name, served in ops.DISPATCH.items():
-        assert set(served) == set(ops.BACKENDS)
-        for backend in ops.BACKENDS:
+        assert {*served, "cuda"} == set(ops.BACKENDS)
+        for backend in served:
             assert ops.stage(name, backend).__name__ == name
+        own = name in ops.CUDA_SERVES
+        assert own or ops.stage(name, "cuda") is ops.stage(name, "triton")
+        assert not own or callable(getattr(cuda, name))
     assert all(ops.stage("refresh_", backend).__name__ == "refresh_" for backend in ops.REFRESH)
 
 
@@ -88,7 +91,7 @@ def test_resolve_backend(fused, backend, expected):
 
 
 def test_resolve_backend_refuses():
-    with pytest.raises(ValueError, match="backend must be .*'reference', 'portable', 'cpu', 'triton', got 'fastest'"):
+    with pytest.raises(ValueError, match="backend must be .*'portable', 'cpu', 'triton', 'cuda', got 'fastest'"):
         ops.resolve_backend(True, "fastest")
     with pytest.raises(ValueError, match="backend='portable' needs fused=True"):
         ops.resolve_backend(False, "portable")
@@ -96,20 +99,26 @@ def test_resolve_backend_refuses():
         ops.resolve_backend("yes", None)
 
 
+def unbuilt():
+    raise ImportError("no nvcc was there")
+
+
 def test_backends_say_why_not(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     reasons = ops.backends("cpu")
     assert reasons["reference"] is None and reasons["portable"] is None
     assert reasons["triton"].startswith("it serves CUDA tensors only (with TRITON_INTERPRET=1")
-    assert "not part of this version" in reasons["cuda"]
+    assert reasons["cuda"] == reasons["triton"]  # most of its stages are Triton's
     assert all(ops.backends("meta").values())
     elsewhere = ops.backends("cuda")
     assert elsewhere["cpu"] == "it serves CPU tensors only"
     assert elsewhere["portable"] is None and elsewhere["triton"] is None
     with pytest.raises(ValueError, match="backend='cpu' cannot serve on 'cuda': it serves CPU tensors only"):
         ops.resolve_backend(True, "cpu", "cuda")
-    with pytest.raises(ValueError, match="got 'cuda': its CUDA C.. library is not part of this version"):
+    with pytest.raises(ValueError, match="backend='cuda' cannot serve on 'cpu': it serves CUDA tensors only"):
         ops.resolve_backend(True, "cuda")
+    monkeypatch.setattr("bcl_fast.native.cuda", unbuilt)
+    assert ops.why_not("cuda", "cuda") == ops.cuda_library() == "no nvcc was there"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert ops.why_not("triton", "cuda") == "Triton is not installed"
 

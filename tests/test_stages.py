@@ -17,14 +17,14 @@ RULES = ("rank", "clamped_cosine", "cosine")
 DTYPES = (torch.float32, torch.float64)
 
 backend = over_backends()
-doubles = over_backends(dtype=torch.float64)
 kinds = pytest.mark.parametrize("kind", COLUMNS)
-sizes = pytest.mark.parametrize("backend, B, D, N", [(name, *size) for name, size in candidates(sizes=SIZES)], ids=str)
-cases = pytest.mark.parametrize(
-    "backend, dtype, B, D, N",
-    [(name, dtype, *size) for dtype in DTYPES for name, size in candidates(dtype=dtype, sizes=SIZES)],
-    ids=str,
-)
+
+
+def cases(stage, dtypes=DTYPES):
+    """Every backend that has a stage of its own, over dtypes and sizes."""
+    found = [(t, pair) for t in dtypes for pair in candidates(dtype=t, sizes=SIZES, stage=stage)]
+    rows = [(name, dtype, *size) for dtype, (name, size) in found]
+    return pytest.mark.parametrize("backend, dtype, B, D, N", rows, ids=str)
 
 
 def vectors(seed, *lengths, dtype):
@@ -48,7 +48,7 @@ def check_selection(backend, activation, bias, rinv, winv, need, rule, weighting
     assert relative_error(shares, expected_shares) <= 1e-6
 
 
-@cases
+@cases("selection")
 @kinds
 def test_selection_is_bit_equal(backend, B, D, N, kind, dtype):
     activation = columns(kind, B, D, dtype)
@@ -123,7 +123,7 @@ def test_selection_takes_strided_activations(backend):
     check_selection(backend, activation, None, rinv, winv, need, "rank", "hard", 5)
 
 
-@cases
+@cases("rank")
 @kinds
 def test_rank_is_bit_equal(backend, B, D, N, kind, dtype):
     key = columns(kind, B, D, dtype)
@@ -146,7 +146,7 @@ def check_competition(backend, activation, neighbors, **options):
     assert len(set(storages)) == len(storages)
 
 
-@cases
+@cases("competition")
 @kinds
 def test_competition(backend, B, D, N, kind, dtype):
     check_competition(
@@ -195,7 +195,7 @@ def doubled(arguments):
     return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
 
 
-@cases
+@cases("targets")
 @pytest.mark.parametrize("projection", ["none", "orthogonal", "centered"])
 def test_targets_and_pull(backend, B, D, N, dtype, projection):
     arguments = *choices(B, D, N, 8, 5, dtype), projection
@@ -219,7 +219,7 @@ def test_targets_and_pull(backend, B, D, N, dtype, projection):
         assert relative_error(results[0], results[2]) <= budget(results[1], results[2])
 
 
-@backend
+@over_backends(stage="targets")
 def test_targets_of_the_whole_batch_and_of_features_nobody_won(backend):
     for B in (13, 41):
         x, pairs, pair_pull, *rest = choices(B, 7, 5, 3, 0, torch.float32)
@@ -229,7 +229,7 @@ def test_targets_of_the_whole_batch_and_of_features_nobody_won(backend):
             assert relative_error(stage("targets", backend)(*arguments), truth) <= 1e-5
 
 
-@backend
+@over_backends(stage="targets")
 def test_targets_take_strided_samples(backend):
     x, *rest = choices(22, 7, 10, 3, 5, torch.float32)
     strided = torch.empty(10, 44).T[::2].copy_(x)
@@ -237,7 +237,7 @@ def test_targets_take_strided_samples(backend):
     assert stage("targets", backend)(strided, *rest, "none").equal(expected)
 
 
-@cases
+@cases("gradient")
 def test_gradient(backend, B, D, N, dtype):
     grad, mask = columns("random", B, D, dtype), columns("random", B, D, dtype, seed=1).sigmoid()
     winner = torch.arange(B) % D
@@ -252,8 +252,8 @@ def test_gradient(backend, B, D, N, dtype):
     assert masked.equal(place) and place.equal(grad * mask)
 
 
-@sizes
-def test_neighbours_by_float64_regret(backend, B, D, N):
+@cases("neighbours", dtypes=DTYPES[:1])
+def test_neighbours_by_float64_regret(backend, dtype, B, D, N):
     weight = columns("random", D, N) + 3 * columns("random", 1, N, seed=1)  # close cosines
     near = stage("neighbours", backend)(weight, 8)
     assert near.shape == (D, min(8, D - 1)) and near.dtype == torch.int64
@@ -265,7 +265,7 @@ def test_neighbours_by_float64_regret(backend, B, D, N):
     assert float(regret.max()) <= 1e-6
 
 
-@backend
+@over_backends(stage="neighbours")
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("k", [1, 3, 40])
 def test_neighbour_choice_is_bit_equal_given_similarities(backend, kind, k):
@@ -277,7 +277,7 @@ def test_neighbour_choice_is_bit_equal_given_similarities(backend, kind, k):
     assert nearest(similarity[17:], 17, k).equal(ref.nearest(similarity, k)[17:])
 
 
-@backend
+@over_backends(stage="neighbours")
 def test_neighbours_of_zero_rows(backend):
     weight = columns("random", 6, 4)
     weight[2] = 0
