@@ -1,7 +1,8 @@
-"""The command line: `python -m bcl_fast train`, `table`, `sweep`, `report` and `doctor`."""
+"""The command line: `python -m bcl_fast train`, `table`, `sweep`, `report`, `bench compare` and `doctor`."""
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from . import PRESETS, BCLConfig, __version__, ops
+from . import PRESETS, BCLConfig, __version__, measure, ops
 from .environment import environment
 from .experiments import tables
 from .experiments.data import load
@@ -306,6 +307,34 @@ def report(
     except (ValueError, OSError) as error:
         fail(error)
     print(f"Written: {page}")
+
+
+# --- bench -----------------------------------------------------------------------------------------------------------
+
+bench = typer.Typer(help="What the benches recorded (pytest bench/ --save FILE).", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+Saved = Annotated[Path, typer.Argument(exists=True, dir_okay=False)]
+
+
+@bench.command()
+def compare(old: Saved, new: Saved) -> None:
+    """Show the ratios to nn.Linear of two records side by side; exit with 1 where one is worse by more than 10 %."""
+    try:
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in (old, new)]
+        rows = measure.compare(*(record["rows"] for record in records))
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{old} and {new} must be records of benches: {error}")
+    console, names = show.make_console(), (*measure.MEASURED, "old", "new")
+    for path, record in zip((old, new), records, strict=True):
+        devices = ", ".join(record["environment"]["devices"].values())
+        console.print(f"{path}: {devices}, torch {record['environment']['torch']}", highlight=False)
+    table = Table(*names, "")
+    for row in rows:
+        cells = [f"{row[name]:.2f}" if name in ("old", "new") else str(row[name]) for name in names]
+        table.add_row(*cells, "worse" if row["worse"] else "", style="red" if row["worse"] else None)
+    console.print(table)
+    if any(row["worse"] for row in rows):
+        raise SystemExit(1)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

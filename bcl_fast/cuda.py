@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import native
 
-MOST = 32  # so many samples of a feature are chosen here
 KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}  # of ranks
 
 
@@ -78,7 +77,7 @@ def selection(
     rescue_weighting: str,
     rescue_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Stage `selection` (step 9b) for the rule `rank` and at most MOST samples a feature."""
+    """Stage `selection` (step 9b) for the rule `rank` and at most 64 samples a feature."""
     (B, D), r = activation.shape, min(rescue_k, activation.shape[0])
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     order_need, order = (None, None) if need is None else need.sort(descending=True)

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -379,6 +379,31 @@ def stage_times(
             for backend, time in ms.items()
         ]
     return rows
+
+
+# --- Records ---------------------------------------------------------------------------------------------------------
+
+MEASURED = ("question", "device", "contestant", "B", "D", "N", "weights", "threads")  # what a row is about
+WORSE = 1.1  # times its old ratio: what lies within is noise
+
+
+def compare(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ratios to nn.Linear of two records' rows, side by side, where both have them; `worse` by more than WORSE.
+
+    Raises ValueError where the records have no row in common.
+    """
+    before, after = (
+        {tuple(row.get(key) for key in MEASURED): row["ratio_to_linear"] for row in rows if "ratio_to_linear" in row}
+        for rows in (old, new)
+    )
+    common = [key for key in after if key in before]
+    if not common:
+        raise ValueError(f"the records must have rows in common (the same {', '.join(MEASURED)}), got none")
+    return [
+        dict(zip(MEASURED, key, strict=True))
+        | {"old": before[key], "new": after[key], "worse": after[key] > WORSE * before[key]}
+        for key in common
+    ]
 
 
 # --- Memory -----------------------------------------------------------------------------------------------------------

@@ -189,6 +189,30 @@ def test_missing_extra_names_the_install_command():
     assert done.returncode == 2 and 'pip install "bcl-fast[demo]"' in done.stderr and "Traceback" not in done.stderr
 
 
+def saved(path, **ratios):
+    size = {"question": "step", "device": "cpu", "B": 8, "D": 4, "N": 4, "weights": "init", "threads": 1}
+    rows = [{**size, "contestant": name, "ratio_to_linear": ratio} for name, ratio in ratios.items()]
+    path.write_text(json.dumps({"environment": {"devices": {"cpu": "a machine"}, "torch": "2"}, "rows": rows}))
+    return path
+
+
+def test_bench_compare_flags_what_became_worse(tmp_path):
+    old, new = saved(tmp_path / "old.json", cpu=1.2, portable=2.0), saved(tmp_path / "new.json", cpu=1.4, portable=2.1)
+    result = invoke("bench", "compare", old, new)
+    assert result.exit_code == 1 and "a machine" in result.output
+    (worse,) = [line for line in result.output.splitlines() if "worse" in line]
+    assert "cpu" in worse and "1.20" in worse and "1.40" in worse
+    assert invoke("bench", "compare", new, old).exit_code == 0
+
+
+def test_bench_compare_names_what_is_no_record(tmp_path):
+    old = saved(tmp_path / "old.json", cpu=1.2)
+    for text in ("no json", "[]", "{}", json.dumps({"rows": [], "environment": {}})):
+        (tmp_path / "new.json").write_text(text)
+        result = invoke("bench", "compare", old, tmp_path / "new.json")
+        assert result.exit_code == 2 and "Traceback" not in result.output
+
+
 def test_doctor_names_versions_devices_and_reasons():
     result = invoke("doctor")
     assert result.exit_code == 0

@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
             head.block_part[thread] = part;
             head.block_best[thread] = largest;
         }
-        if constexpr (WHERE == CLUSTER) cluster_barrier();  // also: all strengths have been read, all scores are written
+        if constexpr (WHERE == CLUSTER) cluster_barrier();  // also: all strengths have been read, all scores written
         if (thread < ROWS) {
             float coverage = 0;
             uint64_t largest = 0;
@@ -220,7 +220,8 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
             *total = tile == group ? t : *total + t;
             *novel = tile == group ? n : *novel + n;
         });
-        for (int task = warp * blocks + block; task < rows * k; task += COMPETITION_WARPS * blocks) {  // step 6: a warp a pair
+        // Step 6, a warp for each pair.
+        for (int task = warp * blocks + block; task < rows * k; task += COMPETITION_WARPS * blocks) {
             const int i = task / k, q = task % k;
             const int64_t f = c.neighbors[head.winner[i] * k + q];
             const float* row = c.rank_score + (b + i) * D;

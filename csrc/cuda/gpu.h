@@ -57,11 +57,12 @@ struct SegmentStart {
 
 // A stable sort of each of `segments` runs of `length` keys [2][segments, length] with their samples; *at says which of
 // the two holds the result. Without memory it only says how many bytes it wants.
-inline int sort_segments(char* memory, size_t* bytes, uint32_t* const key[2], int32_t* const sample[2], int64_t segments,
-                         int64_t length, int* at, void* stream) {
+inline int sort_segments(char* memory, size_t* bytes, uint32_t* const key[2], int32_t* const sample[2],
+                         int64_t segments, int64_t length, int* at, void* stream) {
     cub::DoubleBuffer<uint32_t> keys(key[0], key[1]);
     cub::DoubleBuffer<int32_t> samples(sample[0], sample[1]);
-    const auto start = thrust::make_transform_iterator(thrust::make_counting_iterator(int64_t(0)), SegmentStart{length});
+    const auto segment = thrust::make_counting_iterator(int64_t(0));
+    const auto start = thrust::make_transform_iterator(segment, SegmentStart{length});
     const int error = cub::DeviceSegmentedRadixSort::SortPairs(
         memory, *bytes, keys, samples, segments * length, segments, start, start + 1, 0, 32, cudaStream_t(stream));
     *at = samples.selector;

@@ -8,8 +8,8 @@ API void bcl_host_device(int64_t multiprocessors, int64_t shared_bytes, int clus
     bcl::host_clusters = clusters != 0;
 }
 
-API bcl::CompetitionPlan bcl_host_competition_plan(int64_t B, int64_t D, int64_t k, int64_t multiprocessors, int64_t shared,
-                                                   int clusters) {
+API bcl::CompetitionPlan bcl_host_competition_plan(int64_t B, int64_t D, int64_t k, int64_t multiprocessors,
+                                                   int64_t shared, int clusters) {
     return bcl::competition_plan(B, D, k, multiprocessors, shared, clusters != 0);
 }
 

@@ -153,7 +153,10 @@ inline void __syncthreads() {
 }
 inline void __syncwarp() { bcl::wait(bcl::fiber.load(bcl::RELAXED)->warp->barrier); }
 template <class T> T __shfl_sync(unsigned, T value, int lane) { return bcl::exchange(value, unsigned(lane)); }
-template <class T> T __shfl_xor_sync(unsigned, T value, int mask) { return bcl::exchange(value, threadIdx.x % 32 ^ unsigned(mask)); }
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+    return bcl::exchange(value, threadIdx.x % 32 ^ unsigned(mask));
+}
 inline bool __all_sync(unsigned all, bool value) {
     for (int mask = 16; mask > 0; mask /= 2) value &= __shfl_xor_sync(all, value, mask);
     return value;
@@ -189,8 +192,8 @@ struct BlockSort {  // in the place of CUB's
     }
 };
 
-inline int sort_segments(char* memory, size_t* bytes, uint32_t* const key[2], int32_t* const sample[2], int64_t segments,
-                         int64_t length, int* at, void*) {  // in the place of CUB's
+inline int sort_segments(char* memory, size_t* bytes, uint32_t* const key[2], int32_t* const sample[2],
+                         int64_t segments, int64_t length, int* at, void*) {  // in the place of CUB's
     *bytes = 1;
     *at = 1;
     if (!memory) return 0;

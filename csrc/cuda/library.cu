@@ -33,13 +33,15 @@ int competition(Competition c, Forces f, char* memory, size_t* bytes, int device
     int error = launch({least(ceil_div(c.B, 8), 4096), 256, 0}, stream, norm_kernel, c);
     if (!error && !plan.owned) {
         const Grid packing = {least(ceil_div(c.D * c.k, 256), 1024), 256, 0};
-        error = plan.where == ONE_BLOCK
-                    ? launch(packing, stream, pack_kernel<uint16_t>, c.neighbors, c.D, c.k, static_cast<uint16_t*>(ids))
-                    : launch(packing, stream, pack_kernel<uint32_t>, c.neighbors, c.D, c.k, static_cast<uint32_t*>(ids));
+        auto* narrow = static_cast<uint16_t*>(ids);
+        auto* wide = static_cast<uint32_t*>(ids);
+        error = plan.where == ONE_BLOCK ? launch(packing, stream, pack_kernel<uint16_t>, c.neighbors, c.D, c.k, narrow)
+                                        : launch(packing, stream, pack_kernel<uint32_t>, c.neighbors, c.D, c.k, wide);
     }
     void (*kernel)(Competition) = competition_kernel<MEMORY, 4, 0, uint32_t>;
     if (plan.where == CLUSTER)
-        kernel = plan.owned ? competition_kernel<CLUSTER, 4, OWNED, uint16_t> : competition_kernel<CLUSTER, 4, 0, uint32_t>;
+        kernel = plan.owned ? competition_kernel<CLUSTER, 4, OWNED, uint16_t>
+                            : competition_kernel<CLUSTER, 4, 0, uint32_t>;
     else if (plan.where == ONE_BLOCK)
         kernel = plan.owned == OWNED ? competition_kernel<ONE_BLOCK, 4, OWNED, uint16_t>
                  : plan.owned        ? competition_kernel<ONE_BLOCK, 4, OWNED / 2, uint16_t>
@@ -72,7 +74,8 @@ int selection(Selection s, char* memory, size_t* bytes, int device_number, void*
 
 template <int THREADS, int ITEMS>
 int rank_in_blocks(const Rank& r, void* stream) {
-    return launch({r.D, THREADS, BlockSort<THREADS, ITEMS>::SHARED_BYTES}, stream, rank_block_kernel<THREADS, ITEMS>, r);
+    const Grid grid = {r.D, THREADS, BlockSort<THREADS, ITEMS>::SHARED_BYTES};
+    return launch(grid, stream, rank_block_kernel<THREADS, ITEMS>, r);
 }
 
 int rank(Rank r, char* memory, size_t* bytes, int device_number, void* stream) {
@@ -147,7 +150,8 @@ API int bcl_cuda_selection(const float* activation, int64_t stride_b, int64_t st
 // kind: 0 for int64, 1 for int32, 2 for float32 ranks.
 API int bcl_cuda_rank(const float* key, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D, void* rank, int kind,
                       void* memory, size_t* bytes, int device, void* stream) {
-    return bcl::rank({key, stride_b, stride_d, B, D, {rank, kind}, 0}, static_cast<char*>(memory), bytes, device, stream);
+    const bcl::Rank task = {key, stride_b, stride_d, B, D, {rank, kind}, 0};
+    return bcl::rank(task, static_cast<char*>(memory), bytes, device, stream);
 }
 
 // CUB's sort of runs [segments, length] alone, to measure ranks against.
@@ -157,6 +161,6 @@ API int bcl_cuda_sort(uint32_t* key, uint32_t* other_key, int32_t* sample, int32
     uint32_t* const keys[2] = {key, other_key};
     int32_t* const samples[2] = {sample, other_sample};
     int at = 0;
-    return on.error ? on.error
-                    : bcl::sort_segments(static_cast<char*>(memory), bytes, keys, samples, segments, length, &at, stream);
+    if (on.error) return on.error;
+    return bcl::sort_segments(static_cast<char*>(memory), bytes, keys, samples, segments, length, &at, stream);
 }

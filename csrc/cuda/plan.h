@@ -11,10 +11,10 @@ constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 // --- Competition -----------------------------------------------------------------------------------------------------
 
 constexpr int COMPETITION_THREADS = 384;  // with more, a thread's registers would not do
-constexpr int OWNED = 22;           // most features of a thread whose neighbours are kept in registers: 8,448 of a block
-constexpr int64_t HEAD = 2048;      // bytes of shared memory before the strengths
-constexpr int64_t HELD = 8;         // up to so many neighbours of a feature stay in registers
-constexpr int64_t MOST_CLUSTER = 8;  // blocks; more are not portable
+constexpr int OWNED = 22;                 // most features of a thread whose neighbours stay in registers: 8,448 a block
+constexpr int64_t HELD = 8;               // most neighbours of each that do
+constexpr int64_t HEAD = 2048;            // bytes of shared memory before the strengths
+constexpr int64_t MOST_CLUSTER = 8;       // blocks; more are not portable
 
 enum Where { ONE_BLOCK, CLUSTER, MEMORY };  // where the strengths of a tile of samples lie
 
@@ -63,8 +63,7 @@ constexpr int COLUMNS = 32;  // of a block: a lane each
 constexpr int SELECTION_WARPS = 16, FIX_THREADS = 256;
 constexpr int BINS = 512;       // of the histogram of a column
 constexpr int ROUND = 128;      // at most so many samples are visited between two looks at the threshold
-constexpr int SURVIVORS = 64;   // so many of a column are kept; beyond, the column is sorted
-constexpr int MOST_CHOSEN = 32;  // samples a feature
+constexpr int SURVIVORS = 64;   // so many of a column are kept; beyond, the column is sorted; at least r
 
 struct SelectionPlan {
     int64_t blocks, shared;          // of the kernel that reads everything

@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(THREADS) rank_block_kernel(const Rank r) {
 }
 
 // The columns of a chunk as runs of keys with their samples: [B, D] -> [columns, B], in tiles through shared memory.
-__global__ void __launch_bounds__(TILE * 8) rank_pack_kernel(const Rank r, int64_t columns, uint32_t* key, int32_t* sample) {
+__global__ void __launch_bounds__(TILE * 8)
+rank_pack_kernel(const Rank r, int64_t columns, uint32_t* key, int32_t* sample) {
     SHARED(memory);
     uint32_t* tile = reinterpret_cast<uint32_t*>(memory);  // [TILE, TILE + 1]
     const int lane = threadIdx.x % TILE, row = threadIdx.x / TILE;

@@ -13,7 +13,7 @@ struct Selection {
     const float *bias, *x_inverse_norm, *need;  // [D] or null, [B], [B] or null
     const float* order_need;  // [B] the needs, falling
     const int64_t* order;     // [B] their samples
-    int64_t r;                // samples to choose, 1 .. min(B, MOST_CHOSEN)
+    int64_t r;                // samples to choose, 1 .. min(B, SURVIVORS)
     int soft;                 // their shares are not all alike
     int64_t* rows;            // [D, r] the chosen samples
     float* shares;            // [D, r]
@@ -51,8 +51,8 @@ __device__ inline void share_out(const Selection& s, int64_t d) {
     for (int64_t i = 0; i < s.r; i++) share[i] = s.soft ? share[i] / (sum + 1e-8f) : 1 / float(s.r);
 }
 
-// One warp gives each of n <= SURVIVORS samples its place by `standing`; the first r are chosen. Lane l holds those at l
-// and l + 32, with their ranks.
+// One warp gives each of n <= SURVIVORS samples its place by `standing`; the first r are chosen. A lane holds those at
+// its number and 32 further, with their ranks.
 __device__ inline void settle(const Selection& s, int64_t d, int n, const uint64_t (&mine)[2], const float (&rank)[2]) {
     const int lane = threadIdx.x % 32;
     int place[2] = {0, 0};
