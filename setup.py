@@ -147,7 +147,8 @@ setup(
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision", "tensorboard"],
-        "test": ["pytest", "hypothesis", "numpy", "setuptools>=77"],  # setuptools: for tests/test_packaging.py
+        # setuptools: for tests/test_packaging.py
+        "test": ["pytest", "pytest-xdist", "hypothesis", "numpy", "setuptools>=77"],
         "bench": ["pytest-benchmark"],
     },
     entry_points={"console_scripts": ["bcl-fast = bcl_fast.__main__:main"]},
