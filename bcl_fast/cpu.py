@@ -41,10 +41,6 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     """The panel [R, D] of similarities of features first .. first + R - 1 -> their nearest others [R, k] int64."""
     similarity = _rows(similarity)
@@ -114,8 +110,9 @@ def selection(
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     vectors = (bias, x_inverse_norm, weight_inverse_norm, need)
     vectors = [None if vector is None else vector.contiguous() for vector in vectors]
-    _call("selection", activation.dtype, activation.data_ptr(), activation.stride(0), B, D, *map(_pointer, vectors),
-          RULES[affinity_rule], rescue_weighting == "soft", r, rows.data_ptr(), shares.data_ptr())  # fmt: skip
+    _call("selection", activation.dtype, activation.data_ptr(), activation.stride(0), B, D,
+          *map(native.pointer, vectors), RULES[affinity_rule], rescue_weighting == "soft", r, rows.data_ptr(),
+          shares.data_ptr())  # fmt: skip
     return rows, shares
 
 
@@ -136,9 +133,9 @@ def _targets(
     rescue = rescue_rows.contiguous(), rescue_weight.contiguous()
     k, r = pairs[0].shape[1], rescue[0].shape[1]
     weight, offset, som_strength, som_lr = pulled or (None, None, None, 0.0)
-    _call("targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(_pointer, pairs), k,
-          *map(_pointer, rescue), r, winner_share.data_ptr(), _pointer(weight), _pointer(offset),
-          destination.data_ptr(), N, _pointer(som_strength), som_lr)  # fmt: skip
+    _call("targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(native.pointer, pairs), k,
+          *map(native.pointer, rescue), r, winner_share.data_ptr(), native.pointer(weight), native.pointer(offset),
+          destination.data_ptr(), N, native.pointer(som_strength), som_lr)  # fmt: skip
 
 
 def targets(

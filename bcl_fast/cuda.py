@@ -41,10 +41,6 @@ def _call(stage: str, like: Tensor, *arguments: int | float | None) -> None:
         raise RuntimeError(f"the CUDA stage {stage} failed: {library.bcl_cuda_error(error).decode()} ({error})")
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def competition(
     activation: Tensor,
     neighbors: Tensor,
@@ -83,7 +79,7 @@ def selection(
     order_need, order = (None, None) if need is None else need.sort(descending=True)
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, x_inverse_norm, need)]
     _call("selection", activation, activation.data_ptr(), *activation.stride(), B, D,
-          *map(_pointer, (*vectors, order_need, order)), r, rescue_weighting == "soft", rows.data_ptr(),
+          *map(native.pointer, (*vectors, order_need, order)), r, rescue_weighting == "soft", rows.data_ptr(),
           shares.data_ptr())  # fmt: skip
     return rows, shares
 

@@ -137,7 +137,7 @@ def contestants(device: str = "cpu") -> dict[str, Callable[[Size, Tensor | None]
         return built
 
     serving = [name for name in ops.BACKENDS if ops.why_not(name, device) is None]
-    interpreted = ("triton", "cuda") if device == "cpu" else ()
+    interpreted = ops.ON_GPU if device == "cpu" else ()
     return {name: build(name) for name in ("linear", "compiled", *serving) if name not in interpreted}
 
 
@@ -295,7 +295,7 @@ def step_times(
     running = {name: build(size, weight)[1] for name, build in contestants(device).items()}
     first = {}
     for name, step in running.items():
-        if name in ("compiled", "triton", "cuda"):
+        if name in ("compiled", *ops.ON_GPU):
             step()  # compiles
         first[name] = window(step, 1, device)
     taken: dict[str, list[float]] = {name: [] for name in running}

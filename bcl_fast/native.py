@@ -10,6 +10,7 @@ import functools
 import os
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
+from typing import Any
 
 CPU_ABI = 3  # of csrc/cpu/api.cpp
 CUDA_ABI = 1  # of csrc/cuda/library.cu
@@ -26,6 +27,11 @@ _CPU_ARGUMENTS = {
     "nearest": [c_void_p, *[c_int64] * 5, c_void_p, c_int],
     "rank": [c_void_p, *[c_int64] * 3, c_void_p, c_int],
 }  # fmt: skip
+
+
+def pointer(tensor: Any) -> int | None:
+    """Where the elements of a tensor begin; None for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 _SCRATCH_AND_STREAM = [c_void_p, POINTER(c_size_t), c_int, c_void_p]

@@ -44,7 +44,8 @@ CUDA_SERVES: dict[str, Callable[..., bool]] = {
 }
 # Backends that decide on the device whether neighbours are due, and count steps there: nothing waits for the host.
 REFRESH = {"triton": "kernels.neighbours", "cuda": "kernels.neighbours"}
-BACKENDS = ("reference", "portable", "cpu", "triton", "cuda")
+ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
+BACKENDS = ("reference", "portable", "cpu", *ON_GPU)
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # type of device -> what `fused=True` means there; else, or missing: GENERAL
 GENERAL = "portable"
 
@@ -53,19 +54,14 @@ GENERAL = "portable"
 def stage(name: str, backend: str) -> Callable[..., Any]:
     """The function that serves a stage on a backend."""
     if backend == "cuda" and name in CUDA_SERVES:
-        return functools.partial(_cuda_or_triton, name)
+        served, own, triton = CUDA_SERVES[name], _function("cuda", name), stage(name, "triton")
+        return lambda *arguments: (own if served(*arguments) else triton)(*arguments)
     where = REFRESH if name == "refresh_" else DISPATCH[name]
     return _function(where["triton" if backend == "cuda" else backend], name)
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("." + module, __package__), name)
-
-
-def _cuda_or_triton(name: str, *arguments: Any) -> Any:
-    """A stage of the backend `cuda`: its own C++ where CUDA_SERVES says so, else Triton's."""
-    module = "cuda" if CUDA_SERVES[name](*arguments) else DISPATCH[name]["triton"]
-    return _function(module, name)(*arguments)
 
 
 def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
@@ -76,7 +72,7 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
         from . import cpu
 
         return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
-    if backend in ("triton", "cuda"):
+    if backend in ON_GPU:
         return _why_not_triton(device_type, dtype) or (_why_not_cuda(device_type) if backend == "cuda" else None)
     return None
 

@@ -59,7 +59,7 @@ def pytest(*words: str, prefix: tuple[str, ...] = (), limit: int = 150) -> dict[
 
 
 def serving(device: str) -> list[str]:
-    return [name for name in ("triton", "cuda") if ops.why_not(name, device) is None]
+    return [name for name in ops.ON_GPU if ops.why_not(name, device) is None]
 
 
 def contract(device: str, sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:

@@ -12,9 +12,8 @@ import torch
 from bcl_fast import ops
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided by conftest.py
-ON_GPU = ("triton", "cuda")
-DEVICE = {name: "cuda" if name in ON_GPU and torch.cuda.is_available() else "cpu" for name in ops.BACKENDS}
-SLOW = set(ON_GPU) if INTERPRETED else set()  # seconds for what the others do in milliseconds
+DEVICE = {name: "cuda" if name in ops.ON_GPU and torch.cuda.is_available() else "cpu" for name in ops.BACKENDS}
+SLOW = set(ops.ON_GPU) if INTERPRETED else set()  # seconds for what the others do in milliseconds
 ON_CPU = [name for name in ops.BACKENDS if ops.why_not(name, "cpu") is None and name not in SLOW]
 
 

@@ -232,7 +232,7 @@ def test_other_inputs_are_triton_s(monkeypatch):
     """What the C++ does not express goes to the Triton stage of the same name, as the table says."""
     called = []
     monkeypatch.setattr(cuda, "selection", lambda *arguments: called.append(arguments))
-    stage_of = ops.stage("selection", "cuda")
+    stage_of = ops.stage.__wrapped__("selection", "cuda")  # past its cache
     some = columns("random", 7, 5), None, torch.ones(7), torch.ones(5), torch.ones(7)
     for rule, r in (("cosine", 2), ("rank", 0), ("rank", 33)):
         assert stage_of(*some, rule, "hard", r)[0].shape == (5, min(r or 7, 7))

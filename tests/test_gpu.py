@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SIZES = [(128, 64, 784), (1000, 777, 501), (1024, 4096, 784), (8192, 8192, 784)]
 
 
-@pytest.fixture(params=["triton", "cuda"])
+@pytest.fixture(params=ops.ON_GPU)
 def backend(request):
     if reason := ops.why_not(request.param, "cuda"):
         pytest.skip(reason)

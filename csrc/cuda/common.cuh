@@ -4,6 +4,8 @@
 
 namespace bcl {
 
+constexpr float EPS = 1e-8f;
+
 // The same number, but what follows from it is computed where it stands: else compilers compute it once before a loop
 // and keep it, for every feature of a thread, in registers there are not.
 template <class T>
@@ -21,6 +23,13 @@ __device__ inline uint32_t ordered(float x) {
     const uint32_t bits = __float_as_uint(x + 0.0f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
+
+// (x, index) as one integer: larger is larger x, of equal ones the smaller index; NaN is the largest.
+__device__ inline uint64_t packed(float x, int64_t index) {
+    return uint64_t(ordered(x)) << 32 | (0xFFFFFFFFu - uint32_t(index));
+}
+
+__device__ inline int64_t index_of(uint64_t packed) { return 0xFFFFFFFFu - uint32_t(packed); }
 
 __device__ inline float sum_of_warp(float x) {
     for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, step);

@@ -1,6 +1,7 @@
 // Competition (SPEC 2 to 8) for many features: tiles of a few samples, whose strengths of all features lie in shared
 // memory, in that of a cluster of blocks, or where no cluster holds them in global memory. A neighbour's strengths are
-// one vector. Blocks stay and take tile after tile, so that neighbours and sums over the batch stay in registers.
+// one vector. Blocks stay and take tile after tile, so that neighbours stay in registers, and sums over the batch in
+// shared memory.
 #pragma once
 #include "common.cuh"
 
@@ -42,7 +43,6 @@ struct alignas(4 * ROWS) Row {  // what a tile has of one feature
 };
 
 constexpr int COMPETITION_WARPS = COMPETITION_THREADS / 32;
-constexpr float EPS = 1e-8f;
 
 template <int ROWS>
 struct Head {
@@ -52,11 +52,6 @@ struct Head {
     float block_part[ROWS], coverage[ROWS];
     int64_t winner[ROWS];
 };
-
-// The larger of two is the larger margin, of equal ones the smaller feature; NaN is the largest, as argmax has it.
-__device__ inline uint64_t contender(float margin, int64_t d) {
-    return uint64_t(ordered(margin)) << 32 | (0xFFFFFFFFu - uint32_t(d));
-}
 
 // 1 / (|X_b| + eps) (step 9b), a warp for each sample.
 __global__ void norm_kernel(const Competition c) {
@@ -169,7 +164,7 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
                 const float score = 1 / (1 + expf(-(c.temperature * margin)));
                 c.rank_score[(b + i) * D + d] = score;
                 covered[i] += score;
-                const uint64_t here = contender(margin, d);
+                const uint64_t here = packed(margin, d);  // NaN wins, as argmax has it
                 best[i] = here > best[i] ? here : best[i];
             }
         });
@@ -202,7 +197,7 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
                 largest = other.block_best[thread] > largest ? other.block_best[thread] : largest;
             }
             head.coverage[thread] = coverage;
-            head.winner[thread] = 0xFFFFFFFFu - uint32_t(largest);
+            head.winner[thread] = index_of(largest);
         }
         __syncthreads();
 

@@ -7,6 +7,7 @@ namespace bcl {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; }  // parts of one scratch
 
 // --- Competition -----------------------------------------------------------------------------------------------------
 
@@ -53,7 +54,7 @@ inline CompetitionPlan competition_plan(int64_t B, int64_t D, int64_t k, int64_t
     plan.partial = plan.groups * 2 * D * 4;
     if (plan.where == MEMORY) plan.strengths = plan.groups * D * plan.rows * 4;
     if (!plan.owned) plan.ids = D * k * (plan.where == ONE_BLOCK ? 2 : 4);
-    for (int64_t* bytes : {&plan.partial, &plan.strengths, &plan.ids}) *bytes = ceil_div(*bytes, 256) * 256;
+    for (int64_t* bytes : {&plan.partial, &plan.strengths, &plan.ids}) *bytes = aligned(*bytes);
     return plan;
 }
 
@@ -79,8 +80,8 @@ inline SelectionPlan selection_plan(int64_t B, int64_t D, int64_t r, int64_t mul
     plan.shared = 4 * COLUMNS * (BINS + 1 + 4 + SELECTION_WARPS + r + ROUND);
     plan.counting = least(D, 2 * multiprocessors);
     plan.sorting = most(1, least(multiprocessors, D / 16));  // their scratch is a quarter of the activation
-    plan.lists = ceil_div(4 * (2 + 3 * D), 256) * 256;
-    plan.survivors = ceil_div(4 * D * SURVIVORS, 256) * 256;
+    plan.lists = aligned(4 * (2 + 3 * D));
+    plan.survivors = aligned(4 * D * SURVIVORS);
     plan.sorts = plan.sorting * B * 16;
     return plan;
 }
@@ -98,7 +99,7 @@ struct RankPlan {
 inline RankPlan rank_plan(int64_t B, int64_t D) {
     if (B <= BLOCK_SORTED) return {D, 0};
     const int64_t columns = most(1, least(D, CHUNK / B));
-    return {columns, ceil_div(columns * B * 4, 256) * 256};
+    return {columns, aligned(columns * B * 4)};
 }
 
 }  // namespace bcl

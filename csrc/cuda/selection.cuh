@@ -32,9 +32,10 @@ __device__ inline float key_of(const Selection& s, int64_t b, int64_t d) {
 __device__ inline float need_at(const Selection& s, int64_t place) { return s.need ? s.order_need[place] : 1; }
 __device__ inline int64_t sample_at(const Selection& s, int64_t place) { return s.need ? s.order[place] : place; }
 
-// Scores as integers, the smaller sample of equal ones the larger; NaN counts as -inf.
-__device__ inline uint64_t standing(float score, int64_t b) {
-    return uint64_t(ordered(score == score ? score : -INFINITY)) << 32 | (0xFFFFFFFFu - uint32_t(b));
+// The score of sample b at this rank, packed with it; NaN counts as -inf.
+__device__ inline uint64_t standing(const Selection& s, float rank, int64_t b) {
+    const float score = s.need ? rank * s.need[b] : rank;
+    return packed(score == score ? score : -INFINITY, b);
 }
 
 // The weight of a chosen sample before its column's are divided by their sum; `rank` a number.
@@ -43,12 +44,18 @@ __device__ inline float weight_of(const Selection& s, float rank, int64_t b) {
     return weighted < 0 ? 0 : weighted;
 }
 
+__device__ inline void choose(const Selection& s, int64_t d, int place, uint64_t standing, float rank) {
+    const int64_t b = index_of(standing);
+    s.rows[d * s.r + place] = b;
+    s.shares[d * s.r + place] = weight_of(s, rank, b);
+}
+
 // Shares of the r samples chosen for a column; with `soft` they hold the weights before.
 __device__ inline void share_out(const Selection& s, int64_t d) {
     float* share = s.shares + d * s.r;
     float sum = 0;
     for (int64_t i = 0; i < s.r; i++) sum += share[i];
-    for (int64_t i = 0; i < s.r; i++) share[i] = s.soft ? share[i] / (sum + 1e-8f) : 1 / float(s.r);
+    for (int64_t i = 0; i < s.r; i++) share[i] = s.soft ? share[i] / (sum + EPS) : 1 / float(s.r);
 }
 
 // One warp gives each of n <= SURVIVORS samples its place by `standing`; the first r are chosen. A lane holds those at
@@ -63,11 +70,7 @@ __device__ inline void settle(const Selection& s, int64_t d, int n, const uint64
             place[1] += other > mine[1];
         }
     for (int half = 0; half < 2; half++)
-        if (lane + half * 32 < n && place[half] < s.r) {
-            const int64_t b = 0xFFFFFFFFu - uint32_t(mine[half]);
-            s.rows[d * s.r + place[half]] = b;
-            s.shares[d * s.r + place[half]] = weight_of(s, rank[half], b);
-        }
+        if (lane + half * 32 < n && place[half] < s.r) choose(s, d, place[half], mine[half], rank[half]);
     __syncwarp();
     if (lane == 0) share_out(s, d);
 }
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(SELECTION_THREADS) selection_kernel(const Sele
             const uint32_t b = survivor[i][column], bin = survivor[SURVIVORS + i][column], lower = bins[bin][column];
             exact &= bins[bin + 1][column] - 1 == lower;
             rank[half] = float(lower);
-            mine[half] = standing(settled ? 0.0f : s.need ? rank[half] * s.need[b] : rank[half], b);
+            mine[half] = settled ? packed(0, b) : standing(s, rank[half], b);
         }
         if (settled || __all_sync(0xFFFFFFFFu, exact)) {
             settle(s, own, int(n), mine, rank);
@@ -273,7 +276,7 @@ __global__ void __launch_bounds__(FIX_THREADS) selection_counting_kernel(const S
                 const int i = lane + 32 * half;
                 if (i >= n) continue;
                 rank[half] = float(below[i]);
-                mine[half] = standing(s.need ? rank[half] * s.need[sample[i]] : rank[half], sample[i]);
+                mine[half] = standing(s, rank[half], sample[i]);
             }
             settle(s, d, n, mine, rank);
         }
@@ -329,8 +332,8 @@ __global__ void __launch_bounds__(FIX_THREADS) selection_sorting_kernel(const Se
             uint64_t mine = 0;
             int rank = 0;
             for (int i = thread; i < B; i += FIX_THREADS) {
-                const float score = s.need ? float(i) * s.need[sample[i]] : float(i);
-                const uint64_t here = standing(key[i] == 0xFFFFFFFFu ? -INFINITY : score, sample[i]);
+                const bool nan = key[i] == 0xFFFFFFFFu;
+                const uint64_t here = nan ? packed(-INFINITY, sample[i]) : standing(s, float(i), sample[i]);
                 if (here < last && here > mine) mine = here, rank = i;
             }
             const uint64_t of_warp = largest_of_warp(mine);
@@ -338,11 +341,7 @@ __global__ void __launch_bounds__(FIX_THREADS) selection_sorting_kernel(const Se
             __syncthreads();
             last = 0;
             for (int w = 0; w < FIX_THREADS / 32; w++) last = best[w] > last ? best[w] : last;
-            if (mine == last) {
-                const int64_t b = 0xFFFFFFFFu - uint32_t(last);
-                s.rows[d * s.r + place] = b;
-                s.shares[d * s.r + place] = weight_of(s, float(rank), b);
-            }
+            if (mine == last) choose(s, d, place, last, float(rank));
             __syncthreads();
         }
         if (thread == 0) share_out(s, d);
