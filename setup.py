@@ -138,7 +138,7 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["bcl_fast", "bcl_fast.experiments", "bcl_fast.kernels"],
+    packages=["bcl_fast", "bcl_fast.experiments", "bcl_fast.measure", "bcl_fast.kernels"],
     package_dir={"bcl_fast.kernels": "kernels"},
     # kernels/ has no __init__.py: with one, a checkout on the path would hide another package of the name `kernels`.
     # Its README keeps the folder in the wheel where it holds no module.
@@ -150,6 +150,7 @@ setup(
         # setuptools: for tests/test_packaging.py
         "test": ["pytest", "pytest-xdist", "hypothesis", "numpy", "setuptools>=77"],
         "bench": ["pytest-benchmark"],
+        "peers": ["minisom", "torchsom", "vector-quantize-pytorch"],  # bench/bench_peers.py times them where they are
     },
     entry_points={"console_scripts": ["bcl-fast = bcl_fast.__main__:main"]},
     cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel, "sdist": Sdist},

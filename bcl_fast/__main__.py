@@ -1,53 +1,33 @@
-"""The command line: `python -m bcl_fast train`, `table`, `sweep`, `report`, `bench compare` and `doctor`."""
+"""The command line: `python -m bcl_fast train`, `table`, `sweep`, `report`, `bench ...` and `doctor`."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
-from . import PRESETS, BCLConfig, __version__, measure, ops
+from . import PRESETS, BCLConfig, __version__, ops
+from .cli import Device, demo_extra, fail, origin
 from .environment import environment
 from .experiments import tables
 from .experiments.data import load
 from .experiments.jobs import Job, read, run_jobs, workers_here
-from .experiments.run import Condition, Training, advance, row_steps, write_record, write_snapshots
+from .experiments.run import Condition, Training, advance, row_steps, write_snapshots
 from .experiments.settings import LONG, jobs_of
 from .experiments.sweep import numbers, sweep_conditions, sweep_rows, write_csv
+from .records import write_record
 from .spec import check_choice
-
-WORKERS = workers_here()
-DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision", "tensorboard")  # packages of the extra [demo]
-
-
-def fail(message: object) -> NoReturn:
-    """End the program with a line that says what is wrong."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-@contextmanager
-def demo_extra() -> Iterator[None]:
-    """Within this block a missing package of the extra [demo] ends the program and says how to get it."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in DEMO:
-            raise
-        fail(f'{error.name} is not installed; the command line needs: pip install "bcl-fast[demo]"')
-
 
 with demo_extra():
     import typer
     from rich.console import Console
     from rich.table import Table
 
+    from .cli_bench import bench
     from .experiments import console as show
+
+WORKERS = workers_here()
 
 app = typer.Typer(
     help="Bidirectional Competitive Learning.",
@@ -55,6 +35,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench, name="bench")
 
 
 # Options that several commands have.
@@ -64,36 +45,9 @@ Download = Annotated[bool, typer.Option("--download", help="Fetch MNIST into --d
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 Loss = Annotated[str, typer.Option(help="l1 or mse.")]
 Backend = Annotated[str | None, typer.Option(help="Who computes BCL.", show_default="the fastest")]
-Device = Annotated[str, typer.Option(help="Where to train: cpu, cuda, ...")]
 Workers = Annotated[
     int, typer.Option(min=1, help="Processes of one thread each.", show_default="one per core, 8 at most")
 ]
-
-
-def command_line(context: typer.Context, **resolved: Any) -> str:
-    """The command that repeats this run, with every option spelled out; `resolved` replace what was left to chance."""
-    options = {**context.params, **resolved}
-    words = ["python", "-m", "bcl_fast", context.info_name or "", *options.pop("names", ())]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif value is not None and value is not False:
-            words += [flag, str(value)]
-    return shlex.join(words)
-
-
-def origin(context: typer.Context, start: float, threads: int | None = None, **resolved: Any) -> dict[str, Any]:
-    """Where a record comes from: the command, the version, the machine, and how long it took.
-
-    `threads` are those of the processes that computed, where they were not this one.
-    """
-    return {
-        "command": command_line(context, **resolved),
-        "bcl_fast": __version__,
-        "environment": environment() | ({} if threads is None else {"threads": threads}),
-        "seconds": time.perf_counter() - start,
-    }
 
 
 # --- train ------------------------------------------------------------------------------------------------------------
@@ -307,34 +261,6 @@ def report(
     except (ValueError, OSError) as error:
         fail(error)
     print(f"Written: {page}")
-
-
-# --- bench -----------------------------------------------------------------------------------------------------------
-
-bench = typer.Typer(help="What the benches recorded (pytest bench/ --save FILE).", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-Saved = Annotated[Path, typer.Argument(exists=True, dir_okay=False)]
-
-
-@bench.command()
-def compare(old: Saved, new: Saved) -> None:
-    """Show the ratios to nn.Linear of two records side by side; exit with 1 where one is worse by more than 10 %."""
-    try:
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in (old, new)]
-        rows = measure.compare(*(record["rows"] for record in records))
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{old} and {new} must be records of benches: {error}")
-    console, names = show.make_console(), (*measure.MEASURED, "old", "new")
-    for path, record in zip((old, new), records, strict=True):
-        devices = ", ".join(record["environment"]["devices"].values())
-        console.print(f"{path}: {devices}, torch {record['environment']['torch']}", highlight=False)
-    table = Table(*names, "")
-    for row in rows:
-        cells = [f"{row[name]:.2f}" if name in ("old", "new") else str(row[name]) for name in names]
-        table.add_row(*cells, "worse" if row["worse"] else "", style="red" if row["worse"] else None)
-    console.print(table)
-    if any(row["worse"] for row in rows):
-        raise SystemExit(1)
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -1,30 +1,30 @@
-"""How much memory does a BCL training step need beyond what `nn.Linear` needs?
-
-Run it as `pytest bench/bench_memory.py --save bench/results/memory.json` (Linux only).
-"""
+"""How much memory does a training step need beyond weights and batch, for every contestant? (Linux, or CUDA)"""
 
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 
-from bcl_fast import measure, ops
+from bcl_fast.measure.alone import alone
+from bcl_fast.measure.contestants import NAMES, Size, serving, why_not
+from bcl_fast.measure.rows import absent, row
 
-SIZES = [(1024, 4096, 784), (4096, 1024, 784), (2048, 8192, 784)]
-CONTESTANTS = [name for name in ("linear", *ops.BACKENDS)]
+SIZES = [Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]
+
+
+def peaks(size, names, device):
+    labels = {"threads": torch.get_num_threads(), "device": device}
+    rows = [row("memory", name, size, **labels | alone("memory", name, size, **labels)) for name in names]
+    beyond = {one["contestant"]: one["peak_mb"] for one in rows}
+    for one in rows:
+        if one["peak_mb"] is not None:
+            one["mb_beyond_linear"] = one["peak_mb"] - beyond["linear"]
+            one["one_bd_and_one_dn_mb"] = 4 * (size.B * size.D + size.D * size.N) / 2**20  # of float32
+    reasons = {"compiled": "measured by the scaling runs"} | {name: why_not(name, device) for name in NAMES[3:]}
+    return rows + absent("memory", size, reasons, **labels)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("size", [measure.Size(*size) for size in SIZES], ids=str)
-def test_memory(size, benchmark, rows):
-    contestants = [name for name in CONTESTANTS if name in measure.contestants()]
-    if benchmark.disabled:
-        size, contestants = measure.Size(16, 8, 12), contestants[:2]
-    peaks = {name: measure.peak_memory(name, size, torch.get_num_threads()) for name in contestants}
-    benchmark.pedantic(lambda: None)  # memory is what is measured
-    for name, mb in peaks.items():
-        extra = mb - peaks["linear"]
-        budget = 4 * (size.B * size.D + size.D * size.N) / 2**20  # one [B, D] and one [D, N] of float32
-        row = {"question": "memory", "contestant": name, **asdict(size), "threads": torch.get_num_threads()}
-        rows.append({**row, "peak_mb": mb, "mb_beyond_linear": extra, "one_bd_and_one_dn_mb": budget})
+def test_memory(size, measured, device, quick):
+    names = [name for name in serving(device) if name != "compiled"]
+    measured(peaks, size, names[:2] if quick else names, device)

@@ -1,32 +1,17 @@
-"""How much does a whole BCL training step cost over `nn.Linear`, refresh included, on every backend?
+"""How much does a whole BCL training step cost over `nn.Linear`, refresh included, for every contestant?"""
 
-Run it as `pytest bench/bench_step.py --save bench/results/step.json`; `--threads 2` for two threads.
-"""
+from bcl_fast.measure.contestants import Size, trained_weight
+from bcl_fast.measure.steps import step_times
 
-from dataclasses import asdict
-
-import pytest
-
-from bcl_fast import measure
-
-SIZES = [(128, 64, 784), (512, 512, 784), (1024, 4096, 784), (4096, 1024, 784), (2048, 8192, 784)]
+SIZES = [Size(128, 64, 784), Size(512, 512, 784), Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]
 TRAINED = SIZES[:4]  # at the last size training alone takes minutes
+ONCE = dict(rounds=1, seconds=0)
 
 
-@pytest.mark.parametrize(
-    "size, weights",
-    [*((measure.Size(*size), "init") for size in SIZES), *((measure.Size(*size), "trained") for size in TRAINED)],
-    ids=str,
-)
-def test_step(size, weights, benchmark, rows):
-    if benchmark.disabled:  # a smoke test: the same code on small numbers
-        size, amount = measure.Size(16, 8, 12), dict(steps=2, rounds=1, slow_steps=1)
-    else:
-        small, large = size.B * size.D < 1e6, size.B * size.D > 1e7
-        amount = dict(steps=50, rounds=9 if small else 2 if large else 3, slow_steps=20 if small else 2)
-    weight = measure.trained_weight(size) if weights == "trained" else None
-    if size.B * size.D < 1e6:
-        measure.check_equal(size, weight)
-    times = benchmark.pedantic(measure.step_times, args=(size, weight), kwargs=amount)
-    assert [time.contestant for time in times][0] == "linear"
-    rows.extend({"question": "step", **asdict(time)} for time in times)
+def test_step(size, measured, roof, device, quick):
+    measured(step_times, size, roof, None, device, **(ONCE if quick else {}))
+
+
+def test_step_of_trained_features(trained_size, measured, roof, device, quick):
+    weight = trained_weight(trained_size, 2 if quick else 60)
+    measured(step_times, trained_size, roof, weight, device, **(ONCE if quick else {}))

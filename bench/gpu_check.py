@@ -10,7 +10,6 @@ leaves what was found. Takes under eight minutes; exits with 1 if anything faile
 import argparse
 import functools
 import itertools
-import json
 import os
 import shutil
 import subprocess
@@ -26,8 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bcl_fast import measure, ops  # noqa: E402
+from bcl_fast import ops  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
+from bcl_fast.measure.clocks import median_ms, window  # noqa: E402
+from bcl_fast.measure.contestants import Size, build  # noqa: E402
+from bcl_fast.measure.floor import Ceilings, ceilings  # noqa: E402
+from bcl_fast.measure.stages import check_stages, stage_times  # noqa: E402
+from bcl_fast.measure.steps import step_times  # noqa: E402
+from bcl_fast.records import write_record  # noqa: E402
 
 EQUAL = [(128, 64, 784), (1000, 777, 501), (1024, 4096, 784), (8192, 8192, 784)]
 TIMED = [(128, 64, 784), (1024, 4096, 784), (8192, 8192, 784)]
@@ -39,7 +44,7 @@ CHECKS = ("build", "tests", *SANITIZERS)
 TESTS = ["tests/test_stages.py", "tests/test_gpu.py", "tests/test_cuda.py"]
 
 
-def build() -> dict[str, Any]:
+def library() -> dict[str, Any]:
     """The CUDA library beside the package, as `pip install` would build it."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"BCL_FAST_EXT": "cuda"})
@@ -67,7 +72,7 @@ def contract(device: str, sizes: list[tuple[int, int, int]]) -> list[dict[str, A
     for size, backend in itertools.product(sizes, serving(device)):
         row: dict[str, Any] = {"backend": backend, **dict(zip("BDN", size, strict=True))}
         try:
-            row["errors"] = measure.check_stages(measure.Size(*size), backend, device)
+            row["errors"] = check_stages(Size(*size), backend, device)
         except (AssertionError, torch.OutOfMemoryError) as error:
             row["failed"] = str(error)
         rows.append(row)
@@ -76,33 +81,33 @@ def contract(device: str, sizes: list[tuple[int, int, int]]) -> list[dict[str, A
     return rows
 
 
-def timed(device: str, roof: measure.Ceilings, sizes: list[tuple[int, int, int]], **amount: int) -> dict[str, Any]:
-    """Stages and whole steps; a step also against its floor: what all of its stages and products must take."""
+def timed(device: str, roof: Ceilings, sizes: list[tuple[int, int, int]], **amount: float) -> dict[str, Any]:
+    """Stages and whole steps, beside their floors."""
     stages, steps = [], []
-    for size in (measure.Size(*size) for size in sizes):
-        stages += measure.stage_times(size, device=device, roof=roof)
-        floor = sum(roof.floor_ms(size).values())
-        for row in measure.step_times(size, device=device, **amount):
-            steps.append(asdict(row) | {"times_the_floor": row.ms / floor if row.contestant != "linear" else None})
+    for size in (Size(*size) for size in sizes):
+        stages += stage_times(size, roof, device=device)
+        steps += step_times(size, roof, device=device, **amount)
     return {"stages": stages, "steps": steps}
 
 
-def large(device: str, roof: measure.Ceilings, sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+def large(device: str, roof: Ceilings, sizes: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
     """Steps too large for the reference: `nn.Linear` and the kernels alone, and their peak memory."""
     rows = []
-    for size in (measure.Size(*size) for size in sizes):
+    for size in (Size(*size) for size in sizes):
         for name in ("linear", *serving(device)):
-            row = {"contestant": name, **asdict(size), "floor_ms": sum(roof.floor_ms(size).values())}
+            row = {"contestant": name, **asdict(size), "floor_ms": roof.step_ms(size)}
             try:
                 torch.cuda.reset_peak_memory_stats()
-                _, step = measure.contestants(device)[name](size, None)
-                step()
-                row["ms"] = measure.window(step, 10, device)
+                contestant = build(name, size, device=device)
+                if contestant.refresh is not None:
+                    contestant.refresh()
+                contestant.step()
+                row["ms"] = window(contestant.step, 1.0, device)
                 row["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
             except torch.OutOfMemoryError:
                 row["failed"] = "out of memory"
             rows.append(row)
-            step = None
+            contestant = None
             torch.cuda.empty_cache()
     return rows
 
@@ -126,7 +131,7 @@ def ranked(device: str, sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
             columns = key.T.contiguous().view(torch.int32)
             ways["CUB segmented sort"] = lambda columns=columns: cuda.sort_segments(columns)
         for name, way in ways.items():
-            ms = measure.median_ms(way, device)
+            ms = median_ms(way, device)
             rows.append({"way": name, "B": B, "D": D, "ms": ms, "gkeys_per_s": B * D / ms / 1e6})
     return rows
 
@@ -141,14 +146,14 @@ def show(report: dict[str, Any]) -> None:
     for name in CHECKS:
         if name in report:
             print(f"{name}: exit {report[name].get('exit')}, {report[name].get('output', '').strip()[-200:]}")
-    for row in report.get("timed", {}).get("stages", []):
-        roof, gain = row["fraction_of_roof"], row["times_faster_than_reference"]
+    timed = report.get("timed", {"stages": [], "steps": []})
+    for row in (row for row in timed["stages"] if row["ms"] is not None):
+        of_reference = row["ratio_to_reference"] or 1
         print(f"{row['B']:6} {row['D']:6} {row['N']:5} {row['stage']:14} {row['contestant']:10} {row['ms']:10.4f} ms"
-              f" {gain:8.1f}x {'' if roof is None else f'{roof:6.1%} of the roof'}")  # fmt: skip
-    for row in report.get("timed", {}).get("steps", []):
-        floor = row["times_the_floor"]
+              f" {of_reference:8.4f} references {row['fraction_of_roof']:6.1%} of the roof")  # fmt: skip
+    for row in (row for row in timed["steps"] if row["ms"] is not None):
         print(f"{row['B']:6} {row['D']:6} {row['N']:5} step {row['contestant']:10} {row['ms']:10.4f} ms"
-              f" {row['ratio_to_linear']:8.2f} linear {'' if floor is None else f'{floor:6.2f} floors'}")  # fmt: skip
+              f" {row['ratio_to_linear']:8.2f} linear {row['ms'] / row['floor_ms']:6.2f} floors")  # fmt: skip
     for row in report.get("ranked", []):
         print(f"{row['B']:6} {row['D']:6} rank {row['way']:20} {row['ms']:10.4f} ms {row['gkeys_per_s']:8.2f} Gkeys/s")
     for row in report.get("large", []):
@@ -172,15 +177,15 @@ def main() -> int:
         parser.error(f"Triton cannot serve on {device!r}: {reason or 'torch sees no GPU'}")
     report: dict[str, Any] = {"environment": environment()}
     if not options.rehearse and shutil.which("nvcc"):
-        report["build"] = build()
-    roof = measure.ceilings(device)
+        report["build"] = library()
+    roof = ceilings(device)
     report["ceilings"] = asdict(roof)
     tiny = [(16, 8, 12)]
     parts: dict[str, Callable[[], Any]] = {
         "contract": lambda: contract(device, tiny if options.rehearse else EQUAL),
         "tests": lambda: pytest(*TESTS, "-k", "triton or cuda or gpu" if not options.rehearse else "moves_between"),
         "timed": lambda: timed(
-            device, roof, tiny if options.rehearse else TIMED, **(dict(steps=2, rounds=1) if options.rehearse else {})
+            device, roof, tiny if options.rehearse else TIMED, **(dict(rounds=1, seconds=0) if options.rehearse else {})
         ),
     }
     parts["ranked"] = lambda: ranked(device, [(16, 8)] if options.rehearse else RANKED)
@@ -195,9 +200,7 @@ def main() -> int:
         started = time.monotonic()
         report[name] = part()
         print(f"{name}: {time.monotonic() - started:.0f} s", flush=True)
-        partial = options.out.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, options.out)
+        write_record(options.out, report)
     show(report)
     failed = wrong(report)
     print("wrong:", ", ".join(failed) if failed else "nothing")

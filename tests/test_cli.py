@@ -15,9 +15,13 @@ pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
 from bcl_fast import __main__ as cli  # noqa: E402
 from bcl_fast import ops  # noqa: E402
+from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.experiments import console as show  # noqa: E402
 from bcl_fast.experiments.data import digits  # noqa: E402
 from bcl_fast.experiments.run import Condition, Training, row_steps, run  # noqa: E402
+from bcl_fast.measure import results  # noqa: E402
+from bcl_fast.measure.contestants import Size  # noqa: E402
+from bcl_fast.measure.rows import row  # noqa: E402
 from bcl_fast.spec import BCLConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,8 +194,7 @@ def test_missing_extra_names_the_install_command():
 
 
 def saved(path, **ratios):
-    size = {"question": "step", "device": "cpu", "B": 8, "D": 4, "N": 4, "weights": "init", "threads": 1}
-    rows = [{**size, "contestant": name, "ratio_to_linear": ratio} for name, ratio in ratios.items()]
+    rows = [row("step", name, Size(8, 4, 4), ratio_to_linear=ratio) for name, ratio in ratios.items()]
     path.write_text(json.dumps({"environment": {"devices": {"cpu": "a machine"}, "torch": "2"}, "rows": rows}))
     return path
 
@@ -211,6 +214,67 @@ def test_bench_compare_names_what_is_no_record(tmp_path):
         (tmp_path / "new.json").write_text(text)
         result = invoke("bench", "compare", old, tmp_path / "new.json")
         assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("axis", ["D", "B"])
+def test_bench_scale_writes_rows_floors_and_a_picture(axis, tmp_path):
+    words = ["--contestants", "linear,portable,cuda", "--inputs", 8, "--threads", 1, "--out", tmp_path]
+    result = invoke("bench", f"scale-{axis.lower()}", "--sizes", "16,8,32", *words)
+    assert result.exit_code == 0, result.output
+    assert {path.name for path in tmp_path.iterdir()} == {f"scale-{axis.lower()}.json", f"scale-{axis.lower()}.png"}
+    record = json.loads((tmp_path / f"scale-{axis.lower()}.json").read_text())
+    assert f"bench scale-{axis.lower()} --sizes 16,8,32" in record["command"] and record["environment"]["date"]
+    assert record["environment"]["threads"] == 1 and record["exponents"].keys() == {"linear", "portable"}
+    assert [(one[axis], one["contestant"]) for one in record["rows"]] == [
+        (size, name) for size in (8, 16, 32) for name in ("linear", "portable", "cuda")
+    ]
+    for one in record["rows"]:
+        assert one["N"] == 8 and one["floor_ms"] > 0
+        assert (one["contestant"] == "cuda") == (one["ms"] is None) == (one["peak_mb"] is None)
+        assert any(line.split()[:2] == [str(one[axis]), one["contestant"]] for line in result.output.splitlines())
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--sizes", "8,x"], "sizes must be integers separated by commas, got '8,x'"),
+        (["--sizes", "1"], "sizes must be an integer >= 2, got 1"),
+        (["--contestants", "linear,nobody"], "contestants must be one of 'linear', .*, got 'nobody'"),
+        (["--device", "nowhere"], "device must be one of 'cpu'.*, got 'nowhere'"),
+    ],
+)
+def test_bench_scale_names_what_is_wrong(words, message, tmp_path, capfd):
+    result = invoke("bench", "scale-d", *words, "--out", tmp_path / "out")
+    assert result.exit_code == 2 and re.search(message, result.stderr + capfd.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bench_readme_writes_between_the_marks(tmp_path):
+    page, folder = tmp_path / "README.md", tmp_path / "results"
+    folder.mkdir()
+    (folder / "tables.json").write_text(json.dumps({"rows": [{"table": "trace"}]}))  # another kind of record
+    page.write_text("before\n")
+    assert invoke("bench", "readme", folder, page).exit_code == 2 and page.read_text() == "before\n"
+    page.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    assert invoke("bench", "readme", folder, page).exit_code == 2  # nothing measured
+    here = environment() | {"devices": {"cpu": "a machine", "cuda:0": "an H100"}}
+    for name, date, device, ratio in (("old", "2026-01-01", "cpu", 9.0), ("new", "2026-01-02", "cpu", 1.25),
+                                      ("gpu", "2026-01-01", "cuda", 1.75)):  # fmt: skip
+        labels = dict(device=device, threads=1, floor_ms=0.5)
+        rows = [row("step", "linear", Size(8, 4, 4), ms=1.0, ratio_to_linear=1.0, **labels),
+                row("step", "portable", Size(8, 4, 4), ms=ratio, ratio_to_linear=ratio, **labels),
+                row("step", "triton", Size(8, 4, 4), status="no GPU here", **labels)]  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps({"environment": here | {"date": date}, "rows": rows}))
+    assert invoke("bench", "readme", folder, page).exit_code == 0
+    text = page.read_text()
+    assert text.startswith(f"before\n{results.BEGIN}\n") and text.endswith(f"{results.END}\nafter\n")
+    assert "old" not in text and "9.00" not in text and "`triton` (no GPU here)" in text
+    assert "| (8, 4, 4) | init | 1 | 1.25 | 0.50 |" in text and "| (8, 4, 4) | init | 1 | 1.75 | 0.50 |" in text
+    assert (
+        "Measured on a machine" in text and "Measured on an H100" in text and "[`new.json`](results/new.json)" in text
+    )
+    assert invoke("bench", "readme", folder, page).exit_code == 0 and page.read_text() == text
 
 
 def test_doctor_names_versions_devices_and_reasons():

@@ -11,7 +11,8 @@ from torch import nn
 from bcl_fast import diagnostics, losses
 from bcl_fast.experiments.data import Images, batches, digits, load, mnist, split
 from bcl_fast.experiments.model import Autoencoder
-from bcl_fast.experiments.run import Condition, Training, advance, row_steps, run, write_record
+from bcl_fast.experiments.run import Condition, Training, advance, row_steps, run
+from bcl_fast.records import write_record
 from bcl_fast.spec import BCLConfig
 
 

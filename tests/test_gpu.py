@@ -8,7 +8,9 @@ import pytest
 import torch
 from test_layer import batch, make, same, state
 
-from bcl_fast import BCLLayer, measure, ops
+from bcl_fast import BCLLayer, ops
+from bcl_fast.measure.contestants import Size, build
+from bcl_fast.measure.stages import check_stages
 from bcl_fast.testing import VARIANTS, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -29,9 +31,9 @@ def on_gpu(backend, **options):
     return layer
 
 
-@pytest.mark.parametrize("size", [measure.Size(*size) for size in SIZES], ids=str)
+@pytest.mark.parametrize("size", [Size(*size) for size in SIZES], ids=str)
 def test_every_stage_keeps_the_contract(backend, size):
-    measure.check_stages(size, backend, "cuda")
+    check_stages(size, backend, "cuda")
 
 
 def steps(layer, count=3, **kinds):
@@ -112,10 +114,10 @@ def kernels_of(step):
 
 
 def test_a_step_takes_at_most_eight_launches_beyond_its_products():
-    size = measure.Size(1000, 777, 501)
+    size = Size(1000, 777, 501)
     found = {}
     for name in ("linear", "triton"):
-        _, step = measure.contestants("cuda")[name](size, None)
+        step = build(name, size, device="cuda").step
         for _ in range(3):
             step()
         found[name] = kernels_of(step)

@@ -18,6 +18,7 @@ ALLOWED = {
     "__init__": {"layer", "spec"},
     "spec": set(),
     "environment": set(),
+    "records": set(),
     "rounding": set(),
     "kernels": set(),
     "native": set(),
@@ -31,13 +32,15 @@ ALLOWED = {
     "layer": {"spec", "rounding", "ops", "autograd"},
     "diagnostics": {"spec", "reference"},
     "testing": {"spec", "reference"},
-    "measure": {"spec", "reference", "ops", "layer", "testing"},
-    "experiments": {"__init__", "spec", "environment", "layer", "losses", "diagnostics", "experiments"},
-    "__main__": {"__init__", "spec", "environment", "ops", "measure", "experiments"},
+    "measure": {"spec", "reference", "ops", "layer", "testing", "measure"},
+    "experiments": {"__init__", "spec", "environment", "layer", "losses", "diagnostics", "experiments", "records"},
+    "cli": {"__init__", "environment"},
+    "cli_bench": {"cli", "spec", "environment", "records", "measure", "experiments"},
+    "__main__": {"__init__", "spec", "environment", "records", "ops", "cli", "cli_bench", "experiments"},
 }
 ALLOWED_IN_FUNCTIONS = {"ops": BACKENDS}
 # Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
-ONLY_IN = {"matplotlib": {"experiments.plots"}, "importlib": {"__init__", "environment", "ops"}}
+ONLY_IN = {"matplotlib": {"experiments.plots"}, "importlib": {"__init__", "environment", "ops", "measure.peers"}}
 DRAWING = {"experiments.plots", "experiments.report"}
 NEVER = {"kernels", "tests", "bench"}
 

@@ -1,4 +1,4 @@
-"""What measures: floors by formula, stages held to the contract at any size, and the GPU check, rehearsed."""
+"""What measures: floors by formula, the contract noticed broken, rows and their comparison, processes of their own."""
 
 import json
 import os
@@ -10,29 +10,61 @@ import pytest
 import torch
 from backends import INTERPRETED
 
-from bcl_fast import measure, portable
+from bcl_fast import ops, portable
+from bcl_fast.measure import alone as processes
+from bcl_fast.measure import clocks, contestants, peers, rows, scaling, stages, steps
+from bcl_fast.measure.contestants import Size, build
+from bcl_fast.measure.floor import STEP, Ceilings
+from bcl_fast.measure.stages import check_stages
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZE = measure.Size(61, 17, 23)
+SIZE = Size(61, 17, 23)
+ROOF = Ceilings(1, 1, 1)  # milliseconds are megabytes and GFLOP
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+# --- The floor --------------------------------------------------------------------------------------------------------
 
 
 def test_floor_is_bytes_over_bandwidth():
-    """Ceilings of 1 GB/s and 1 TFLOP/s: milliseconds are megabytes and GFLOP."""
     B, D, N, k, r = 100, 50, 20, 8, 5
-    floor = measure.Ceilings(1, 1, 1).floor_ms(measure.Size(B, D, N))
+    floor = ROOF.floor_ms(Size(B, D, N))
     assert floor == pytest.approx({
+        "neighbours": (4 * D * N + 8 * D * k) / 1e6 + 2 * D * D * N / 1e9,
         "competition": (8 * B * D + 4 * B * N) / 1e6,
+        "inverse_norm": 4 * B * N / 1e6,
         "selection": 4 * B * D / 1e6,
         "targets_pull_": (4 * (B * k + D * r) * N + 8 * D * N) / 1e6,
         "gradient": 12 * B * D / 1e6,
+        "rank": 12 * B * D / 1e6,
         "products": 6 * B * D * N / 1e9,
     })  # fmt: skip
+    assert ROOF.step_ms(Size(B, D, N)) == pytest.approx(sum(floor[s] for s in STEP) + floor["neighbours"] / 50)
+    assert floor.keys() == {*stages.STAGES, "products"}
+
+
+# --- The contract -----------------------------------------------------------------------------------------------------
 
 
 def test_stages_are_held_to_the_contract():
-    errors = measure.check_stages(SIZE, "portable")
+    errors = check_stages(SIZE, "portable")
     assert {name.split()[0] for name in errors} >= {"neighbours", "competition", "targets_pull_", "gradient"}
     assert max(errors.values()) <= 1e-5
+
+
+OWN_STAGE = ops.stage
+
+
+def spoil_stage(monkeypatch, stage, spoil):
+    right = getattr(portable, stage)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        return spoil(*result) if isinstance(result, tuple) else spoil(result)
+
+    monkeypatch.setattr(ops, "stage", lambda name, backend: (
+        wrong if (name, backend) == (stage, "portable") else OWN_STAGE(name, backend)
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -45,20 +77,187 @@ def test_stages_are_held_to_the_contract():
     ],
 )
 def test_the_contract_is_noticed_broken(stage, spoil, message, monkeypatch):
-    right = getattr(portable, stage)
-
-    def wrong(*arguments):
-        result = right(*arguments)
-        return spoil(*result) if isinstance(result, tuple) else spoil(result)
-
-    monkeypatch.setattr(measure.ops, "stage", lambda name, backend: (
-        wrong if (name, backend) == (stage, "portable") else OWN_STAGE(name, backend)
-    ))  # fmt: skip
+    spoil_stage(monkeypatch, stage, spoil)
     with pytest.raises(AssertionError, match=message):
-        measure.check_stages(SIZE, "portable")
+        check_stages(SIZE, "portable")
 
 
-OWN_STAGE = measure.ops.stage
+def test_nothing_wrong_is_timed(monkeypatch):
+    spoil_stage(monkeypatch, "selection", lambda rows, shares: (rows.roll(1, 0), shares))
+    monkeypatch.setattr(steps, "serving", lambda device: ["linear", "reference", "portable"])
+    monkeypatch.setattr(steps, "race", lambda *arguments: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match="portable at .*: the first pull differs from the reference's by"):
+        steps.step_times(SIZE, ROOF)
+    with pytest.raises(AssertionError, match="selection 0 differs in"):
+        steps.step_times(SIZE, ROOF, contestants.trained_weight(SIZE, 2))
+
+
+def test_a_peer_that_chooses_otherwise_is_not_timed(monkeypatch):
+    assert {row["contestant"] for row in peers.selection_times(SIZE, rounds=1, seconds=0)} >= {"reference", "portable"}
+    spoil_stage(monkeypatch, "selection", lambda rows, shares: (rows.roll(1, 0), shares))
+    with pytest.raises(AssertionError, match="portable at .* chooses other samples"):
+        peers.selection_times(SIZE, rounds=1, seconds=0)
+
+
+# --- Contestants and clocks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["linear", "reference", "portable"])
+def test_a_contestant_refreshes_when_asked_and_never_by_itself(name, monkeypatch):
+    calls = []
+    own = OWN_STAGE
+
+    def counted(stage, backend):
+        if stage == "neighbours":
+            calls.append(backend)
+        return own(stage, backend)
+
+    monkeypatch.setattr(ops, "stage", counted)
+    contestant = build(name, SIZE)
+    assert (contestant.refresh is None) == (name == "linear")
+    if contestant.refresh is not None:
+        contestant.refresh()
+    asked, start = len(calls), contestant.weight.detach().clone()
+    for _ in range(101):
+        contestant.step()
+    assert len(calls) == asked == (name != "linear")
+    assert contestant.weight.equal(start) == (name == "linear")  # the pull moved it
+
+
+def test_every_contestant_has_a_row_or_a_reason():
+    found = steps.step_times(SIZE, ROOF, rounds=2, seconds=0)
+    assert [row["contestant"] for row in found if row["ms"]] == contestants.serving()
+    assert {row["contestant"] for row in found} == set(contestants.NAMES)
+    for row in found:
+        assert (row["status"] == rows.OK) == (row["ms"] is not None) == (row["ratio_to_linear"] is not None)
+    linear, reference = found[:2]
+    assert linear["ratio_to_linear"] == 1 and linear["refresh_ms"] is None and reference["refresh_ms"] > 0
+
+
+def test_stage_rows_have_ratios_and_a_roof():
+    found = stages.stage_times(SIZE, ROOF, ("competition", "rank"), rounds=1, seconds=0)
+    timed = [row for row in found if row["ms"]]
+    assert {row["stage"] for row in timed} == {"competition", "rank", "products"}
+    floor = ROOF.floor_ms(SIZE)
+    for row in timed:
+        assert row["fraction_of_roof"] == pytest.approx(floor[row["stage"]] / row["ms"])
+        if row["contestant"] == "reference":
+            assert row["ratio_to_reference"] == 1
+
+
+def test_windows_are_interleaved_and_the_slow_leave_early(monkeypatch):
+    now, order = [0.0], []
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+
+    def call(name, seconds):
+        def step():
+            order.append(name)
+            now[0] += seconds
+
+        return step
+
+    taken = clocks.interleaved({"fast": call("fast", 0.25), "slow": call("slow", 4.0)}, 3, 0.5, 7.0)
+    assert taken == {"fast": [250, 250, 250], "slow": [4000, 4000]}  # 8 s are more than 7
+    assert "".join(name[0] for name in order) == "fs" + "ffs" + "ffs" + "ff"
+
+
+def test_a_single_call_is_its_own_median_only_where_it_took_all_the_time(monkeypatch):
+    now, durations = [0.0], iter([9.0, 1.0, 2.0, 3.0, 5.0])
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+
+    def call():
+        now[0] += next(durations)
+
+    assert clocks.median_ms(call, repeats=3, most_seconds=8) == 9000
+    assert clocks.median_ms(call, repeats=2, most_seconds=60) == 2500  # of 2 and 3: the first is left out
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_compare_sees_worse_ratios_and_lost_ones():
+    def row(name, **values):
+        return rows.row("step", name, SIZE, **values)
+
+    old = [row("cpu", ratio_to_linear=1.0), row("portable", ratio_to_linear=2.0), row("reference", ratio_to_linear=9.0)]
+    new = [row("cpu", ratio_to_linear=1.2), row("portable", ratio_to_linear=2.1), row("reference", status="time-out")]
+    found = {one["contestant"]: one for one in rows.compare(old, new)}
+    assert {name: one["worse"] for name, one in found.items()} == {"cpu": True, "portable": False, "reference": True}
+    assert found["reference"]["new"] is None and found["cpu"]["old"] == 1.0
+    with pytest.raises(ValueError, match="rows in common"):
+        rows.compare(old, [row("cpu", weights="trained", ratio_to_linear=1.0)])
+
+
+# --- Processes of their own, scaling ----------------------------------------------------------------------------------
+
+
+@LINUX
+def test_memory_alone_is_what_a_step_allocates():
+    size = Size(512, 2048, 32)
+    linear = processes.alone("memory", "linear", size)
+    matrix = 4 * size.B * size.D / 2**20
+    assert linear["status"] == rows.OK and matrix <= linear["peak_mb"] <= 3 * matrix
+    assert processes.alone("memory", "portable", size)["peak_mb"] > linear["peak_mb"]
+
+
+@LINUX
+def test_out_of_memory_and_time_out_are_statuses():
+    assert processes.alone("time", "reference", Size(1 << 20, 1 << 16, 4)) == {"status": rows.OUT_OF_MEMORY}
+    assert processes.alone("time", "linear", Size(4, 4, 4), limit=0.01) == {"status": rows.TIMED_OUT}
+    with pytest.raises(RuntimeError, match=r"(?s)triton at \(4, 4, 4\) on cuda failed:.*Error"):
+        processes.alone("time", "triton", Size(4, 4, 4), device="cuda")
+
+
+def test_scaling_goes_on_after_failures_and_says_so(monkeypatch):
+    def alone(what, name, size, threads, device, limit):
+        if name == "reference" and size.D > 8:
+            return {"status": rows.TIMED_OUT}
+        return (
+            {"status": rows.OK, "ms": size.D**2.0} if what == "time" else {"status": rows.OK, "peak_mb": size.D * 3.0}
+        )
+
+    monkeypatch.setattr(scaling, "alone", alone)
+    names = ["linear", "reference", "cuda"]
+    found = list(scaling.scale("D", [32, 8, 16], Size(4, 2, 4), names, ROOF, threads=1))
+    by_name = {name: [row for row in found if row["contestant"] == name] for name in names}
+    assert [row["D"] for row in by_name["linear"]] == [8, 16, 32] and all(row["floor_ms"] > 0 for row in found)
+    assert [row["status"] for row in by_name["reference"]] == ["ok", "time-out", "not tried: time-out at D = 16"]
+    assert "GPU" in by_name["cuda"][0]["status"] and by_name["cuda"][0]["ms"] is None
+    assert scaling.exponents(found, "D")["linear"]["ms"] == pytest.approx(2)
+    assert "reference" not in scaling.exponents(found, "D")
+    if sys.platform == "linux":
+        assert scaling.exponents(found, "D")["linear"]["peak_mb"] == pytest.approx(1)
+
+
+# --- Peers ------------------------------------------------------------------------------------------------------------
+
+
+def test_peers_say_when_they_are_not_installed(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    images = torch.rand(256, 30, generator=torch.Generator().manual_seed(0))
+    images[:, 20:] = 0
+    for rows_ in (peers.som_epoch(images, images, 3, 32), peers.revival(images, images, 3, 32)):
+        for row in rows_:
+            installed = row["contestant"] not in peers.PACKAGES
+            assert (row["ms"] is not None) == installed == (row["status"] == rows.OK)
+
+
+def test_quality_of_units():
+    held_out = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 3.0]])
+    found = peers.quality(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, 0.0]]), held_out)
+    assert found == {"quantization_error": 1.0, "best_cosine": 1.0, "units_in_use": 2}
+
+
+def test_dead_units_come_alive():
+    """Two clusters, one of them served by nobody: BCL's pull brings a feature there."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2048, 40, generator=generator)
+    images[:, 30:] = 0
+    row = next(row for row in peers.revival(images, images[:200], 3, 16) if row["contestant"] == "bcl")
+    assert row["dead"] == 4 and row["revived"] > 0
+
+
+# --- The check for a GPU ----------------------------------------------------------------------------------------------
 
 
 def gpu_check(*words, **environment):
@@ -73,8 +272,8 @@ def test_gpu_check_rehearsed(tmp_path):
     report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert {"environment", "ceilings", "contract", "tests", "timed"} <= report.keys()
     assert report["contract"][0]["errors"] and report["tests"]["exit"] == 0
-    assert {row["stage"] for row in report["timed"]["stages"]} >= {"competition", "selection"}
-    assert all(row["times_the_floor"] for row in report["timed"]["steps"] if row["contestant"] != "linear")
+    assert {row.get("stage") for row in report["timed"]["stages"]} >= {"competition", "selection"}
+    assert all(row["floor_ms"] for row in report["timed"]["steps"] if row["ms"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

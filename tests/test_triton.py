@@ -17,7 +17,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bcl_fast import BCLConfig, BCLLayer, measure, ops
+from bcl_fast import BCLConfig, BCLLayer, ops
+from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.stages import check_stages, stage_calls
 from bcl_fast.testing import VARIANTS, columns, compete, neighbours_of
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for a GPU here, or is not installed")
@@ -156,8 +158,8 @@ STRIDE = (1 << 30) + 3  # itself a 32-bit number: the third row is beyond 2^31
 @pytest.mark.parametrize("name", ["neighbours", "competition", "inverse_norm", "selection", "rank", "gradient",
                                   "targets", "targets_pull_"])  # fmt: skip
 def test_more_than_two_to_the_31_elements(name):
-    size = measure.Size(3, 4, 5)
-    calls = measure.stage_calls(size, like="reference")
+    size = Size(3, 4, 5)
+    calls = stage_calls(size, like="reference")
     calls["targets"] = calls["targets_pull_"][4:]
     near = calls[name]
     place = next(i for i, value in enumerate(near) if torch.is_tensor(value) and value.dim() == 2)
@@ -197,5 +199,5 @@ def test_ranks_by_several_runs():
 
 
 def test_more_samples_and_features_than_a_tile():
-    errors = measure.check_stages(measure.Size(150, 70, 130), "triton")
+    errors = check_stages(Size(150, 70, 130), "triton")
     assert max(errors.values()) <= 1e-5

@@ -202,3 +202,36 @@ def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
         low, high = (show(value, row["metric"]) for value in row["range"])
         line = f"  {row['condition']}, {row['metric']} at {row['index']}: {show(row['median'], row['metric'])}"
         console.print(f"{line}, not in {low}..{high}", highlight=False, soft_wrap=True)
+
+
+# --- Scaling runs -----------------------------------------------------------------------------------------------------
+
+
+class ScalingTable:
+    """Rows of a scaling run as they are measured, a line each, above a bar while it is entered on a terminal."""
+
+    def __init__(self, console: Console, axis: str, count: int) -> None:
+        self.console, self.axis = console, axis
+        columns = TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self.bar = Progress(*columns, console=console)
+        self.task = self.bar.add_task("measuring", total=count)
+
+    def __enter__(self) -> ScalingTable:
+        if self.console.is_terminal:
+            self.bar.start()
+        self.print_line(self.axis, "contestant", "ms", "floors", "x linear", "peak MB", "status")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def on_row(self, row: dict[str, Any]) -> None:
+        ms, ratio, peak = (row[key] for key in ("ms", "ratio_to_linear", "peak_mb"))
+        numbers = (ms, ".2f"), (ms and ms / row["floor_ms"], ".2f"), (ratio, ".2f"), (peak, ".0f")
+        cells = ("" if value is None else format(value, form) for value, form in numbers)
+        self.print_line(f"{row[self.axis]:,}", row["contestant"], *cells, row["status"])
+        self.bar.advance(self.task)
+
+    def print_line(self, size: str, name: str, *cells: str) -> None:
+        line = " ".join(cell.rjust(10) for cell in cells[:-1])
+        self.console.print(f"{size:>8} {name:10} {line}  {cells[-1]}", highlight=False, soft_wrap=True)

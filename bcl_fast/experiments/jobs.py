@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import __version__
+from ..records import write_record
 from .baselines import Baseline, measure
 from .data import Images, load
-from .run import Condition, Training, advance, row_steps, write_record, write_snapshots
+from .run import Condition, Training, advance, row_steps, write_snapshots
 
 Job = Condition | Baseline
 DENSE_ROWS = 31  # the first steps, all of which are measured

@@ -15,8 +15,8 @@ from matplotlib.figure import Figure  # without pyplot: no window, no global sta
 from matplotlib.image import AxesImage
 from torch import Tensor
 
+from ..records import replacing
 from .figures import digits
-from .run import replacing
 from .settings import FIXES
 
 # Okabe and Ito's colours: told apart with any colour vision. Dashes and markers tell the lines apart without colour.
@@ -304,4 +304,78 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_ylabel("som_lr")
         axes.set_title(f"{heading} (plain: {median(None, None):.{digits(metric)}f})", fontsize=11)
         figure.colorbar(image, ax=axes)
+    return figure
+
+
+# --- Scaling runs -----------------------------------------------------------------------------------------------------
+
+CONTESTANTS = {  # colour and marker of each, dashes for what nobody would train with
+    "linear": ("black", "o", "-"),
+    "reference": ("#D55E00", "s", "--"),
+    "compiled": ("#E69F00", "D", "--"),
+    "portable": ("#009E73", "^", "-"),
+    "cpu": ("#0072B2", "v", "-"),
+    "triton": ("#CC79A7", "P", "-"),
+    "cuda": ("#56B4E9", "X", "-"),
+}
+ENDED = {"time-out": "time-out", "out of memory": "memory"}  # status -> what stands beside its cross
+
+
+def scaling_picture(
+    title: str, axis: str, rows: Sequence[Mapping[str, Any]], exponents: Mapping[str, Mapping[str, float]]
+) -> Figure:
+    """Milliseconds of a step and its peak memory over one size, both logarithmic, a line per contestant."""
+    figure = _figure(13, 6, f"A training step as {axis} grows ({title})")
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(
+        panels, ("ms", "peak_mb"), ("ms per step, refresh included", "MB beyond weights and batch"), strict=True
+    ):
+        for name, (color, marker, dashes) in CONTESTANTS.items():
+            own = [row for row in rows if row["contestant"] == name]
+            points = [(row[axis], row[key]) for row in own if row[key]]
+            if not points:
+                continue
+            power = exponents.get(name, {}).get(key)
+            text = "nn.Linear" if name == "linear" else name
+            text += f" ~ {axis}^{power:.2f}" if power is not None else ""
+            style = dict(color=color, marker=marker, linestyle=dashes)
+            axes.plot(*zip(*points, strict=True), label=text, markersize=5, linewidth=1.5, **style)
+            for row in own:
+                if row["status"] in ENDED:
+                    place = row[axis], points[-1][1]
+                    axes.plot(*place, marker="x", markersize=9, markeredgewidth=2, linestyle="", color=color)
+                    note = dict(xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8, color=color)
+                    axes.annotate(ENDED[row["status"]], place, **note)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sorted({row[axis] for row in rows}), [f"{size:,}" for size in sorted({r[axis] for r in rows})])
+        axes.set_xlabel(axis + (" (features)" if axis == "D" else " (samples)"))
+        _tidy(axes, label)
+    floor = sorted({(row[axis], row["floor_ms"]) for row in rows})
+    panels[0].plot(*zip(*floor, strict=True), color="0.5", linestyle=":", label="floor of a BCL step (bytes and FLOPs)")
+    for axes in panels:
+        axes.legend(frameon=False, fontsize=9, title="fitted to the three largest sizes", title_fontsize=8)
+    return figure
+
+
+def curves_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss and similarity over the same training with every contestant: medians; the reference's range over seeds."""
+    trained = [row for row in rows if row.get("curves")]
+    size = "{seeds} seeds of {steps:,} steps on {data}".format(**trained[0])
+    figure = _figure(12, 5, f"The same training on every backend: {size}")
+    for axes, curve, heading in zip(
+        figure.subplots(1, 2), ("loss", "wt_sim"), ("Loss on the batch of the step", "Mean cosine of weights (wt_sim)"),
+        strict=True,
+    ):  # fmt: skip
+        for row in trained:
+            name, steps, values = row["contestant"], row["curves"]["step"], row["curves"][curve]
+            color, marker, dashes = CONTESTANTS[name]
+            label = f"{'plain nn.Linear' if name == 'linear' else name}, {row['seconds']:.1f} s"
+            if name == "reference":
+                lows, highs = ([pick(seeds) for seeds in values] for pick in (min, max))
+                axes.fill_between(steps, lows, highs, color=color, alpha=0.2, linewidth=0)
+            middle = [statistics.median(seeds) for seeds in values]
+            style = dict(color=color, linestyle=dashes, marker=marker, markersize=3, linewidth=1.2)
+            axes.plot(steps, middle, label=label, **style)
+        _over_steps(axes, heading)
     return figure

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader
 
+from ..records import replacing
 from . import plots
 from .figures import show
 from .jobs import path_of, read, read_snapshot
-from .run import replacing
 from .settings import jobs_of
 from .sweep import METRICS
 from .tables import REASONS, TABLES, UNMEASURED, outside_of_ranges

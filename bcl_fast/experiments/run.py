@@ -8,9 +8,6 @@ of the images. Two conditions that differ in `config` alone start from equal wei
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +22,7 @@ from ..diagnostics import force_norms, forces, row_cosine, step_metrics
 from ..environment import devices
 from ..layer import BCLLayer, attach_bcl
 from ..losses import activation_entropy_loss, weight_similarity_loss
+from ..records import replacing
 from ..spec import BCLConfig, check_choice, check_number
 from .data import DATA_SETS, Images, batches
 from .model import Autoencoder
@@ -260,35 +258,7 @@ def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] 
         pass  # what is done stands in the trainings
 
 
-# --- Records on disk --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` only where the block ends without an error."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, whole or not at all; NaN and Inf, which JSON lacks, become null."""
-    with replacing(path) as part:
-        part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
 def write_snapshots(path: Path, snapshots: Mapping[str, Any]) -> None:
     """Write tensors by name, whole or not at all; `torch.load(path, weights_only=True)` reads them."""
     with replacing(path) as part:
         torch.save(dict(snapshots), part)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..records import replacing
 from ..spec import BCLConfig
 from .jobs import read
-from .run import Condition, replacing
+from .run import Condition
 from .tables import END, OUTCOMES, value
 
 METRICS = tuple(OUTCOMES.values())

@@ -1,0 +1,68 @@
+"""What all commands share: errors as one line, and where a record comes from."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+from . import __version__
+from .environment import environment
+
+DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision", "tensorboard")  # packages of the extra [demo]
+
+
+def fail(message: object) -> NoReturn:
+    """End the program with a line that says what is wrong."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextmanager
+def demo_extra() -> Iterator[None]:
+    """Within this block a missing package of the extra [demo] ends the program and says how to get it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in DEMO:
+            raise
+        fail(f'{error.name} is not installed; the command line needs: pip install "bcl-fast[demo]"')
+
+
+with demo_extra():
+    import typer
+
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
+
+
+def command_line(context: typer.Context, **resolved: Any) -> str:
+    """The command that repeats this run, with every option spelled out; `resolved` replace what was left to chance."""
+    options = {**context.params, **resolved}
+    command, groups = context, []
+    while command.parent is not None:
+        groups.insert(0, command.info_name or "")
+        command = command.parent
+    words = ["python", "-m", "bcl_fast", *groups, *options.pop("names", ())]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words += [flag, str(value)]
+    return shlex.join(words)
+
+
+def origin(context: typer.Context, start: float, threads: int | None = None, **resolved: Any) -> dict[str, Any]:
+    """Where a record comes from: the command, the version, the machine, and how long it took.
+
+    `threads` are those of the processes that computed, where they were not this one.
+    """
+    return {
+        "command": command_line(context, **resolved),
+        "bcl_fast": __version__,
+        "environment": environment() | ({} if threads is None else {"threads": threads}),
+        "seconds": time.perf_counter() - start,
+    }

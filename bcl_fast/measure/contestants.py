@@ -1,0 +1,140 @@
+"""Contestants: everybody whose training step is timed, from plain `nn.Linear` to the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops, reference
+from ..layer import BCLLayer
+from ..spec import BCLConfig
+
+Step = Callable[[], None]
+CONFIG = BCLConfig()
+NAMES = ("linear", "reference", "compiled", *ops.BACKENDS[1:])  # `nn.Linear`, the floor, first
+NEVER = 10**9  # recompute_every of a layer that is timed: its refresh is timed apart
+
+
+@dataclass(frozen=True)
+class Size:
+    """One layer and its batch: B samples, D features, N inputs."""
+
+    B: int
+    D: int
+    N: int
+
+    def __str__(self) -> str:
+        return f"({self.B}, {self.D}, {self.N})"
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A layer that is ready to train on a fixed random batch."""
+
+    weight: Tensor  # [D, N], changed in place by `step`
+    step: Step  # forward, backward with dX, and for BCL the pull; never a refresh
+    refresh: Step | None  # finds the neighbours: before the first step, and in training every 50 steps; None: no BCL
+
+
+def why_not(name: str, device: str) -> str | None:
+    """None where a contestant can be timed on this type of device ("cpu", "cuda"), else the reason."""
+    if name not in ops.BACKENDS:
+        return None
+    if name in ops.ON_GPU and device == "cpu":
+        return "it serves GPUs; what interprets it on a CPU is not timed"
+    return ops.why_not(name, device)
+
+
+def serving(device: str = "cpu") -> list[str]:
+    """Those of NAMES that can be timed on this type of device."""
+    return [name for name in NAMES if why_not(name, device) is None]
+
+
+def backends(device: str = "cpu") -> list[str]:
+    """Those of them that are backends, the reference first: whoever serves single stages."""
+    return [name for name in serving(device) if name in ops.BACKENDS]
+
+
+def build(name: str, size: Size, weight: Tensor | None = None, device: str = "cpu") -> Contestant:
+    """A contestant with this weight [D, N], or None for one drawn by `nn.Linear`: the same numbers for everybody.
+
+    Raises ValueError where a backend of this name cannot serve on the device.
+    """
+    torch.manual_seed(0)
+    options = {} if name in ("linear", "compiled") else dict(backend=name, recompute_every=NEVER)
+    layer = (BCLLayer if options else nn.Linear)(size.N, size.D, device=device, **options)
+    if weight is not None:
+        layer.weight.data.copy_(weight)
+    if name == "compiled":
+        return _compiled(layer, size)
+    if name == "linear":
+        return Contestant(layer.weight, training_step(layer, size), None)
+
+    def refresh() -> None:
+        layer.neighbors.copy_(ops.stage("neighbours", name)(layer.weight.detach(), layer.neighbors.shape[1]))
+
+    layer.step.fill_(1)  # not a multiple of recompute_every: no step refreshes by itself
+    return Contestant(layer.weight, training_step(layer, size), refresh)
+
+
+def training_step(layer: nn.Linear, size: Size) -> Step:
+    """A function that runs one training step on a fixed random batch whose gradient is needed too."""
+    x, grad_output = batch(size, layer.weight.device)
+    x.requires_grad_()
+
+    def step() -> None:
+        layer(x).backward(grad_output)
+        x.grad = layer.weight.grad = layer.bias.grad = None
+
+    return step
+
+
+def batch(size: Size, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """x [B, N] in [0, 1] and the gradient of an output [B, D]: the same numbers at every call."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(size.B, size.N, generator=generator)
+    return x.to(device), (torch.randn(size.B, size.D, generator=generator) / size.B).to(device)
+
+
+def whole_step(x: Tensor, weight: Tensor, bias: Tensor, neighbors: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
+    """The literal algorithm with its three products, the pull included, as one function of the reference's stages."""
+    activation = F.linear(x, weight, bias)
+    R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = reference.competition(
+        activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
+    )
+    rescue = reference.selection(activation, bias, rinv, None, need, CONFIG.affinity, "hard", CONFIG.rescue_k)
+    masked, bias_gradient = reference.gradient(grad_output, R, None)
+    gradients = masked @ weight, masked.T @ x, bias_gradient
+    target = reference.targets(x, *pairs, *rescue, winner_share, "none")
+    return *gradients, weight + CONFIG.som_lr * reference.som_increment(weight, target, som_strength)
+
+
+def _compiled(layer: nn.Linear, size: Size) -> Contestant:
+    """`whole_step` through torch.compile, without autograd: the best that a compiler makes of the reference."""
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    x, grad_output = batch(size, weight.device)
+    torch.compiler.reset()  # after eight sizes it would give up and not say so
+    function = torch.compile(whole_step, dynamic=False)
+    neighbors = torch.zeros(size.D, min(CONFIG.neighborhood_k, size.D - 1), dtype=torch.int64, device=weight.device)
+
+    def step() -> None:
+        weight.copy_(function(x, weight, bias, neighbors, grad_output)[-1])
+
+    def refresh() -> None:
+        neighbors.copy_(reference.neighbours(weight, CONFIG.neighborhood_k))
+
+    return Contestant(weight, step, refresh)
+
+
+def trained_weight(size: Size, steps: int = 60) -> Tensor:
+    """A weight [D, N] after strong pulls on random data: features have become alike, and few win."""
+    torch.manual_seed(0)
+    layer = BCLLayer(size.N, size.D, som_lr=0.05)
+    step = training_step(layer, size)
+    for _ in range(steps):
+        step()
+    return layer.weight.detach().clone()

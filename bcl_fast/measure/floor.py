@@ -1,0 +1,81 @@
+"""The floor: bytes and operations of every stage, by formula, over what this device reached in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .clocks import median_ms
+from .contestants import CONFIG, Size
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage cannot do without."""
+
+    moved: float = 0  # bytes read or written once, of matrices that no cache holds
+    gathered: float = 0  # bytes read again and again, through the cache
+    operations: float = 0  # of float32 products
+
+
+def work(size: Size) -> dict[str, Work]:
+    """Stage -> its work. `products` are those of an `nn.Linear` step; `neighbours` is one refresh.
+
+    Each [B, D] matrix moves once: the competition reads the activation and writes rank_score, the selection reads the
+    activation, the gradient reads two and writes one, the rank reads one and writes int64. Targets gather B * k + D * r
+    rows of x through the cache and read and write the weight. A product of P x Q x R is 2 P Q R operations.
+    """
+    B, D, N = size.B, size.D, size.N
+    k, r = min(CONFIG.neighborhood_k, D - 1), min(CONFIG.rescue_k, B)
+    matrix, x, weight = 4 * B * D, 4 * B * N, 4 * D * N
+    return {
+        "neighbours": Work(moved=weight + 8 * D * k, operations=2 * D * D * N),
+        "competition": Work(moved=2 * matrix + x),
+        "inverse_norm": Work(moved=x),
+        "selection": Work(moved=matrix),
+        "targets_pull_": Work(moved=2 * weight, gathered=4 * (B * k + D * r) * N),
+        "gradient": Work(moved=3 * matrix),
+        "rank": Work(moved=3 * matrix),
+        "products": Work(operations=6 * B * D * N),
+    }
+
+
+STEP = ("competition", "selection", "targets_pull_", "gradient", "products")  # norms are part of the competition
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reached in this process: nothing that moves or multiplies as much can be faster."""
+
+    copy_gbs: float  # GB/s read and written, of a copy that no cache holds
+    cache_gbs: float  # the same of one that a cache holds
+    tflops: float  # of a float32 product, in the precision torch's settings allow it
+
+    def ms(self, needed: Work) -> float:
+        """The least milliseconds this work takes."""
+        moving = needed.moved / self.copy_gbs + needed.gathered / self.cache_gbs
+        return moving / 1e6 + needed.operations / self.tflops / 1e9
+
+    def floor_ms(self, size: Size) -> dict[str, float]:
+        """The least milliseconds of every stage."""
+        return {stage: self.ms(needed) for stage, needed in work(size).items()}
+
+    def step_ms(self, size: Size) -> float:
+        """The least milliseconds of a whole training step, its share of a refresh included."""
+        floor = self.floor_ms(size)
+        return sum(floor[stage] for stage in STEP) + floor["neighbours"] / CONFIG.recompute_every
+
+
+def ceilings(device: str = "cpu") -> Ceilings:
+    """Measure the two bandwidths and the product rate of a device."""
+    large, small, side = (1 << 28, 1 << 21, 8192) if device == "cuda" else (1 << 26, 1 << 14, 1024)
+    source = torch.rand(large, device=device)
+    target, a, b = torch.empty_like(source), *torch.rand(2, side, side, device=device)
+    rates = []
+    for count in (large, small):
+        one, other = source[:count], target[:count]
+        repeats = max(1, (1 << 22) // count)  # a call takes longer than it takes to launch
+        ms = median_ms(lambda one=one, other=other, n=repeats: [other.copy_(one) for _ in range(n)], device)
+        rates.append(8 * count * repeats / ms / 1e6)
+    return Ceilings(*rates, 2 * side**3 / median_ms(lambda: a @ b, device) / 1e9)

@@ -1,0 +1,257 @@
+"""The README's results: tables and pictures of the newest records of each device, between two marks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .contestants import NAMES
+from .rows import Row
+
+BEGIN = "<!-- results: written by `python -m bcl_fast bench readme bench/results README.md` -->"
+END = "<!-- results: end -->"
+
+
+class Block(NamedTuple):
+    """The rows of one question in the newest record that has them, and where they come from."""
+
+    machine: str  # with the versions that matter
+    threads: int
+    question: str
+    rows: list[Row]
+    record: dict[str, Any]
+    path: Path
+
+
+def updated(page: str, folder: Path, root: Path) -> str:
+    """A README in `root` with the newest results of `folder` between its marks; ValueError where it has none."""
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"there must be one line {BEGIN!r} and, below it, one line {END!r}")
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{section(folder, root)}\n{END}{rest.partition(END)[2]}"
+
+
+def newest(folder: Path) -> list[Block]:
+    """What the records of a folder answer, by machine, threads and question; where two do, the later one."""
+    found: dict[tuple[str, int, str], Block] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        rows = [row for row in record.get("rows", ()) if row.get("question") in TABLES]
+        for key in dict.fromkeys((row["device"], row["threads"], row["question"]) for row in rows):
+            device, threads, question = key
+            own = [row for row in rows if (row["device"], row["threads"], row["question"]) == key]
+            block = Block(_machine(record["environment"], device), threads, question, own, record, path)
+            other = found.get(block[:3])
+            if other is None or other.record["environment"]["date"] < record["environment"]["date"]:
+                found[block[:3]] = block
+    return list(found.values())
+
+
+def _machine(environment: dict[str, Any], device: str) -> str:
+    processor, names = environment["devices"]["cpu"], environment["devices"]
+    on = f"{processor} ({environment['cpu_capability']}, {environment['cores']} cores)"
+    on = on if device == "cpu" else f"{names[device + ':0']}, {on}"
+    return f"{on}, torch {environment['torch']}, Python {environment['python']}"
+
+
+def section(folder: Path, root: Path) -> str:
+    """Markdown: for every machine the tables of every question it has answered."""
+    blocks = newest(folder)
+    if not blocks:
+        raise ValueError(f"no record of a bench in {folder}")
+    parts = []
+    for machine in dict.fromkeys(block.machine for block in blocks):
+        parts.append(f"Measured on {machine}.")
+        own = [block for block in blocks if block.machine == machine]
+        absent = {row["contestant"]: row["status"] for block in own if block.question == "step" for row in block.rows
+                  if row["ms"] is None}  # fmt: skip
+        for reason in dict.fromkeys(absent.values()):
+            names = ", ".join(f"`{name}`" for name, why in absent.items() if why == reason)
+            parts.append(f"Not timed there: {names} ({reason}).")
+        for questions, table in ANSWERS.items():
+            some = [block for block in own if block.question in questions]
+            if some:
+                records = sorted({block.path.relative_to(root).as_posix() for block in some})
+                links = ", ".join(f"[`{Path(path).name}`]({path})" for path in records)
+                dates = sorted({block.record["environment"]["date"][:10] for block in some})
+                parts += [table(some, root), f"Records: {links} ({', '.join(dates)})."]
+    return "\n\n".join(parts) + "\n"
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table(headings: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
+    body = [headings, ["---"] * len(headings), *lines]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in body)
+
+
+def _cell(value: Any) -> str:
+    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _size(row: Row) -> str:
+    return f"({row['B']:,}, {row['D']:,}, {row['N']:,})"
+
+
+def _together(rows: Iterable[Row], *keys: str) -> list[dict[str, Row]]:
+    """The rows that have these keys in common, by contestant."""
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), {})[row["contestant"]] = row
+    return list(groups.values())
+
+
+def _measured(rows: Iterable[Row], key: str) -> list[str]:
+    """The contestants that have a number, the known ones first and in their order."""
+    names = dict.fromkeys(row["contestant"] for row in rows if row.get(key) is not None)
+    return [name for name in NAMES if name in names] + [name for name in names if name not in NAMES]
+
+
+def _rows(blocks: Iterable[Block]) -> list[Row]:
+    return [row for block in blocks for row in block.rows]
+
+
+def _steps(blocks: list[Block], root: Path) -> str:
+    rows = _rows(blocks)
+    names = [name for name in _measured(rows, "ms") if name != "linear"]
+    lines = []
+    for own in _together(rows, "B", "D", "N", "weights", "threads"):
+        linear = own["linear"]
+        ratios = [own[name]["ratio_to_linear"] if name in own else None for name in names]
+        lines.append([_size(linear), linear["weights"], linear["threads"], *ratios, linear["floor_ms"] / linear["ms"]])
+    text = "**A training step** over an `nn.Linear` step (forward, backward with the input's gradient; the neighbour "
+    text += "refresh shared out over its 50 steps), float32. `floor`: bytes and operations over what this machine "
+    text += "reaches, from formulas.\n\n"
+    return text + _table(["(B, D, N)", "weights", "threads", *names, "floor"], lines)
+
+
+def _stages(blocks: list[Block], root: Path) -> str:
+    rows = [row for row in _rows(blocks) if row.get("stage") not in (None, "products")]
+    largest = max(row["B"] * row["D"] for row in rows if row["question"] == "stages")
+    sizes = [_size(row) for row in rows if row["question"] == "stages" and row["B"] * row["D"] == largest]
+    rows = [row for row in rows if row["question"] != "stages" or _size(row) == sizes[0]]
+    names = _measured(rows, "ms")
+    lines = []
+    for own in _together(rows, "question", "stage", "B", "D", "N", "threads"):
+        best = min((row for row in own.values()), key=lambda row: row["ms"])
+        ratios = [own[name]["ratio_to_linear"] for name in names]
+        lines.append([f"`{best['stage']}`", _size(best), *ratios, best["gbs"], f"{best['fraction_of_roof']:.0%}"])
+    text = (
+        "**Stages**, each as a share of an `nn.Linear` step of that size; GB/s and the fraction of the measured roof "
+    )
+    text += "are the fastest's. `neighbours` happens once in 50 steps, `rank` never.\n\n"
+    return text + _table(["stage", "(B, D, N)", *names, "GB/s", "of the roof"], lines)
+
+
+def _memory(blocks: list[Block], root: Path) -> str:
+    rows = _rows(blocks)
+    names = [name for name in _measured(rows, "peak_mb") if name != "linear"]
+    lines = []
+    for own in _together(rows, "B", "D", "N", "threads"):
+        linear = own["linear"]
+        beyond = [f"{own[name]['mb_beyond_linear']:.0f}" for name in names]
+        lines.append([_size(linear), f"{linear['one_bd_and_one_dn_mb']:.0f}", *beyond])
+    text = (
+        "**Peak memory** of training steps beyond what `nn.Linear` needs, in MB, beside one [B, D] and one [D, N] of "
+    )
+    return text + "float32:\n\n" + _table(["(B, D, N)", "one [B, D] and one [D, N]", *names], lines)
+
+
+def _training(blocks: list[Block], root: Path) -> str:
+    lines = []
+    for row in (row for row in _rows(blocks) if row["ms"] is not None):
+        gaps = [
+            "" if row.get(f"{curve}_distance") is None or row["contestant"] == "reference"
+            else f"{row[f'{curve}_distance']:.4f} / {row[f'{curve}_spread']:.4f}"
+            for curve in ("loss", "wt_sim")
+        ]  # fmt: skip
+        seconds = row["ms"] * row.get("steps", row.get("batches")) / 1e3
+        what = f"{row['steps']:,} steps" if row["question"] == "training" else "one epoch"
+        lines.append([what, row["contestant"], row["data"], f"{seconds:.1f}", row["ratio_to_linear"], *gaps])
+    text = "**Training** the autoencoder (128 images a batch, 64 features). Distance: of the median curve to the "
+    text += "reference's, mean over steps; spread: between the reference's seeds.\n\n"
+    headings = ["", "encoder", "data", "seconds", "over `nn.Linear`", "loss: distance / spread", "wt_sim"]
+    text += _table(headings, lines)
+    for block in blocks:
+        if block.question == "training":
+            picture = block.path.with_name(f"{block.path.stem}-training.png")
+            text += _picture("Loss and similarity of the same training on every backend", picture, root)
+    return text
+
+
+def _scaling(blocks: list[Block], root: Path) -> str:
+    text = "**Scaling**: milliseconds and megabytes grow as the size to the power of (fitted to the three largest "
+    text += "sizes measured), and where it ended.\n\n"
+    lines = []
+    for block in blocks:
+        axis = block.question[-1].upper()
+        for name in _measured(block.rows, "ms"):
+            own = [row for row in block.rows if row["contestant"] == name]
+            powers = block.record["exponents"].get(name, {})
+            last = max(own, key=lambda row: (row["ms"] is not None, row[axis]))
+            failed = next((row for row in own if row["ms"] is None), None)
+            ended = "" if failed is None else f"{failed['status']} at {axis} = {failed[axis]:,}"
+            largest = f"{axis} = {last[axis]:,}", last["ratio_to_linear"]
+            lines.append([axis, name, powers.get("ms"), powers.get("peak_mb"), *largest, ended])
+    headings = ["growing", "contestant", "ms", "MB", "largest measured", "over `nn.Linear` there", "ended by"]
+    text += _table(headings, lines)
+    for block in blocks:
+        picture = block.path.with_suffix(".png")
+        text += _picture(f"A training step as {block.question[-1].upper()} grows", picture, root)
+    return text
+
+
+def _picture(text: str, path: Path, root: Path) -> str:
+    if not path.exists():
+        raise ValueError(f"no picture {path} beside its record")
+    return f"\n\n![{text}]({path.relative_to(root).as_posix()})"
+
+
+def _selection(blocks: list[Block], root: Path) -> str:
+    rows = _rows(blocks)
+    names = _measured(rows, "ms")
+    groups = _together(rows, "B", "D", "N", "threads")
+    lines = [[_size(own[names[0]]), *(own[name]["ratio_to_reference"] for name in names)] for own in groups]
+    text = "**Peers: choosing samples** with torch's own sorts, over the reference (equal choices):\n\n"
+    return text + _table(["(B, D, N)", *names], lines)
+
+
+def _som(blocks: list[Block], root: Path) -> str:
+    lines = [
+        [row["contestant"], f"{row['ms'] / 1e3:.1f}", row["quantization_error"], row["best_cosine"],
+         f"{row['units_in_use']} of {row['D']}", row["difference"]]
+        if row["ms"] is not None else [row["contestant"], *[None] * 4, row["status"]]
+        for row in _rows(blocks)
+    ]  # fmt: skip
+    text = "**Peers: an epoch of a self-organising map** of the same size on the same images, judged by held-out ones "
+    text += "(mean distance to the nearest unit, mean cosine of the best, units that are a nearest):\n\n"
+    headings = ["", "seconds", "quantization error", "best cosine", "units in use", "what differs"]
+    return text + _table(headings, lines)
+
+
+def _revival(blocks: list[Block], root: Path) -> str:
+    lines = [
+        [row["contestant"], row["ms"], f"{row['revived']} of {row['dead']}", row["half_revived_after"],
+         row["quantization_error"], row["difference"]]
+        if row["ms"] is not None else [row["contestant"], *[None] * 4, row["status"]]
+        for row in _rows(blocks)
+    ]  # fmt: skip
+    text = "**Peers: reviving dead units.** Half of the units start where they serve no image; after an epoch:\n\n"
+    headings = ["", "ms per step", "revived", "half of them after steps", "quantization error", "what differs"]
+    return text + _table(headings, lines)
+
+
+ANSWERS: dict[tuple[str, ...], Callable[[list[Block], Path], str]] = {
+    ("step", "overhead"): _steps,
+    ("scale-d", "scale-b"): _scaling,
+    ("stages", "neighbours", "rank"): _stages,
+    ("memory",): _memory,
+    ("epoch", "training"): _training,
+    ("selection",): _selection,
+    ("som-epoch",): _som,
+    ("revival",): _revival,
+}
+TABLES = {question for questions in ANSWERS for question in questions}

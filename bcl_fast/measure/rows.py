@@ -1,0 +1,69 @@
+"""Rows: what every measurement is written down as, and two records of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .contestants import Size
+
+Row = dict[str, Any]
+OK, OUT_OF_MEMORY, TIMED_OUT = "ok", "out of memory", "time-out"
+# What a row is about; further keys of a question (its stage, say) come after the keys that all rows have.
+ABOUT = ("question", "device", "contestant", "stage", "B", "D", "N", "weights", "threads")
+RATIOS = ("ratio_to_linear", "ratio_to_reference")
+WORSE = 1.1  # times its old ratio: what lies within is noise
+
+
+def row(question: str, contestant: str, size: Size, **values: Any) -> Row:
+    """A row with every key that all rows have, in one order; a key that does not apply is None.
+
+    `values` may hold further keys. Times are milliseconds, memory is MB (2^20 bytes).
+    """
+    common = {
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+        "contestant": contestant,
+        "question": question,
+        **asdict(size),
+        "weights": "init",  # init, trained
+        "ms": None,
+        "ratio_to_linear": None,
+        "peak_mb": None,
+        "status": OK,
+    }
+    return common | values
+
+
+def absent(question: str, size: Size, reasons: dict[str, str | None], **values: Any) -> list[Row]:
+    """A row for every contestant that has a reason not to take part."""
+    return [row(question, name, size, status=why, **values) for name, why in reasons.items() if why is not None]
+
+
+def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """The ratios of two records' rows, side by side, where both have them; `worse` by more than WORSE.
+
+    A ratio that the new record has lost (out of memory, time-out) is None there, and worse. Raises ValueError where the
+    records have no ratio in common.
+    """
+    before, after = (
+        {
+            (tuple(row.get(key) for key in ABOUT), ratio): row.get(ratio)
+            for row in rows
+            for ratio in RATIOS
+            if row.get(ratio) is not None or row.get("status", OK) != OK
+        }
+        for rows in (old, new)
+    )
+    common = [key for key in after if before.get(key) is not None]
+    if not common:
+        raise ValueError(f"the records must have rows in common (the same {', '.join(ABOUT)}), got none")
+    found = []
+    for about, ratio in common:
+        was, now = before[about, ratio], after[about, ratio]
+        sides = {"ratio": ratio, "old": was, "new": now, "worse": now is None or now > WORSE * was}
+        found.append(dict(zip(ABOUT, about, strict=True)) | sides)
+    return found

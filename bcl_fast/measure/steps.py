@@ -1,0 +1,79 @@
+"""Whole training steps: every contestant in turn, refresh included, against `nn.Linear` and the floor."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from torch import Tensor
+
+from ..testing import relative_error
+from .clocks import interleaved, median_ms
+from .contestants import CONFIG, NAMES, Contestant, Size, backends, build, serving, why_not
+from .floor import Ceilings
+from .rows import Row, absent, row
+from .stages import check_stages
+
+
+def check_equal(running: dict[str, Contestant], size: Size) -> None:
+    """Take a step of every contestant; AssertionError unless its pull is the reference's.
+
+    Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum.
+    """
+    moved = {}
+    for name, contestant in running.items():
+        start = contestant.weight.detach().clone()
+        contestant.step()
+        moved[name] = contestant.weight.detach() - start
+    for name, move in moved.items():
+        if name != "linear":
+            error = relative_error(move, moved["reference"])
+            assert error <= 1e-4, f"{name} at {size}: the first pull differs from the reference's by {error:.1e}"
+
+
+def race(
+    running: dict[str, Contestant],
+    device: str = "cpu",
+    rounds: int = 5,
+    seconds: float = 0.5,
+    most_seconds: float = 10.0,
+) -> dict[str, dict[str, float | None]]:
+    """Time the steps of contestants in turn, `linear` first: what each row of them has in common.
+
+    `ms` is the median window plus the refresh, timed apart (`refresh_ms`), shared out over CONFIG.recompute_every
+    steps; `ratio_to_linear` is the median over rounds of that over the round's `nn.Linear`. Rounds and seconds are
+    those of `clocks.interleaved`.
+    """
+    refresh_ms = {name: median_ms(c.refresh, device, 3, 1.0) if c.refresh else None for name, c in running.items()}
+    taken = interleaved({name: c.step for name, c in running.items()}, rounds, seconds, most_seconds, device)
+    measured = {}
+    for name, windows in taken.items():
+        whole = [ms + (refresh_ms[name] or 0.0) / CONFIG.recompute_every for ms in windows]
+        ratios = [ms / linear for ms, linear in zip(whole, taken["linear"], strict=False)]
+        measured[name] = {
+            "ms": statistics.median(whole),
+            "ratio_to_linear": statistics.median(ratios),
+            "refresh_ms": refresh_ms[name],
+        }
+    return measured
+
+
+def step_times(
+    size: Size, roof: Ceilings, weight: Tensor | None = None, device: str = "cpu", question: str = "step", **amount: Any
+) -> list[Row]:
+    """Check what every contestant computes, then `race` them: a row for each. `amount` goes to `race`."""
+    running = {name: build(name, size, weight, device) for name in serving(device)}
+    for contestant in running.values():
+        if contestant.refresh is not None:
+            contestant.refresh()
+    if weight is None:
+        check_equal(running, size)
+    else:
+        for name in backends(device)[1:]:
+            check_stages(size, name, device, weight=weight)
+    labels = {"device": device, "weights": "init" if weight is None else "trained"}
+    rows = [
+        row(question, name, size, **labels, **measured, floor_ms=roof.step_ms(size))
+        for name, measured in race(running, device, **amount).items()
+    ]
+    return rows + absent(question, size, {name: why_not(name, device) for name in NAMES}, **labels)

@@ -1,0 +1,11 @@
+"""What does a neighbour refresh take as features become many: D x D cosines, never all at once?"""
+
+from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.stages import stage_times
+
+SIZES = [Size(128, 1024, 784), Size(128, 8192, 784)]
+
+
+def test_neighbours(size, measured, roof, device, quick):
+    amount = dict(rounds=1, seconds=0) if quick else {}
+    measured(stage_times, size, roof, ("neighbours",), device, "neighbours", **amount)

@@ -1,0 +1,10 @@
+"""What does a step cost where numbers are too few to matter: Python, dispatch and launches?"""
+
+from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.steps import step_times
+
+SIZES = [Size(8, 8, 8), Size(32, 32, 32)]
+
+
+def test_overhead(size, measured, roof, device, quick):
+    measured(step_times, size, roof, None, device, "overhead", **(dict(rounds=1, seconds=0) if quick else {}))

@@ -1,0 +1,18 @@
+"""How do others fare with a part of the work: torch's own sorts, two SOM packages, a vector quantiser's dead codes?"""
+
+from bcl_fast.measure import peers
+from bcl_fast.measure.contestants import Size
+
+SIZES = [Size(128, 64, 784), Size(1024, 1024, 784)]
+
+
+def test_selection(size, measured, device, quick):
+    measured(peers.selection_times, size, device, **(dict(rounds=1, seconds=0) if quick else {}))
+
+
+def test_som_epoch(measured, images, quick):
+    measured(peers.som_epoch, images.train, images.held_out, 4 if quick else 8)
+
+
+def test_revival(measured, images, quick):
+    measured(peers.revival, images.train, images.held_out, 4 if quick else 8)

@@ -1,0 +1,10 @@
+"""What do the ranks of whole columns take, for few long columns and for many short ones?"""
+
+from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.stages import stage_times
+
+SIZES = [Size(128, 8192, 16), Size(4096, 1024, 16), Size(65_536, 64, 16)]
+
+
+def test_rank(size, measured, roof, device, quick):
+    measured(stage_times, size, roof, ("rank",), device, "rank", **(dict(rounds=1, seconds=0) if quick else {}))
