@@ -204,8 +204,7 @@ def test_memory_alone_is_what_a_step_allocates():
 def test_out_of_memory_and_time_out_are_statuses():
     assert processes.alone("time", "reference", Size(1 << 20, 1 << 16, 4)) == {"status": rows.OUT_OF_MEMORY}
     assert processes.alone("time", "linear", Size(4, 4, 4), limit=0.01) == {"status": rows.TIMED_OUT}
-    with pytest.raises(RuntimeError, match=r"(?s)triton at \(4, 4, 4\) on cuda failed:.*Error"):
-        processes.alone("time", "triton", Size(4, 4, 4), device="cuda")
+    assert processes.alone("time", "nobody", Size(4, 4, 4))["status"].startswith("failed: ValueError: backend must be")
 
 
 def test_scaling_goes_on_after_failures_and_says_so(monkeypatch):

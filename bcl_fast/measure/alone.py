@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,8 +32,8 @@ def alone(
     """`status`, and where that is OK what a process of its own found within `limit` seconds.
 
     `what` is "memory" (`peak_mb`: MB that a refresh and two steps need beyond weights and batch; Linux or CUDA) or
-    "time" (`ms` of a step with its share of the refresh, `refresh_ms`, `ratio_to_linear`). Raises RuntimeError where
-    the process fails for another reason than memory or time.
+    "time" (`ms` of a step with its share of the refresh, `refresh_ms`, `ratio_to_linear`). Other ends than memory and
+    time have the last line of their traceback as status.
     """
     words = [sys.executable, "-m", __name__, what, contestant, *map(str, astuple(size)), str(threads), device]
     environment = os.environ | (RETURNING if what == "memory" else {})
@@ -43,9 +44,10 @@ def alone(
         return {"status": TIMED_OUT}
     if done.returncode == 0:
         return {"status": OK, **json.loads(done.stdout.splitlines()[-1])}
-    if done.returncode == -9 or _is_out_of_memory(done.stderr.rstrip().rpartition("\n")[2]):
+    message = done.stderr.rstrip().rpartition("\n")[2]
+    if done.returncode == -signal.SIGKILL or _is_out_of_memory(message):
         return {"status": OUT_OF_MEMORY}
-    raise RuntimeError(f"{contestant} at {size} on {device} failed:\n{done.stderr[-2000:]}")
+    return {"status": f"failed: {message or f'exit {done.returncode}'}"}
 
 
 def _is_out_of_memory(message: str) -> bool:

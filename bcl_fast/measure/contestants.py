@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ from ..spec import BCLConfig
 Step = Callable[[], None]
 CONFIG = BCLConfig()
 NAMES = ("linear", "reference", "compiled", *ops.BACKENDS[1:])  # `nn.Linear`, the floor, first
+COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")  # one of which torch.compile takes on a CPU
 NEVER = 10**9  # recompute_every of a layer that is timed: its refresh is timed apart
 
 
@@ -42,6 +45,8 @@ class Contestant:
 
 def why_not(name: str, device: str) -> str | None:
     """None where a contestant can be timed on this type of device ("cpu", "cuda"), else the reason."""
+    if name == "compiled" and device == "cpu" and not any(map(shutil.which, COMPILERS)):
+        return f"torch.compile finds no C++ compiler ({', '.join(COMPILERS)})"
     if name not in ops.BACKENDS:
         return None
     if name in ops.ON_GPU and device == "cpu":

@@ -152,7 +152,10 @@ def _memory(blocks: list[Block], root: Path) -> str:
     lines = []
     for own in _together(rows, "B", "D", "N", "threads"):
         linear = own["linear"]
-        beyond = [f"{own[name]['mb_beyond_linear']:.0f}" for name in names]
+        beyond = [
+            own[name]["status"] if own[name]["peak_mb"] is None else f"{own[name]['mb_beyond_linear']:.0f}"
+            for name in names
+        ]
         lines.append([_size(linear), f"{linear['one_bd_and_one_dn_mb']:.0f}", *beyond])
     text = (
         "**Peak memory** of training steps beyond what `nn.Linear` needs, in MB, beside one [B, D] and one [D, N] of "
@@ -168,7 +171,7 @@ def _training(blocks: list[Block], root: Path) -> str:
             else f"{row[f'{curve}_distance']:.4f} / {row[f'{curve}_spread']:.4f}"
             for curve in ("loss", "wt_sim")
         ]  # fmt: skip
-        seconds = row["ms"] * row.get("steps", row.get("batches")) / 1e3
+        seconds = row["ms"] * row.get("steps", 1) / 1e3  # of an epoch ms are those of the whole
         what = f"{row['steps']:,} steps" if row["question"] == "training" else "one epoch"
         lines.append([what, row["contestant"], row["data"], f"{seconds:.1f}", row["ratio_to_linear"], *gaps])
     text = "**Training** the autoencoder (128 images a batch, 64 features). Distance: of the median curve to the "

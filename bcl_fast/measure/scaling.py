@@ -32,8 +32,8 @@ def scale(
 ) -> Iterator[Row]:
     """A row for every size along `axis` ("D" or "B", the others as in `fixed`) and contestant, as it is measured.
 
-    Each is measured in processes of its own, of at most `limit` seconds. Out of memory and time-outs are rows; larger
-    sizes are then not tried.
+    Each is measured in processes of its own, of at most `limit` seconds. Out of memory, time-outs and whatever else
+    ends a process are rows; larger sizes are then not tried.
     """
     ended: dict[str, str] = {}
     for value in sorted(sizes):
@@ -43,9 +43,9 @@ def scale(
             reason = why_not(name, device) or ended.get(name)
             found: dict[str, Any] = {"status": reason}
             if reason is None:
-                found = alone("time", name, size, threads, device, limit)
-                if found["status"] == OK and (device == "cuda" or sys.platform == "linux"):
-                    found |= alone("memory", name, size, threads, device, limit)
+                for what in ("time", "memory") if device == "cuda" or sys.platform == "linux" else ("time",):
+                    if found["status"] in (None, OK):
+                        found |= alone(what, name, size, threads, device, limit)
                 if found["status"] != OK:
                     ended[name] = f"not tried: {found['status']} at {axis} = {value:,}"
             yield row(f"scale-{axis.lower()}", name, size, **labels | found)
