@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bcl_fast.measure.alone import alone
-from bcl_fast.measure.contestants import NAMES, Size, serving, why_not
+from bcl_fast.measure.contestants import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
 
 SIZES = [Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]
@@ -20,8 +20,7 @@ def peaks(size, names, device):
         if one["peak_mb"] is not None:
             one["mb_beyond_linear"] = one["peak_mb"] - beyond["linear"]
             one["one_bd_and_one_dn_mb"] = 4 * (size.B * size.D + size.D * size.N) / 2**20  # of float32
-    reasons = {"compiled": "measured by the scaling runs"} | {name: why_not(name, device) for name in NAMES[3:]}
-    return rows + absent("memory", size, reasons, **labels)
+    return rows + absent("memory", size, reasons(device, compiled="measured by the scaling runs"), **labels)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -1,71 +1,120 @@
-"""Does a fast backend train as the reference does? Loss and similarity over 2,000 steps, and the time they took."""
+"""Training the autoencoder: what an epoch takes with each contestant as encoder, and are the curves the same?"""
 
 import statistics
 import time
 
+import pytest
+
 from bcl_fast.experiments import plots
 from bcl_fast.experiments.run import Condition, Training, row_steps
-from bcl_fast.measure.contestants import NAMES, Size, serving, why_not
+from bcl_fast.measure.clocks import interleaved
+from bcl_fast.measure.contestants import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
 from bcl_fast.spec import BCLConfig
+from bcl_fast.testing import relative_error
 
+BATCH, FEATURES = 128, 64
 STEPS, SEEDS = 2000, 3
 CURVES = ("loss", "wt_sim")
+NO_AUTOGRAD = "a step as one function, without autograd: no loss can train with it"
 
 
-def trained(images, backend, seed, steps, device):
-    condition = Condition(
-        images.name, BCLConfig.preset("decoupled", som_lr=0.001), steps, seed, backend=backend, device=device
-    )
-    training = Training(condition if backend != "linear" else condition.control(), images, row_steps(steps))
+@pytest.fixture
+def encoders(device):
+    """Who can train: everybody but `compiled`."""
+    return [name for name in serving(device) if name != "compiled"]
+
+
+def training(images, name, seed, steps, device, rows=()):
+    bcl = BCLConfig.preset("decoupled", som_lr=0.001) if name != "linear" else None
+    backend = name if bcl else None
+    condition = Condition(images.name, bcl, steps, seed, FEATURES, BATCH, backend=backend, device=device)
+    return Training(condition, images, rows)
+
+
+def absentees(question, size, labels):
+    return absent(question, size, reasons(labels["device"], compiled=NO_AUTOGRAD), **labels)
+
+
+# --- An epoch ---------------------------------------------------------------------------------------------------------
+
+
+def epochs(images, names, device, rounds):
+    """A row for each encoder: `ms` of a whole epoch, after a first step that was the reference's."""
+    batches = len(images.train) // BATCH
+    running = {name: training(images, name, 0, batches * (rounds + 2), device) for name in names}
+    for one in running.values():
+        one.step()
+    weights = {name: one.model.encoder_weight for name, one in running.items()}
+    for name in set(names) - {"linear"}:
+        error = relative_error(weights[name], weights["reference"])
+        assert error <= 1e-4, f"{name}: the first step of training differs from the reference's by {error:.1e}"
+
+    def epoch(one):
+        return lambda: [one.step() for _ in range(batches)]
+
+    taken = interleaved({name: epoch(one) for name, one in running.items()}, rounds, 0, 30, device)
+    size, labels = Size(BATCH, FEATURES, images.train.shape[1]), {"device": device, "data": images.name}
+    rows = []
+    for name, ms in taken.items():
+        ratio = statistics.median(a / b for a, b in zip(ms, taken["linear"], strict=False))
+        found = dict(ms=statistics.median(ms), ratio_to_linear=ratio, batches=batches)
+        rows.append(row("epoch", name, size, **labels, **found))
+    return rows + absentees("epoch", size, labels)
+
+
+def test_epoch(measured, images, encoders, device, quick):
+    measured(epochs, images, encoders, device, 1 if quick else 3)
+
+
+# --- The same curves --------------------------------------------------------------------------------------------------
+
+
+def trained(images, name, seed, steps, device):
+    one = training(images, name, seed, steps, device, row_steps(steps))
     start = time.perf_counter()
     for _ in range(steps):
-        training.step()
-    return time.perf_counter() - start, training.record()
+        one.step()
+    return time.perf_counter() - start, one.rows
 
 
-def train(images, names, seeds, steps, device):
-    """A row for each contestant, with the range of its curves over seeds.
+def curves_of(images, names, seeds, steps, device):
+    """A row for each encoder, with its curves [measured steps][seeds].
 
     `distance` is how far the median curve lies from the reference's, `spread` how far apart the reference's seeds do:
-    both means over the measured steps, by curve. Chaos makes runs differ; a wrong backend differs by more than seeds.
+    both means over the measured steps. Chaos makes runs differ; a wrong backend differs by more than seeds do.
     """
     runs = {name: [] for name in names}
     for seed in range(seeds):
         for name in names:
             runs[name].append(trained(images, name, seed, steps, device))
-    places = runs["reference"][0][1]["rows"]
-    curves = {
-        name: {curve: [[one["rows"][i][curve] for _, one in own] for i in range(len(places))] for curve in CURVES}
-        for name, own in runs.items()
-    }  # [steps][seeds]
-    size = Size(128, 64, images.train.shape[1])
+
+    def curve_of(name, curve):
+        return [[row[curve] for row in at] for at in zip(*(rows for _, rows in runs[name]), strict=True)]
+
+    curves = {name: {curve: curve_of(name, curve) for curve in CURVES} for name in names}
+    size = Size(BATCH, FEATURES, images.train.shape[1])
     labels = {"device": device, "data": images.name, "steps": steps, "seeds": seeds}
+    seconds = {name: statistics.median(taken for taken, _ in own) for name, own in runs.items()}
     rows = []
-    for name, own in runs.items():
-        seconds = statistics.median(taken for taken, _ in own)
-        linear = statistics.median(taken for taken, _ in runs["linear"])
-        found = {"ms": seconds * 1e3 / steps, "ratio_to_linear": seconds / linear, "seconds": seconds}
-        if name != "linear":
-            for curve in CURVES:
-                ours, oracle = curves[name][curve], curves["reference"][curve]
-                gaps = [abs(statistics.median(a) - statistics.median(b)) for a, b in zip(ours, oracle, strict=True)]
-                found[f"{curve}_distance"] = statistics.fmean(gaps)
-                found[f"{curve}_spread"] = statistics.fmean(max(seeds) - min(seeds) for seeds in oracle)
-        found["curves"] = {"step": [one["step"] for one in places], **curves[name]}
+    for name in names:
+        found = {"ms": seconds[name] * 1e3 / steps, "seconds": seconds[name]}
+        found["ratio_to_linear"] = seconds[name] / seconds["linear"]
+        for curve in CURVES if name != "linear" else ():
+            pairs = zip(curves[name][curve], curves["reference"][curve], strict=True)
+            gaps = (abs(statistics.median(ours) - statistics.median(oracle)) for ours, oracle in pairs)
+            found[f"{curve}_distance"] = statistics.fmean(gaps)
+            found[f"{curve}_spread"] = statistics.fmean(max(at) - min(at) for at in curves["reference"][curve])
+        found["curves"] = {"step": list(row_steps(steps)), **curves[name]}
         rows.append(row("training", name, size, **labels, **found))
-    reasons = {"compiled": "a step as one function, without autograd: no loss can train with it"}
-    reasons |= {name: why_not(name, device) for name in NAMES if name != "compiled"}
-    return rows + absent("training", size, reasons, **labels)
+    return rows + absentees("training", size, labels)
 
 
-def test_training(measured, images, device, quick, pytestconfig):
-    names = [name for name in serving(device) if name != "compiled"]
-    rows = measured(train, images, names, *((1, 3) if quick else (SEEDS, STEPS)), device)
-    if not quick:
-        for one in (one for one in rows if one["contestant"] not in ("linear", "reference") and one["ms"]):
-            for curve in CURVES:
-                assert one[f"{curve}_distance"] <= one[f"{curve}_spread"], f"{one['contestant']}: {curve} differs"
+def test_curves(measured, images, encoders, device, quick, pytestconfig):
+    rows = measured(curves_of, images, encoders, *((1, 3) if quick else (SEEDS, STEPS)), device)
     target = pytestconfig.getoption("--save")
     if target is not None:
         plots.save(plots.curves_picture(rows), target.with_name(f"{target.stem}-training.png"))
+    for one in (one for one in rows if one["contestant"] != "linear" and one["ms"] and not quick):
+        for curve in CURVES:
+            assert one[f"{curve}_distance"] <= one[f"{curve}_spread"], f"{one['contestant']}: {curve} differs"

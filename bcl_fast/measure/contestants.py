@@ -54,6 +54,12 @@ def why_not(name: str, device: str) -> str | None:
     return ops.why_not(name, device)
 
 
+def reasons(device: str, **others: str) -> dict[str, str]:
+    """Every contestant that cannot be timed on this type of device -> why; `others` are those of the caller's own."""
+    found = {name: why_not(name, device) for name in NAMES}
+    return {name: why for name, why in found.items() if why is not None} | others
+
+
 def serving(device: str = "cpu") -> list[str]:
     """Those of NAMES that can be timed on this type of device."""
     return [name for name in NAMES if why_not(name, device) is None]

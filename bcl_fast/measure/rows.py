@@ -38,9 +38,9 @@ def row(question: str, contestant: str, size: Size, **values: Any) -> Row:
     return common | values
 
 
-def absent(question: str, size: Size, reasons: dict[str, str | None], **values: Any) -> list[Row]:
+def absent(question: str, size: Size, reasons: dict[str, str], **values: Any) -> list[Row]:
     """A row for every contestant that has a reason not to take part."""
-    return [row(question, name, size, status=why, **values) for name, why in reasons.items() if why is not None]
+    return [row(question, name, size, status=why, **values) for name, why in reasons.items()]
 
 
 def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..testing import budget, relative_error
 from .clocks import medians
-from .contestants import CONFIG, NAMES, Size, backends, batch, build, why_not
+from .contestants import CONFIG, Size, backends, batch, build, reasons
 from .floor import Ceilings, work
 from .rows import Row, absent, row
 
@@ -147,6 +147,5 @@ def stage_times(
         )
         for (stage, name), taken_ms in ms.items()
     ]
-    reasons = {"compiled": "compiled as a whole step alone"}
-    reasons |= {name: why_not(name, device) for name in NAMES if name in ops.BACKENDS}
-    return rows + absent(question, size, reasons, device=device)
+    why = reasons(device, compiled="compiled as a whole step alone")
+    return rows + absent(question, size, why, device=device)

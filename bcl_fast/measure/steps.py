@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..testing import relative_error
 from .clocks import interleaved, median_ms
-from .contestants import CONFIG, NAMES, Contestant, Size, backends, build, serving, why_not
+from .contestants import CONFIG, Contestant, Size, backends, build, reasons, serving
 from .floor import Ceilings
 from .rows import Row, absent, row
 from .stages import check_stages
@@ -76,4 +76,4 @@ def step_times(
         row(question, name, size, **labels, **measured, floor_ms=roof.step_ms(size))
         for name, measured in race(running, device, **amount).items()
     ]
-    return rows + absent(question, size, {name: why_not(name, device) for name in NAMES}, **labels)
+    return rows + absent(question, size, reasons(device), **labels)
