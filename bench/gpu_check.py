@@ -72,7 +72,7 @@ def contract(device: str, sizes: list[tuple[int, int, int]]) -> list[dict[str, A
     for size, backend in itertools.product(sizes, serving(device)):
         row: dict[str, Any] = {"backend": backend, **dict(zip("BDN", size, strict=True))}
         try:
-            row["errors"] = check_stages(Size(*size), backend, device)
+            row["errors"] = check_stages(Size(*size), [backend], device)[backend]
         except (AssertionError, torch.OutOfMemoryError) as error:
             row["failed"] = str(error)
         rows.append(row)

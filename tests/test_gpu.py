@@ -33,7 +33,7 @@ def on_gpu(backend, **options):
 
 @pytest.mark.parametrize("size", [Size(*size) for size in SIZES], ids=str)
 def test_every_stage_keeps_the_contract(backend, size):
-    check_stages(size, backend, "cuda")
+    check_stages(size, [backend], "cuda")
 
 
 def steps(layer, count=3, **kinds):

@@ -19,7 +19,7 @@ import torch
 
 from .contestants import Size, build
 from .rows import OK, OUT_OF_MEMORY, TIMED_OUT
-from .steps import race
+from .steps import begin, race
 
 SHARE = 0.9  # of the free memory that the process may take: beyond, the system would end whatever it likes
 # What is freed goes back at once: else the peak would depend on how malloc cuts its heap.
@@ -101,6 +101,7 @@ def _run(name: str, size: Size, device: str) -> Callable[[], None]:
 
 def _time(name: str, size: Size, device: str) -> dict[str, float | None]:
     running = {who: build(who, size, device=device) for who in dict.fromkeys(("linear", name))}
+    begin(running)
     return race(running, device, seconds=0.3)[name]
 
 

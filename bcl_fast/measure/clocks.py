@@ -34,12 +34,10 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Milliseconds of every call in windows of about `seconds`, one of each in turn: A B C A B C ...
 
-    A call first runs once untimed. One that has taken more than `most_seconds` leaves out the later rounds.
+    What has taken more than `most_seconds` leaves out the later rounds.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
-    for call in calls.values():
-        call()
     for _ in range(rounds):
         for name, call in calls.items():
             if spent[name] <= most_seconds:
@@ -65,8 +63,10 @@ def median_ms(call: Call, device: str = "cpu", repeats: int = 5, most_seconds: f
 
 
 def medians(calls: Mapping[Any, Call], device: str = "cpu", rounds: int = 5, seconds: float = 0.05) -> dict[Any, float]:
-    """Median milliseconds of every call: interleaved on a CPU, one after the other with a cold cache on a GPU."""
+    """Median milliseconds of every call, after one untimed: interleaved on a CPU, on a GPU each with a cold cache."""
     if device == "cuda":
         return {name: median_ms(call, device) for name, call in calls.items()}
+    for call in calls.values():
+        call()
     taken = interleaved(calls, rounds, seconds, most_seconds=3.0)
     return {name: statistics.median(times) for name, times in taken.items()}

@@ -53,45 +53,64 @@ def stage_calls(
 
 
 def check_stages(
-    size: Size, backend: str, device: str = "cpu", stages: Sequence[str] = STAGES, weight: Tensor | None = None
-) -> dict[str, float]:
+    size: Size,
+    backends: Sequence[str],
+    device: str = "cpu",
+    stages: Sequence[str] = STAGES,
+    weight: Tensor | None = None,
+) -> dict[str, dict[str, float]]:
     """Raise AssertionError unless every stage keeps the exactness contract at this size, given the reference's inputs.
 
-    Choices are equal bit by bit; returns, by stage and result, the relative error of everything else, judged by float64
-    and held to the larger of 1e-5 and twice the reference's own. Neighbours are held to a float64 regret of 1e-6.
+    Choices are equal bit by bit; returns, by backend, stage and result, the relative error of everything else, judged
+    by float64 and held to the larger of 1e-5 and twice the reference's own. Neighbours are held to a float64 regret of
+    1e-6.
     """
-    errors = {}
+    errors: dict[str, dict[str, float]] = {backend: {} for backend in backends}
     calls = stage_calls(size, device, "reference" if set(stages) - {"neighbours", "rank"} else "portable", weight)
-    for name in stages:
-        taken, in_place = calls[name], name.endswith("_")
-        results = []
-        for server, cast in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-            given = [t.to(cast, copy=in_place) if _is_real(t) else t for t in taken]
-            result = ops.stage(name, server)(*given)
-            results.append((given[0] - taken[0].to(cast),) if in_place else _as_tuple(result))
-        if name == "neighbours":
-            errors[name] = _regret(taken[0].double(), *(result[0] for result in results[::2]))
-            assert errors[name] <= 1e-6, f"{backend} at {size}: neighbours are less similar by {errors[name]:.1e}"
-            continue
-        for i, (got, own, truth) in enumerate(zip(*results, strict=True)):
-            place = f"{name} {reference.COMPETITION[i]}" if name == "competition" else f"{name} {i}"
-            if name == "selection":
-                got, own = got.sort(dim=1).values, own.sort(dim=1).values
-            if not own.is_floating_point() or place == "gradient 0":
-                assert got.equal(own), f"{backend} at {size}: {place} differs in {int((got != own).sum())} elements"
-            elif place != "competition pair_pull" or results[1][4].equal(results[2][4]):
-                errors[place] = relative_error(got, truth)
-                allowed = budget(own, truth)
-                assert errors[place] <= allowed, f"{backend} at {size}: {place} is off by {errors[place]:.1e}"
+    for stage in stages:
+        own, truth = (_results(stage, "reference", calls[stage], dtype) for dtype in (torch.float32, torch.float64))
+        for backend in backends:
+            got = _results(stage, backend, calls[stage], torch.float32)
+            try:
+                errors[backend] |= _check_stage(stage, calls[stage], got, own, truth)
+            except AssertionError as error:
+                raise AssertionError(f"{backend} at {size}: {error}") from None
+    return errors
+
+
+def _results(stage: str, backend: str, taken: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What a stage returns for arguments cast to this dtype; of one that works in place, the change."""
+    in_place = stage.endswith("_")
+    given = [t.to(dtype, copy=in_place) if _is_real(t) else t for t in taken]
+    result = ops.stage(stage, backend)(*given)
+    if in_place:
+        return (given[0] - taken[0].to(dtype),)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _check_stage(
+    stage: str, taken: tuple[Any, ...], got: tuple[Tensor, ...], own: tuple[Tensor, ...], truth: tuple[Tensor, ...]
+) -> dict[str, float]:
+    """The errors of one stage of one backend beside the reference's results in float32 and in float64."""
+    if stage == "neighbours":
+        regret = _regret(taken[0].double(), got[0], truth[0])
+        assert regret <= 1e-6, f"neighbours are less similar by {regret:.1e}"
+        return {stage: regret}
+    errors = {}
+    for i, (mine, reference32, reference64) in enumerate(zip(got, own, truth, strict=True)):
+        place = f"{stage} {reference.COMPETITION[i]}" if stage == "competition" else f"{stage} {i}"
+        if stage == "selection":
+            mine, reference32 = mine.sort(dim=1).values, reference32.sort(dim=1).values
+        if not reference32.is_floating_point() or place == "gradient 0":
+            assert mine.equal(reference32), f"{place} differs in {int((mine != reference32).sum())} elements"
+        elif place != "competition pair_pull" or own[4].equal(truth[4]):  # else of other winners
+            errors[place] = relative_error(mine, reference64)
+            assert errors[place] <= budget(reference32, reference64), f"{place} is off by {errors[place]:.1e}"
     return errors
 
 
 def _is_real(value: Any) -> bool:
     return torch.is_tensor(value) and value.is_floating_point()
-
-
-def _as_tuple(result: Any) -> tuple[Tensor, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _regret(weight: Tensor, chosen: Tensor, best: Tensor) -> float:
@@ -122,8 +141,7 @@ def stage_times(
     `clocks.medians`.
     """
     serving = backends(device)
-    for backend in serving[1:]:
-        check_stages(size, backend, device, stages)
+    check_stages(size, serving[1:], device, stages)
     taken = stage_calls(size, device)
     calls = {
         (stage, backend): partial(ops.stage(stage, backend), *taken[stage]) for stage in stages for backend in serving

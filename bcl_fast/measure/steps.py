@@ -15,16 +15,23 @@ from .rows import Row, absent, row
 from .stages import check_stages
 
 
-def check_equal(running: dict[str, Contestant], size: Size) -> None:
-    """Take a step of every contestant; AssertionError unless its pull is the reference's.
-
-    Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum.
-    """
+def begin(running: dict[str, Contestant]) -> dict[str, Tensor]:
+    """Find the neighbours of every contestant and take its first step, which compiles; how far each weight moved."""
     moved = {}
     for name, contestant in running.items():
+        if contestant.refresh is not None:
+            contestant.refresh()
         start = contestant.weight.detach().clone()
         contestant.step()
         moved[name] = contestant.weight.detach() - start
+    return moved
+
+
+def check_equal(moved: dict[str, Tensor], size: Size) -> None:
+    """AssertionError unless the first pull of every contestant is the reference's.
+
+    Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum.
+    """
     for name, move in moved.items():
         if name != "linear":
             error = relative_error(move, moved["reference"])
@@ -38,7 +45,7 @@ def race(
     seconds: float = 0.5,
     most_seconds: float = 10.0,
 ) -> dict[str, dict[str, float | None]]:
-    """Time the steps of contestants in turn, `linear` first: what each row of them has in common.
+    """Time the steps of contestants that have begun, in turn, `linear` first: what a row of each has beside its labels.
 
     `ms` is the median window plus the refresh, timed apart (`refresh_ms`), shared out over CONFIG.recompute_every
     steps; `ratio_to_linear` is the median over rounds of that over the round's `nn.Linear`. Rounds and seconds are
@@ -63,14 +70,11 @@ def step_times(
 ) -> list[Row]:
     """Check what every contestant computes, then `race` them: a row for each. `amount` goes to `race`."""
     running = {name: build(name, size, weight, device) for name in serving(device)}
-    for contestant in running.values():
-        if contestant.refresh is not None:
-            contestant.refresh()
+    moved = begin(running)
     if weight is None:
-        check_equal(running, size)
+        check_equal(moved, size)
     else:
-        for name in backends(device)[1:]:
-            check_stages(size, name, device, weight=weight)
+        check_stages(size, backends(device)[1:], device, weight=weight)
     labels = {"device": device, "weights": "init" if weight is None else "trained"}
     rows = [
         row(question, name, size, **labels, **measured, floor_ms=roof.step_ms(size))
