@@ -24,7 +24,7 @@ def write(folder, rows, name="cpu.json", **record):
 
 def test_stages_have_the_largest_size_and_the_fastest_gbs(tmp_path):
     def stage(name, size, ms, stage="rank", question="stages"):
-        labels = dict(stage=stage, gbs=10 / ms, fraction_of_roof=0.5 / ms, ratio_to_linear=ms / 4)
+        labels = dict(stage=stage, gbs=10 / ms, tflops=None, fraction_of_roof=0.5 / ms, ratio_to_linear=ms / 4)
         return row(question, name, size, ms=ms, **labels)
 
     rows = [
@@ -33,8 +33,8 @@ def test_stages_have_the_largest_size_and_the_fastest_gbs(tmp_path):
     rows += [stage("linear", SIZE, 4.0, "products"), stage("cpu", SIZE, 2.0, "neighbours", "neighbours")]
     rows += [stage("reference", SIZE, 2.0, "neighbours", "neighbours"), row("stages", "cuda", SIZE, status="no GPU")]
     text = write(tmp_path, rows)
-    assert "| `rank` | (16, 32, 12) | 2.00 | 0.25 | 10.00 | 50% |" in text
-    assert "| `neighbours` | (16, 8, 12) | 0.50 | 0.50 | 5.00 | 25% |" in text
+    assert "| `rank` | (16, 32, 12) | 2.00 | 0.25 | 10.00 GB/s | 50% |" in text
+    assert "| `neighbours` | (16, 8, 12) | 0.50 | 0.50 | 5.00 GB/s | 25% |" in text
     assert "| (16, 8, 12) |" not in text.replace("| `neighbours` | (16, 8, 12) |", "") and "products" not in text
 
 

@@ -63,20 +63,19 @@ def section(folder: Path, root: Path) -> str:
         raise ValueError(f"no record of a bench in {folder}")
     parts = []
     for machine in dict.fromkeys(block.machine for block in blocks):
-        parts.append(f"Measured on {machine}.")
         own = [block for block in blocks if block.machine == machine]
+        paths = dict.fromkeys((block.path, block.record["environment"]["date"][:10]) for block in own)
+        links = ", ".join(f"[`{path.name}`]({path.relative_to(root).as_posix()}) ({date})" for path, date in paths)
+        parts.append(f"Measured on {machine}. Records: {links}.")
         absent = {row["contestant"]: row["status"] for block in own if block.question == "step" for row in block.rows
                   if row["ms"] is None}  # fmt: skip
         for reason in dict.fromkeys(absent.values()):
             names = ", ".join(f"`{name}`" for name, why in absent.items() if why == reason)
             parts.append(f"Not timed there: {names} ({reason}).")
         for questions, table in ANSWERS.items():
-            some = [block for block in own if block.question in questions]
+            some = sorted((b for b in own if b.question in questions), key=lambda b: questions.index(b.question))
             if some:
-                records = sorted({block.path.relative_to(root).as_posix() for block in some})
-                links = ", ".join(f"[`{Path(path).name}`]({path})" for path in records)
-                dates = sorted({block.record["environment"]["date"][:10] for block in some})
-                parts += [table(some, root), f"Records: {links} ({', '.join(dates)})."]
+                parts.append(table(some, root))
     return "\n\n".join(parts) + "\n"
 
 
@@ -89,7 +88,9 @@ def _table(headings: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return "" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+    return "" if value is None else str(value)
 
 
 def _size(row: Row) -> str:
@@ -138,12 +139,12 @@ def _stages(blocks: list[Block], root: Path) -> str:
     for own in _together(rows, "question", "stage", "B", "D", "N", "threads"):
         best = min((row for row in own.values()), key=lambda row: row["ms"])
         ratios = [own[name]["ratio_to_linear"] for name in names]
-        lines.append([f"`{best['stage']}`", _size(best), *ratios, best["gbs"], f"{best['fraction_of_roof']:.0%}"])
-    text = (
-        "**Stages**, each as a share of an `nn.Linear` step of that size; GB/s and the fraction of the measured roof "
-    )
-    text += "are the fastest's. `neighbours` happens once in 50 steps, `rank` never.\n\n"
-    return text + _table(["stage", "(B, D, N)", *names, "GB/s", "of the roof"], lines)
+        rate = f"{best['tflops'] * 1e3:.0f} GFLOP/s" if best["tflops"] else f"{best['gbs']:.2f} GB/s"
+        lines.append([f"`{best['stage']}`", _size(best), *ratios, rate, f"{best['fraction_of_roof']:.0%}"])
+    text = "**Stages**, each over an `nn.Linear` step of that size; the rate (of what the stage cannot do without) and "
+    text += "the fraction of the measured roof are the fastest's. Beyond 100 %: a cache holds it. `neighbours` happens "
+    text += "once in 50 steps, `rank` never.\n\n"
+    return text + _table(["stage", "(B, D, N)", *names, "rate", "of the roof"], lines)
 
 
 def _memory(blocks: list[Block], root: Path) -> str:
