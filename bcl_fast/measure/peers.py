@@ -19,9 +19,9 @@ from torch import Tensor
 from .. import ops
 from ..layer import BCLLayer
 from .clocks import medians
-from .contestants import Size, backends
-from .rows import Row, row
-from .stages import stage_calls
+from .contestants import Size, backends, reasons
+from .rows import Row, absent, row
+from .stages import WHOLE, stage_calls
 
 PACKAGES = {"MiniSom": "minisom", "TorchSOM": "torchsom", "vector-quantize-pytorch": "vector_quantize_pytorch"}
 DIFFERENCES = {
@@ -64,13 +64,14 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
     for backend in backends(device):
         calls[backend] = partial(ops.stage("selection", backend), *arguments)
         chosen[backend] = calls[backend]()[0].sort(dim=1).values
-    for name, rows in chosen.items():
-        assert rows.equal(chosen["reference"]), f"{name} at {size} chooses other samples than the reference"
+    for name, samples in chosen.items():
+        assert samples.equal(chosen["reference"]), f"{name} at {size} chooses other samples than the reference"
     ms = medians(calls, device, **amount)
-    return [
+    rows = [
         row("selection", name, size, device=device, ms=taken, ratio_to_reference=taken / ms["reference"])
         for name, taken in ms.items()
     ]
+    return rows + absent("selection", size, reasons(device, compiled=WHOLE), device=device)
 
 
 # --- A SOM's epoch ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from .floor import Ceilings, work
 from .rows import Row, absent, row
 
 STAGES = ("neighbours", "competition", "inverse_norm", "selection", "targets_pull_", "gradient", "rank")
+WHOLE = "compiled as a whole step alone"  # why there is no stage of `compiled`
 
 
 def stage_calls(
@@ -165,5 +166,4 @@ def stage_times(
         )
         for (stage, name), taken_ms in ms.items()
     ]
-    why = reasons(device, compiled="compiled as a whole step alone")
-    return rows + absent(question, size, why, device=device)
+    return rows + absent(question, size, reasons(device, compiled=WHOLE), device=device)
