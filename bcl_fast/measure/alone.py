@@ -99,10 +99,10 @@ def _run(name: str, size: Size, device: str) -> Callable[[], None]:
     return call
 
 
-def _time(name: str, size: Size, device: str) -> dict[str, float | None]:
+def _time(name: str, size: Size, device: str) -> dict[str, float]:
     running = {who: build(who, size, device=device) for who in dict.fromkeys(("linear", name))}
-    begin(running)
-    return race(running, device, seconds=0.3)[name]
+    refresh_ms, _ = begin(running, device)
+    return race(running, refresh_ms, device, seconds=0.3)[name]
 
 
 if __name__ == "__main__":

@@ -15,16 +15,18 @@ from .rows import Row, absent, row
 from .stages import check_stages
 
 
-def begin(running: dict[str, Contestant]) -> dict[str, Tensor]:
-    """Find the neighbours of every contestant and take its first step, which compiles; how far each weight moved."""
-    moved = {}
+def begin(running: dict[str, Contestant], device: str = "cpu") -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Find the neighbours of every contestant and take its first step, which compiles.
+
+    Returns the milliseconds of a refresh (0 without BCL), and how far each weight [D, N] moved.
+    """
+    refresh_ms, moved = {}, {}
     for name, contestant in running.items():
-        if contestant.refresh is not None:
-            contestant.refresh()
+        refresh_ms[name] = median_ms(contestant.refresh, device, 3, 1.0) if contestant.refresh else 0.0
         start = contestant.weight.detach().clone()
         contestant.step()
         moved[name] = contestant.weight.detach() - start
-    return moved
+    return refresh_ms, moved
 
 
 def check_equal(moved: dict[str, Tensor], size: Size) -> None:
@@ -40,22 +42,22 @@ def check_equal(moved: dict[str, Tensor], size: Size) -> None:
 
 def race(
     running: dict[str, Contestant],
+    refresh_ms: dict[str, float],
     device: str = "cpu",
     rounds: int = 5,
     seconds: float = 0.5,
     most_seconds: float = 10.0,
-) -> dict[str, dict[str, float | None]]:
+) -> dict[str, dict[str, float]]:
     """Time the steps of contestants that have begun, in turn, `linear` first: what a row of each has beside its labels.
 
-    `ms` is the median window plus the refresh, timed apart (`refresh_ms`), shared out over CONFIG.recompute_every
-    steps; `ratio_to_linear` is the median over rounds of that over the round's `nn.Linear`. Rounds and seconds are
-    those of `clocks.interleaved`.
+    `ms` is the median window plus the refresh, which was timed apart, shared out over CONFIG.recompute_every steps;
+    `ratio_to_linear` is the median over rounds of that over the round's `nn.Linear`. Rounds and seconds are those of
+    `clocks.interleaved`.
     """
-    refresh_ms = {name: median_ms(c.refresh, device, 3, 1.0) if c.refresh else None for name, c in running.items()}
     taken = interleaved({name: c.step for name, c in running.items()}, rounds, seconds, most_seconds, device)
     measured = {}
     for name, windows in taken.items():
-        whole = [ms + (refresh_ms[name] or 0.0) / CONFIG.recompute_every for ms in windows]
+        whole = [ms + refresh_ms[name] / CONFIG.recompute_every for ms in windows]
         ratios = [ms / linear for ms, linear in zip(whole, taken["linear"], strict=False)]
         measured[name] = {
             "ms": statistics.median(whole),
@@ -70,7 +72,7 @@ def step_times(
 ) -> list[Row]:
     """Check what every contestant computes, then `race` them: a row for each. `amount` goes to `race`."""
     running = {name: build(name, size, weight, device) for name in serving(device)}
-    moved = begin(running)
+    refresh_ms, moved = begin(running, device)
     if weight is None:
         check_equal(moved, size)
     else:
@@ -78,6 +80,6 @@ def step_times(
     labels = {"device": device, "weights": "init" if weight is None else "trained"}
     rows = [
         row(question, name, size, **labels, **measured, floor_ms=roof.step_ms(size))
-        for name, measured in race(running, device, **amount).items()
+        for name, measured in race(running, refresh_ms, device, **amount).items()
     ]
     return rows + absent(question, size, reasons(device), **labels)
