@@ -341,7 +341,7 @@ def scaling_picture(
             style = dict(color=color, marker=marker, linestyle=dashes)
             axes.plot(*zip(*points, strict=True), label=text, markersize=5, linewidth=1.5, **style)
             for row in own:
-                if row["status"] in ENDED:
+                if row["status"] in ENDED and row[key] is None:
                     place = row[axis], points[-1][1]
                     axes.plot(*place, marker="x", markersize=9, markeredgewidth=2, linestyle="", color=color)
                     note = dict(xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8, color=color)
