@@ -318,7 +318,7 @@ CONTESTANTS = {  # colour and marker of each, dashes for what nobody would train
     "triton": ("#CC79A7", "P", "-"),
     "cuda": ("#56B4E9", "X", "-"),
 }
-ENDED = {"time-out": "time-out", "out of memory": "memory"}  # status -> what stands beside its cross
+ENDED = ("time-out", "out of memory")  # what stands beside a cross
 
 
 def scaling_picture(
@@ -330,7 +330,7 @@ def scaling_picture(
     for axes, key, label in zip(
         panels, ("ms", "peak_mb"), ("ms per step, refresh included", "MB beyond weights and batch"), strict=True
     ):
-        for name, (color, marker, dashes) in CONTESTANTS.items():
+        for place, (name, (color, marker, dashes)) in enumerate(CONTESTANTS.items()):
             own = [row for row in rows if row["contestant"] == name]
             points = [(row[axis], row[key]) for row in own if row[key]]
             if not points:
@@ -341,11 +341,12 @@ def scaling_picture(
             style = dict(color=color, marker=marker, linestyle=dashes)
             axes.plot(*zip(*points, strict=True), label=text, markersize=5, linewidth=1.5, **style)
             for row in own:
-                if row["status"] in ENDED and row[key] is None:
-                    place = row[axis], points[-1][1]
-                    axes.plot(*place, marker="x", markersize=9, markeredgewidth=2, linestyle="", color=color)
-                    note = dict(xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8, color=color)
-                    axes.annotate(ENDED[row["status"]], place, **note)
+                if row["status"] in ENDED and row[key] is None:  # above the chart, one below the other
+                    at = dict(transform=axes.get_xaxis_transform(), color=color)
+                    height = 1.02 - 0.04 * place
+                    axes.plot(row[axis], height, "x", markersize=7, markeredgewidth=2, clip_on=False, **at)
+                    text = f"{row['status']}   "
+                    axes.text(row[axis], height, text, ha="right", va="center", fontsize=8, **at)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(sorted({row[axis] for row in rows}), [f"{size:,}" for size in sorted({r[axis] for r in rows})])
