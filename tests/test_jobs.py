@@ -111,10 +111,13 @@ def test_interrupt_ends_a_sweep_at_once_and_the_same_command_goes_on(tmp_path):
     """Ctrl-C as a terminal sends it, to the whole group of processes: one cell is done, the others are for later."""
     words = ["sweep", "--som-lr", "0.01", "--rescue-k", "1", "--seeds", "2", "--workers", "1", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "bcl_fast", *words]
+    # What a shell starts in the background ignores Ctrl-C, and so would its children: not this one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*command, "--steps", "2500"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
     runs, deadline = tmp_path / "runs", time.monotonic() + 120
     while not list(runs.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
