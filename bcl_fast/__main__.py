@@ -9,7 +9,7 @@ from typing import Annotated
 
 from . import PRESETS, BCLConfig, __version__, ops
 from .cli import Device, demo_extra, fail, origin
-from .environment import environment
+from .environment import device_types, environment
 from .experiments import tables
 from .experiments.data import load
 from .experiments.jobs import Job, read, run_jobs, workers_here
@@ -284,7 +284,7 @@ def doctor() -> None:
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")
-    for device in dict.fromkeys(name.partition(":")[0] for name in here["devices"]):
+    for device in device_types():
         for backend, reason in ops.backends(device).items():
             table.add_row(backend, device, "no" if reason else "yes", reason)
     console.print(table)

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from .cli import Device, demo_extra, fail, origin
-from .environment import devices
+from .environment import device_types, devices
 from .experiments import console as show
 from .experiments.sweep import numbers
 from .measure import floor, results, rows, scaling
@@ -88,7 +88,7 @@ def _scale(
             check_number("sizes", value, low=2 if axis == "D" else 1, integer=True)
         for name in chosen:
             check_choice("contestants", name, NAMES)
-        check_choice("device", device, tuple(dict.fromkeys(name.partition(":")[0] for name in devices())))
+        check_choice("device", device, device_types())
         with demo_extra():
             from .experiments import plots
         out.mkdir(parents=True, exist_ok=True)

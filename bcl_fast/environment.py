@@ -38,6 +38,11 @@ def devices() -> dict[str, str]:
     return found
 
 
+def device_types() -> tuple[str, ...]:
+    """The types of those devices ("cpu", "cuda", ...), each once."""
+    return tuple(dict.fromkeys(name.partition(":")[0] for name in devices()))
+
+
 def environment() -> dict[str, Any]:
     """What a measurement depends on beside the code, as plain values for a JSON record."""
     return {

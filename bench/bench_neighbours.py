@@ -6,6 +6,5 @@ from bcl_fast.measure.stages import stage_times
 SIZES = [Size(128, 1024, 784), Size(128, 8192, 784)]
 
 
-def test_neighbours(size, measured, roof, device, quick):
-    amount = dict(rounds=1, seconds=0) if quick else {}
+def test_neighbours(size, measured, roof, device, amount):
     measured(stage_times, size, roof, ("neighbours",), device, "neighbours", **amount)

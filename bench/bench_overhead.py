@@ -6,5 +6,5 @@ from bcl_fast.measure.steps import step_times
 SIZES = [Size(8, 8, 8), Size(32, 32, 32)]
 
 
-def test_overhead(size, measured, roof, device, quick):
-    measured(step_times, size, roof, None, device, "overhead", **(dict(rounds=1, seconds=0) if quick else {}))
+def test_overhead(size, measured, roof, device, amount):
+    measured(step_times, size, roof, None, device, "overhead", **amount)

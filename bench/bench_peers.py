@@ -6,8 +6,8 @@ from bcl_fast.measure.contestants import Size
 SIZES = [Size(128, 64, 784), Size(1024, 1024, 784)]
 
 
-def test_selection(size, measured, device, quick):
-    measured(peers.selection_times, size, device, **(dict(rounds=1, seconds=0) if quick else {}))
+def test_selection(size, measured, device, amount):
+    measured(peers.selection_times, size, device, **amount)
 
 
 def test_som_epoch(measured, images, quick):

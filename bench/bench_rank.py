@@ -6,5 +6,5 @@ from bcl_fast.measure.stages import stage_times
 SIZES = [Size(128, 8192, 16), Size(4096, 1024, 16), Size(65_536, 64, 16)]
 
 
-def test_rank(size, measured, roof, device, quick):
-    measured(stage_times, size, roof, ("rank",), device, "rank", **(dict(rounds=1, seconds=0) if quick else {}))
+def test_rank(size, measured, roof, device, amount):
+    measured(stage_times, size, roof, ("rank",), device, "rank", **amount)

@@ -9,5 +9,5 @@ from bcl_fast.measure.stages import stage_times
 SIZES = [Size(128, 64, 784), Size(512, 512, 784), Size(1024, 4096, 784), Size(4096, 1024, 784)]
 
 
-def test_stages(size, measured, roof, device, quick):
-    measured(stage_times, size, roof, device=device, **(dict(rounds=1, seconds=0) if quick else {}))
+def test_stages(size, measured, roof, device, amount):
+    measured(stage_times, size, roof, device=device, **amount)

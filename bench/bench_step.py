@@ -5,13 +5,12 @@ from bcl_fast.measure.steps import step_times
 
 SIZES = [Size(128, 64, 784), Size(512, 512, 784), Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]
 TRAINED = SIZES[:4]  # at the last size training alone takes minutes
-ONCE = dict(rounds=1, seconds=0)
 
 
-def test_step(size, measured, roof, device, quick):
-    measured(step_times, size, roof, None, device, **(ONCE if quick else {}))
+def test_step(size, measured, roof, device, amount):
+    measured(step_times, size, roof, None, device, **amount)
 
 
-def test_step_of_trained_features(trained_size, measured, roof, device, quick):
+def test_step_of_trained_features(trained_size, measured, roof, device, amount, quick):
     weight = trained_weight(trained_size, 2 if quick else 60)
-    measured(step_times, trained_size, roof, weight, device, **(ONCE if quick else {}))
+    measured(step_times, trained_size, roof, weight, device, **amount)

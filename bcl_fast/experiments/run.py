@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..diagnostics import force_norms, forces, row_cosine, step_metrics
-from ..environment import devices
+from ..environment import device_types, devices
 from ..layer import BCLLayer, attach_bcl
 from ..losses import activation_entropy_loss, weight_similarity_loss
 from ..records import replacing
@@ -99,8 +99,7 @@ class Training:
     def __init__(self, condition: Condition, images: Images, rows: Collection[int]) -> None:
         if images.name != condition.data:
             raise ValueError(f"images must be those of the condition, {condition.data!r}, got {images.name!r}")
-        names = devices()
-        check_choice("device", condition.device, tuple(dict.fromkeys([*(n.partition(":")[0] for n in names), *names])))
+        check_choice("device", condition.device, tuple(dict.fromkeys([*device_types(), *devices()])))
         self.condition = condition
         self.done = 0
         self.rows: list[dict[str, float]] = []

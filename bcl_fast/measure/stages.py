@@ -55,7 +55,7 @@ def stage_calls(
 
 def check_stages(
     size: Size,
-    backends: Sequence[str],
+    names: Sequence[str],
     device: str = "cpu",
     stages: Sequence[str] = STAGES,
     weight: Tensor | None = None,
@@ -66,11 +66,11 @@ def check_stages(
     by float64 and held to the larger of 1e-5 and twice the reference's own. Neighbours are held to a float64 regret of
     1e-6.
     """
-    errors: dict[str, dict[str, float]] = {backend: {} for backend in backends}
+    errors: dict[str, dict[str, float]] = {backend: {} for backend in names}
     calls = stage_calls(size, device, "reference" if set(stages) - {"neighbours", "rank"} else "portable", weight)
     for stage in stages:
         own, truth = (_results(stage, "reference", calls[stage], dtype) for dtype in (torch.float32, torch.float64))
-        for backend in backends:
+        for backend in names:
             got = _results(stage, backend, calls[stage], torch.float32)
             try:
                 errors[backend] |= _check_stage(stage, calls[stage], got, own, truth)
