@@ -48,9 +48,9 @@ class MaskedLinear(torch.autograd.Function):
         # With retain_graph=True the mask is read again.
         reuse = direct and not torch._C._autograd._get_current_graph_task_keep_graph()
         masked, bias_gradient = ops.operator("masked_gradient", grad_output)(
-            grad_output, mask, winner, ctx.gradient_mask, [ticket, x, *choices], ctx.compiled, reuse, ctx.backend
-        )
-        masked = masked.to(ctx.dtype)
+            grad_output, mask, winner, ctx.gradient_mask, ctx.dtype, [ticket, x, *choices], ctx.compiled, reuse,
+            ctx.backend,
+        )  # fmt: skip
         with ops.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
             weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)

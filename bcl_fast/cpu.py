@@ -169,7 +169,7 @@ def targets_pull_(
     weight: Tensor,
     som_offset: Tensor | None,
     som_strength: Tensor,
-    som_lr: float,
+    som_lr: Tensor,
     x: Tensor,
     *choices: Tensor | str,
 ) -> None:
@@ -180,19 +180,31 @@ def targets_pull_(
     both = (weight,) if som_offset is None else (weight, som_offset)
     if target_projection == "none" and rescue_rows.shape[1] < x.shape[0] and all(t.is_contiguous() for t in both):
         *lists, winner_share = tensors
-        pulled = weight, som_offset, som_strength.contiguous(), som_lr
+        pulled = weight, som_offset, som_strength.contiguous(), float(som_lr)
         _targets(destination, pulled, x, *lists, winner_share.contiguous())
         return
     increment = targets(x, *choices).sub_(weight)
     if som_offset is not None:
         increment.sub_(som_offset)
-    destination.add_(increment.mul_(som_strength[:, None]), alpha=som_lr)
+    destination.addcmul_(increment.mul_(som_strength[:, None]), som_lr)
 
 
 def gradient(
-    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None = None
+    grad_output: Tensor,
+    mask: Tensor | None,
+    winner: Tensor | None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, and its sum [D]."""
+    """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, rounded to `dtype`; its sum [D]."""
+    grad_output = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
+    masked, total = _masked(grad_output, mask, winner, out)
+    return masked.to(dtype or masked.dtype), total
+
+
+def _masked(
+    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if winner is not None:
         won = winner[:, None]
         masked = torch.zeros_like(grad_output).scatter_(1, won, grad_output.gather(1, won))

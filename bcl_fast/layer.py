@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,14 @@ class PendingPull:
     @property
     def choices(self) -> tuple[Tensor, ...]:
         return self.pair_feature, self.pair_pull, self.rescue_rows, self.rescue_weight, self.winner_share
+
+
+class _Kept(NamedTuple):
+    """The mean increment of the backwards since the bound optimizer's last step."""
+
+    mean: Tensor  # [D, N]
+    samples: int  # that it is of
+    captured: bool  # in a CUDA graph
 
 
 class BCLLayer(nn.Linear):
@@ -124,6 +132,7 @@ class BCLLayer(nn.Linear):
     @som_lr.setter
     def som_lr(self, value: float) -> None:
         self._som_lr = check_number("som_lr", value, low=0)
+        self._som_lr_cell.fill_(self._som_lr)
 
     def extra_repr(self) -> str:
         default = BCLConfig().to_dict()
@@ -157,21 +166,27 @@ class BCLLayer(nn.Linear):
             state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refreshed_at.fill_(-1)
+        self._choose_backend()  # with assign=True the weight may be of another dtype now
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
         self._choose_backend()
         self._owner = ops.register_owner(self)
         self._due: dict[int, list[PendingPull]] = {}  # running backward -> pulls whose turn came in it
-        self._kept: tuple[Tensor, int] | None = None  # mean increment and its samples, for the bound optimizer's step
-        self._binding: Any = None
+        self._kept: _Kept | None = None  # for the bound optimizer's step
+        self._binding: tuple[Callable[[], Any], Any] | None = None  # the optimizer, and its hook
         self._observers: tuple[Callable[[Any], None], ...] = ()
         self._hook: tuple[Callable[[], Tensor | None], Any] | None = None
         self._warned_of_drift = False
         self._attach_hook()
 
     def _choose_backend(self) -> None:
-        self._backend = ops.resolve_backend(*self._requested, self.weight.device.type, self.weight.dtype)
+        weight = self.weight
+        self._backend = ops.resolve_backend(*self._requested, weight.device.type, weight.dtype)
+        # som_lr where the pull reads it: a CUDA graph then follows a schedule.
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        with torch.inference_mode(False):  # else nobody could set it later
+            self._som_lr_cell = torch.tensor(self._som_lr, dtype=dtype, device=weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
@@ -179,7 +194,8 @@ class BCLLayer(nn.Linear):
         self._choose_backend()
         return self
 
-    _RUNTIME = ("_backend", "_owner", "_due", "_kept", "_binding", "_observers", "_hook", "_warned_of_drift")
+    _RUNTIME = ("_backend", "_som_lr_cell", "_owner", "_due", "_kept", "_binding", "_observers", "_hook",
+                "_warned_of_drift")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -227,7 +243,10 @@ class BCLLayer(nn.Linear):
             with torch.no_grad():
                 shifted = None if offset is None else weight + offset
                 stands = weight if shifted is None else shifted
-                activation = _product(x, stands, bias, dtype)
+                if x.dtype == weight.dtype == dtype and dtype not in LOW_PRECISION:
+                    activation = F.linear(x, stands, bias)
+                else:
+                    activation = ops.operator("product", x)(x, stands, bias, dtype)
                 mask, winner, *pending = self._statistics(x, stands, bias, activation)
                 if self._observers:
                     pending += [activation.clone(), self.neighbors.clone()]
@@ -281,9 +300,9 @@ class BCLLayer(nn.Linear):
             )
         if self._observers and torch.compiler.is_compiling():
             raise RuntimeError("observe() works in eager mode only: call the layer outside torch.compile to observe it")
-        if self._config.sync == "global" and _ranks() > 1:
+        if self._config.sync == "global" and ranks() > 1:
             raise RuntimeError(
-                f"sync='global' is not built yet and this process group has {_ranks()} ranks; "
+                f"sync='global' is not built yet and this process group has {ranks()} ranks; "
                 "allowed: one rank, or sync='local' (every rank by itself: replicas drift)"
             )
 
@@ -293,20 +312,35 @@ class BCLLayer(nn.Linear):
         """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
         if self._kept is not None and self.weight.grad is None:
             self._kept = None  # its gradients were thrown away: a scaler skipped their step
+        captured = ops.capturing(self.weight.device)
+        if captured and self._observers:
+            raise RuntimeError("observe() cannot look into a CUDA graph: leave its block before the capture")
         task = torch._C._current_graph_task_id()
         if task not in self._due:
             self._due[task] = []
-            # A backward that never accumulates into the weight (autograd.grad) must leave nothing behind.
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._due.pop, task, None))
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._forget, task, captured))
         elif compiled:
             raise RuntimeError("under torch.compile one forward of a BCLLayer per backward is supported, got a second")
         if compiled:  # the compiled backward reuses its buffers for other values after this call
             pending[1:] = [tensor.clone() for tensor in pending[1:]]
         self._due[task].append(PendingPull(*pending))
         self._attach_hook()
-        if _ranks() > 1 and not self._warned_of_drift:
+        if ranks() > 1 and not self._warned_of_drift:
             self._warned_of_drift = True
             warnings.warn("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift", stacklevel=2)
+
+    def _forget(self, task: int, captured: bool) -> None:
+        """At the end of a backward: one that never accumulates into the weight (autograd.grad) leaves nothing behind.
+
+        A CUDA graph of such a backward, which is what torch.cuda.make_graphed_callables makes, would train without any
+        pull in all of its replays.
+        """
+        if self._due.pop(task, None) and captured:
+            raise RuntimeError(
+                "a CUDA graph captured a backward of BCLLayer that does not accumulate into its weight: its replays "
+                "would never pull (torch.cuda.make_graphed_callables does so): capture whole training steps with "
+                "bcl_fast.graphed, or loss.backward(); for gradients alone use eval()"
+            )
 
     def _attach_hook(self) -> None:
         """Consume pulls after each accumulation into `weight`, the Parameter object of this moment.
@@ -352,7 +386,8 @@ class BCLLayer(nn.Linear):
 
     @property
     def _pulls(self) -> bool:
-        return not self.frozen and self._som_lr > 0
+        # A graph reads som_lr in every replay, so that 0 at its capture decides nothing.
+        return not self.frozen and (self._som_lr > 0 or ops.capturing(self.weight.device))
 
     def _pull(self, pulls: list[PendingPull]) -> None:
         """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
@@ -360,7 +395,7 @@ class BCLLayer(nn.Linear):
         if self._pulls and self._binding is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
             (pull,) = pulls
             choices = *pull.choices, self._config.target_projection, self._backend
-            forces = pull.som_strength, self._som_lr
+            forces = pull.som_strength, self._som_lr_cell
             ops.operator("targets_pull_", weight)(weight, offset, step, *forces, pull.x, *choices)
             return
         if self._pulls:
@@ -376,16 +411,29 @@ class BCLLayer(nn.Linear):
         increment = ops.operator("som_increment", self.weight)(
             self.weight, self.som_offset, pull.som_strength, pull.x, *choices
         )
-        mean, samples = self._kept or (torch.zeros_like(increment), 0)
-        total = samples + pull.x.shape[0]
-        self._kept = mean.mul_(samples / total).add_(increment, alpha=pull.x.shape[0] / total), total
+        captured = ops.capturing(self.weight.device)
+        kept = self._kept or _Kept(torch.zeros_like(increment), 0, captured)
+        self._require_same_side(kept, captured)
+        total = kept.samples + pull.x.shape[0]
+        kept.mean.mul_(kept.samples / total).add_(increment, alpha=pull.x.shape[0] / total)
+        self._kept = kept._replace(samples=total)
+
+    @staticmethod
+    def _require_same_side(kept: _Kept, captured: bool) -> None:
+        """Raise where one of a backward and the optimizer's step is in a CUDA graph and the other is not."""
+        if kept.captured != captured:
+            raise RuntimeError(
+                "the backward of a BCLLayer with a bound optimizer and that optimizer's step must both be in one CUDA "
+                "graph, or both outside: bcl_fast.graphed captures whole steps"
+            )
 
     def _apply_average(self, found_inf: Tensor | None) -> None:
         """Step 13 with the kept mean; nothing where a scaler reports found_inf = 1 (a tensor on the device)."""
         kept, self._kept = self._kept, None
         if kept is None or not self._pulls:
             return
-        increment = kept[0].mul_(self._som_lr)
+        self._require_same_side(kept, ops.capturing(self.weight.device))
+        increment = kept.mean.mul_(self._som_lr_cell)
         if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
             increment = torch.where(found_inf > 0, 0.0, increment)
         destination = self.weight if self.som_offset is None else self.som_offset
@@ -403,7 +451,7 @@ class BCLLayer(nn.Linear):
         if not any(p is self.weight for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(f"optimizer must hold the weight of this layer, got {type(optimizer).__name__} without it")
         if self._binding is not None:
-            self._binding.remove()
+            self._binding[1].remove()
         layer = weakref.ref(self)
 
         def before_step(optimizer, args, kwargs) -> None:
@@ -412,13 +460,18 @@ class BCLLayer(nn.Linear):
                 with torch.no_grad():
                     owner._apply_average(getattr(optimizer, "found_inf", None))
 
-        self._binding = optimizer.register_step_pre_hook(before_step)
+        self._binding = weakref.ref(optimizer), optimizer.register_step_pre_hook(before_step)
+
+    @property
+    def bound_optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that `bind_optimizer` bound this layer to, as long as it lives."""
+        return None if self._binding is None else self._binding[0]()
 
     def _release(self) -> None:
         """Leave the weight and the optimizer alone from now on."""
-        for handle in (self._binding, self._hook and self._hook[1]):
-            if handle is not None:
-                handle.remove()
+        for pair in (self._binding, self._hook):
+            if pair is not None:
+                pair[1].remove()
         self._binding = self._hook = None
 
     @contextmanager
@@ -448,16 +501,8 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x Wᵀ + c of the operands rounded to `dtype`, itself not rounded below float32: [B, N], [D, N], [D] -> [B, D]."""
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    if x.dtype == weight.dtype == dtype == exact:
-        return F.linear(x, weight, bias)
-    x, weight, bias = (None if tensor is None else tensor.to(dtype).to(exact) for tensor in (x, weight, bias))
-    return F.linear(x, weight, bias)
-
-
-def _ranks() -> int:
+def ranks() -> int:
+    """How many ranks the process group has; 1 without one."""
     group = torch.distributed
     return group.get_world_size() if group.is_available() and group.is_initialized() else 1
 

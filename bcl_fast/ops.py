@@ -1,8 +1,9 @@
 """The operators a training step is made of, and the only place that knows backends.
 
 Every stage of SPEC 2 has one name and one signature in every backend; `DISPATCH` says who serves it. Around the
-stages stand four operators that torch.compile sees as opaque (torch.library, with fakes): the statistics and choices of
-a forward with the neighbour refresh, the masked gradient of a backward, the pull, and its increment alone.
+stages stand five operators that torch.compile sees as opaque (torch.library, with fakes): the product where it is not
+float32's own, the statistics and choices of a forward with the neighbour refresh, the masked gradient of a backward,
+the pull, and its increment alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import BCLConfig
@@ -35,8 +37,10 @@ DISPATCH: dict[str, dict[str, str]] = {
     "gradient": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.gradient"},
     "rank": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.selection"},
 }
-# Stage -> whether a call of it with these arguments goes to the C++ of the backend `cuda`. Where it is faster than
-# Triton is not yet measured on a GPU: until it is, it serves every size it can.
+# Stage -> the fewest samples and features from which on the C++ of the backend `cuda` serves it; below, Triton does.
+# Not yet measured on a GPU: by arithmetic (bench/LOG.md) the C++ is ahead at every size.
+CUDA_FROM: dict[str, tuple[int, int]] = {"competition": (1, 2), "selection": (1, 2), "rank": (1, 2)}
+# Stage -> whether that C++ can express a call with these arguments.
 CUDA_SERVES: dict[str, Callable[..., bool]] = {
     "competition": lambda *arguments: True,
     "selection": lambda *arguments: arguments[5] == "rank" and 0 < arguments[7] <= 32,  # affinity_rule, rescue_k
@@ -46,7 +50,8 @@ CUDA_SERVES: dict[str, Callable[..., bool]] = {
 REFRESH = {"triton": "kernels.neighbours", "cuda": "kernels.neighbours"}
 ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
 BACKENDS = ("reference", "portable", "cpu", *ON_GPU)
-FASTEST = {"cpu": "cpu", "cuda": "triton"}  # type of device -> what `fused=True` means there; else, or missing: GENERAL
+# Type of device -> what `fused=True` means there, the first of these that serves; else, or where none does: GENERAL.
+FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 GENERAL = "portable"
 
 
@@ -54,10 +59,16 @@ GENERAL = "portable"
 def stage(name: str, backend: str) -> Callable[..., Any]:
     """The function that serves a stage on a backend."""
     if backend == "cuda" and name in CUDA_SERVES:
-        served, own, triton = CUDA_SERVES[name], _function("cuda", name), stage(name, "triton")
-        return lambda *arguments: (own if served(*arguments) else triton)(*arguments)
+        own, triton = _function("cuda", name), stage(name, "triton")
+        return lambda *arguments: (own if _cuda_serves(name, arguments) else triton)(*arguments)
     where = REFRESH if name == "refresh_" else DISPATCH[name]
     return _function(where["triton" if backend == "cuda" else backend], name)
+
+
+def _cuda_serves(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether a call of this stage goes to the C++ of the backend `cuda`."""
+    (B, D), (fewest_samples, fewest_features) = arguments[0].shape, CUDA_FROM[name]
+    return B >= fewest_samples and D >= fewest_features and CUDA_SERVES[name](*arguments)
 
 
 def _function(module: str, name: str) -> Callable[..., Any]:
@@ -135,12 +146,14 @@ def resolve_backend(
 
 @functools.cache  # warns once
 def _fastest(device_type: str, dtype: torch.dtype) -> str:
-    fastest = FASTEST.get(device_type, GENERAL)
-    reason = why_not(fastest, device_type, dtype)
-    if fastest != GENERAL and reason:
-        warnings.warn(f"backend {GENERAL!r} serves, slower than {fastest!r} would: {reason}", stacklevel=5)
-        return GENERAL
-    return fastest
+    reasons = {name: why_not(name, device_type, dtype) for name in FASTEST.get(device_type, ())}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    if reasons:
+        name, reason = list(reasons.items())[-1]
+        warnings.warn(f"backend {GENERAL!r} serves, slower than {name!r} would: {reason}", stacklevel=5)
+    return GENERAL
 
 
 # --- Owners: who receives a backward's pending pull ------------------------------------------------------------------
@@ -199,7 +212,25 @@ def advance_(step: Tensor, backend: str) -> None:
     if backend in REFRESH:
         step.add_(1)
     else:
+        _require_replayable(step, backend)
         write_counter_(step, read_counter(step) + 1)
+
+
+# --- CUDA graphs -----------------------------------------------------------------------------------------------------
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on this device now goes into a CUDA graph instead of being run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _require_replayable(step: Tensor, backend: str) -> None:
+    """Raise where a graph would keep what the host knows of `step` at its capture, for all of its replays."""
+    if capturing(step.device):
+        raise RuntimeError(
+            f"backend {backend!r} counts steps on the host, which no CUDA graph replays: to capture training, build "
+            f"the layer with backend={' or '.join(map(repr, REFRESH))}"
+        )
 
 
 # --- The operators ---------------------------------------------------------------------------------------------------
@@ -209,22 +240,30 @@ _functions: dict[str, Callable[..., Any]] = {}
 PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register the function below as the operator of this schema, computed outside any autocast."""
+def _operator(schema: str, host: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register the function below as the operator of this schema, computed outside any autocast.
+
+    `host`: it also does something on the host, so that torch.compile must keep it out of the CUDA graphs it makes.
+    """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
-
-        def outside_autocast(*arguments: Any) -> Any:
-            with no_autocast(arguments[0].device.type):
-                return function(*arguments)
-
-        _library.define(name + schema)
-        _library.impl(name, outside_autocast, "CompositeExplicitAutograd")
-        _functions[name] = outside_autocast
+        _functions[name] = functools.partial(_call, function)
+        _library.define(name + schema, tags=(torch.Tag.cudagraph_unsafe,) if host else ())
+        _library.impl(name, _functions[name], "CompositeExplicitAutograd")
         return function
 
     return register
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """An operator's function, outside any autocast and on the device of its first argument."""
+    device = arguments[0].device
+    with no_autocast(device.type):
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*arguments)
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever its arguments are
+            return function(*arguments)
 
 
 def direct(tensor: Tensor) -> bool:
@@ -260,9 +299,35 @@ def require_finite(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be finite (check_finite=True), got {bad} NaN or Inf of {tensor.numel()}")
 
 
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and pull: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _float(tensor: Tensor) -> Tensor:
-    """float64 as it is, everything else as float32: the dtype of statistics and pull."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return tensor.to(_exact(tensor.dtype))
+
+
+@_operator("(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor")
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x Wᵀ + c of operands rounded to `dtype`, itself float32 (float64 for float64): [B, N], [D, N], [D] -> [B, D].
+
+    One operator with its roundings: a compiler leaves out a rounding that it sees undone, and the compiled layer would
+    compute other numbers. NVIDIA's tensor cores multiply float16 and bfloat16 and add up in float32; elsewhere the
+    rounded operands are multiplied as float32, to the same effect.
+    """
+    exact = _exact(dtype)
+    x, weight = x.to(dtype), weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype).to(exact)
+    if x.is_cuda and x.dtype != exact and torch.version.hip is None:
+        factors = x, weight.T
+        return torch.mm(*factors, out_dtype=exact) if bias is None else torch.addmm(bias, *factors, out_dtype=exact)
+    return F.linear(x.to(exact), weight.to(exact), bias)
+
+
+@_fake
+def product_fake(x, weight, bias, dtype):
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=_exact(dtype))
 
 
 def _refresh_neighbours_(
@@ -273,6 +338,7 @@ def _refresh_neighbours_(
         stage("refresh_", backend)(weight, neighbors, step, refreshed_at, recompute_every)
         torch.autograd.graph.increment_version((neighbors, refreshed_at))
         return
+    _require_replayable(step, backend)
     now = read_counter(step)
     if now % recompute_every == 0 and read_counter(refreshed_at) != now:
         neighbors.copy_(stage("neighbours", backend)(_float(weight), neighbors.shape[1]))
@@ -284,7 +350,8 @@ def _refresh_neighbours_(
     " Tensor(b!) refreshed_at, Tensor owner, int recompute_every, float temperature, str affinity, bool need_weighting,"
     " str rescue_weighting, int rescue_k, str forces, str gradient_mask, float rescue_onset, float pull_onset,"
     " bool check_finite, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    host=True,
 )
 def statistics_(
     x: Tensor,
@@ -354,24 +421,26 @@ def statistics__fake(x, weight, bias, activation, neighbors, step, refreshed_at,
 
 
 @_operator(
-    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, Tensor[] pending, bool compiled, bool reuse,"
-    " str backend)"
-    " -> (Tensor, Tensor)"
+    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, ScalarType dtype, Tensor[] pending,"
+    " bool compiled, bool reuse, str backend)"
+    " -> (Tensor, Tensor)",
+    host=True,
 )
 def masked_gradient(
     grad_output: Tensor,
     mask: Tensor,
     winner: Tensor,
     gradient_mask: str,
+    dtype: torch.dtype,
     pending: Sequence[Tensor],
     compiled: bool,
     reuse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """Step 12 before its products: grad_output * G [B, D] and the bias gradient [D], in the dtype of the statistics.
+    """Step 12 before its products: grad_output * G [B, D] in `dtype`, and the bias gradient [D] as statistics are.
 
-    With `reuse` the product takes the place of the mask, which nobody reads again. No schema says so: only who calls
-    this function without the dispatcher may ask for it.
+    With `reuse` the product takes the place of a mask of its dtype, which nobody reads again. No schema says so: only
+    who calls this function without the dispatcher may ask for it.
 
     Also hands `pending`, what the pull of this forward needs, to the layer whose number stands in its ticket. That is
     part of this operator because it must happen once per backward, also in a compiled one.
@@ -382,18 +451,19 @@ def masked_gradient(
         owner.receive(list(pending), compiled)
     soft = gradient_mask == "soft"
     masked, bias_gradient = stage("gradient", backend)(
-        _float(grad_output),
+        grad_output,
         mask if soft else None,
         winner if gradient_mask == "winner_take_all" else None,
-        mask if soft and reuse else None,
+        mask if soft and reuse and mask.dtype == dtype else None,
+        dtype,
     )
     return (masked.clone() if masked is grad_output else masked), bias_gradient
 
 
 @_fake
-def masked_gradient_fake(grad_output, mask, winner, gradient_mask, pending, compiled, reuse, backend):
-    masked = torch.empty_like(_float(grad_output), memory_format=torch.contiguous_format)
-    return masked, masked.new_empty(grad_output.shape[1])
+def masked_gradient_fake(grad_output, mask, winner, gradient_mask, dtype, pending, compiled, reuse, backend):
+    masked = torch.empty_like(grad_output, dtype=dtype, memory_format=torch.contiguous_format)
+    return masked, masked.new_empty(grad_output.shape[1], dtype=_exact(grad_output.dtype))
 
 
 _CHOICES = (
@@ -403,16 +473,18 @@ _CHOICES = (
 
 
 @_operator(
-    "(Tensor(a!) weight, Tensor(b!)? som_offset, Tensor(c!) step, Tensor som_strength, float som_lr, "
+    "(Tensor(a!) weight, Tensor(b!)? som_offset, Tensor(c!) step, Tensor som_strength, Tensor som_lr, "
     + _CHOICES
-    + ") -> ()"
+    + ") -> ()",
+    host=True,
 )
 def targets_pull_(
-    weight: Tensor, som_offset: Tensor | None, step: Tensor, som_strength: Tensor, som_lr: float, *choices: Any
+    weight: Tensor, som_offset: Tensor | None, step: Tensor, som_strength: Tensor, som_lr: Tensor, *choices: Any
 ) -> None:
     """Steps 9a to 13: the pull, in place on weight [D, N] or, where there is one, on som_offset; step advances by one.
 
-    Not for low-precision weights.
+    som_lr is a scalar in the dtype and on the device of weight, so that a CUDA graph reads it anew in every replay. Not
+    for low-precision weights.
     """
     *choices, backend = choices
     arguments = weight, som_offset, som_strength, som_lr, *choices

@@ -240,26 +240,31 @@ def targets(
 
 
 def targets_pull_(
-    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: float, *choices: Tensor | str
+    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: Tensor, *choices: Tensor | str
 ) -> None:
     """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight, or on som_offset where there is one."""
     increment = targets(*choices).sub_(weight)
     if som_offset is not None:
         increment.sub_(som_offset)
     destination = weight if som_offset is None else som_offset
-    destination.add_(increment.mul_(som_strength[:, None]), alpha=som_lr)
+    destination.addcmul_(increment.mul_(som_strength[:, None]), som_lr)
 
 
 def gradient(
-    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None = None
+    grad_output: Tensor,
+    mask: Tensor | None,
+    winner: Tensor | None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, and its sum [D]."""
+    """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, rounded to `dtype`; its sum [D]."""
+    grad_output = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
     if winner is not None:
         won = winner[:, None]
         masked = torch.zeros_like(grad_output).scatter_(1, won, grad_output.gather(1, won))
     else:
         masked = grad_output if mask is None else torch.mul(grad_output, mask, out=out)
-    return masked, masked.sum(dim=0)
+    return masked.to(dtype or masked.dtype), masked.sum(dim=0)
 
 
 def rank(key: Tensor) -> Tensor:

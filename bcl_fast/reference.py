@@ -312,29 +312,35 @@ def targets(
 
 
 def targets_pull_(
-    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: float, *choices: Tensor | str
+    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: Tensor, *choices: Tensor | str
 ) -> None:
     """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight [D, N] or, if there is one, som_offset.
 
-    `choices` are the arguments of `targets`; som_strength [D].
+    `choices` are the arguments of `targets`; som_strength [D], som_lr a scalar in the dtype of the weight.
     """
     stands = weight if som_offset is None else weight + som_offset
     destination = weight if som_offset is None else som_offset
-    destination.add_(som_increment(stands, targets(*choices), som_strength), alpha=som_lr)
+    destination.addcmul_(som_increment(stands, targets(*choices), som_strength), som_lr)
 
 
 def gradient(
-    grad_output: Tensor, mask: Tensor | None, winner: Tensor | None, out: Tensor | None = None
+    grad_output: Tensor,
+    mask: Tensor | None,
+    winner: Tensor | None,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stage `gradient` (step 12): the masked gradient [B, D] and its sum over samples [D].
 
     mask [B, D] is G; winner [B] stands for the one-hot G of `winner_take_all`; neither means all ones. out, which may
-    be the mask itself, is where the product with a mask goes.
+    be the mask itself, is where the product with a mask goes. Computed in float32 or wider; the masked gradient is then
+    rounded to `dtype`, the one its products want (None: as computed), its sum is not.
     """
+    grad_output = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
     if winner is not None:
         mask = torch.zeros_like(grad_output).scatter_(1, winner[:, None], 1.0)
     masked = grad_output if mask is None else torch.mul(grad_output, mask, out=out)
-    return masked, masked.sum(dim=0)
+    return masked.to(dtype or masked.dtype), masked.sum(dim=0)
 
 
 def rank(key: Tensor) -> Tensor:

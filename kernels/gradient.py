@@ -25,17 +25,17 @@ def _gradient_kernel(grad_output_ptr, mask_ptr, winner_ptr, masked_ptr, total_pt
         if HAS_WINNER:
             masked *= (tl.load(winner_ptr + b, b < B, other=-1) == d).to(tl.float32)
         if HAS_MASKED:  # may be the mask's storage: every element is read here before it is written
-            tl.store(masked_ptr + b * D + d, masked, inside)
+            tl.store(masked_ptr + b * D + d, masked.to(masked_ptr.dtype.element_ty), inside)
         total += masked
     tl.store(total_ptr + split * D + d, tl.sum(total, 0, keep_dims=True), d < D)
 
 
 def _splits(B: int, column_tiles: int, BLOCK_B: int) -> tuple[int, int]:
     """How many programs share a column tile, and the rows of each, a multiple of BLOCK_B."""
-    row_tiles = triton.cdiv(B, BLOCK_B)
-    wanted = min(triton.cdiv(PROGRAMS, column_tiles), triton.cdiv(row_tiles, LEAST_TILES))
-    tiles = triton.cdiv(row_tiles, wanted)
-    return triton.cdiv(row_tiles, tiles), tiles * BLOCK_B
+    row_tiles = -(-B // BLOCK_B)  # triton.cdiv takes microseconds on the host
+    wanted = min(-(-PROGRAMS // column_tiles), -(-row_tiles // LEAST_TILES))
+    tiles = -(-row_tiles // wanted)
+    return -(-row_tiles // tiles), tiles * BLOCK_B
 
 
 def gradient(
@@ -43,17 +43,19 @@ def gradient(
     mask: torch.Tensor | None,
     winner: torch.Tensor | None,
     out: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """grad_output [B, D] any strides; mask [B, D] float32 or winner [B] int64 or neither -> masked [B, D], sum [D].
 
-    Both float32. masked is written to `out`, which may be the mask, or to storage of its own.
+    Computed and summed in float32. masked is rounded to `dtype` (None: float32) and written to `out`, which is of that
+    dtype and may be the mask, or to storage of its own.
     """
     (B, D), device = grad_output.shape, grad_output.device
-    masked = torch.empty(B, D, dtype=torch.float32, device=device) if out is None else out
+    masked = torch.empty(B, D, dtype=dtype or torch.float32, device=device) if out is None else out
     total = torch.empty(D, dtype=torch.float32, device=device)
-    BLOCK_D = min(128, triton.next_power_of_2(D))
+    BLOCK_D = min(128, 1 << (D - 1).bit_length())
     BLOCK_B = TILE // BLOCK_D
-    columns = triton.cdiv(D, BLOCK_D)
+    columns = -(-D // BLOCK_D)
     S, rows = _splits(B, columns, BLOCK_B)
     partial = total if S == 1 else torch.empty(S, D, dtype=torch.float32, device=device)
     _gradient_kernel[columns, S](
@@ -62,7 +64,7 @@ def gradient(
     )  # fmt: skip
     if S > 1:  # the sum of the partial sums, in one fixed order
         _gradient_kernel[columns, 1](
-            partial, None, None, None, total, S, D, triton.cdiv(S, BLOCK_B) * BLOCK_B, D, 1,
+            partial, None, None, None, total, S, D, -(-S // BLOCK_B) * BLOCK_B, D, 1,
             False, False, False, BLOCK_B, BLOCK_D,
         )  # fmt: skip
     return masked, total

@@ -74,7 +74,7 @@ def _listed(position, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr
 @triton.jit(do_not_specialize=["chunk", "chunks", "r"])
 def _pull_kernel(
     destination_ptr, weight_ptr, som_strength_ptr, step_ptr, x_ptr, start_ptr, row_ptr, pull_ptr,
-    rescue_rows_ptr, rescue_weight_ptr, winner_share_ptr, som_lr, N, chunk, chunks, r,
+    rescue_rows_ptr, rescue_weight_ptr, winner_share_ptr, som_lr_ptr, N, chunk, chunks, r,
     stride_d, stride_n, weight_stride_d, weight_stride_n, x_stride_b, x_stride_n,
     MAX_CHUNKS: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def _pull_kernel(
         gap = target - stands
         if weight_ptr is not None:  # the destination is an offset of this weight
             gap -= tl.load(weight_ptr + d * weight_stride_d + n * weight_stride_n, n < N, other=0.0)
-        target = stands + som_lr * (tl.load(som_strength_ptr + d) * gap)
+        target = stands + tl.load(som_lr_ptr) * (tl.load(som_strength_ptr + d) * gap)
     tl.store(destination_ptr + place, target, n < N)
     if step_ptr is not None:
         if tl.program_id(0) + tl.program_id(1) == 0:
@@ -129,11 +129,14 @@ def _takes_whole_batch(x: torch.Tensor, rescue_rows: torch.Tensor) -> bool:
 
 def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair_pull, rescue_rows, rescue_weight,
           winner_share):  # fmt: skip
-    """Targets into destination [D, N], or, given som_strength, a step toward them; a large whole batch is left out."""
+    """Targets into destination [D, N], or, given som_strength and som_lr, a step toward them.
+
+    A large whole batch is left out.
+    """
     (B, N), D, k = x.shape, winner_share.shape[0], pair_feature.shape[1]
     r = 0 if _takes_whole_batch(x, rescue_rows) else rescue_rows.shape[1]
-    chunk_rows = max(CHUNK_ROWS, triton.cdiv(B, MAX_CHUNKS))
-    chunk, chunks = chunk_rows * k, triton.cdiv(B, chunk_rows)
+    chunk_rows = max(CHUNK_ROWS, -(-B // MAX_CHUNKS))  # triton.cdiv takes microseconds on the host
+    chunk, chunks = chunk_rows * k, -(-B // chunk_rows)
     cursor = torch.empty(chunks, D, dtype=torch.int32, device=x.device)
     start = torch.empty(D + 1, chunks, dtype=torch.int32, device=x.device)
     row = torch.empty(B * k, dtype=torch.int64, device=x.device)
@@ -141,9 +144,9 @@ def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair
     _pairs_kernel[(chunks,)](
         pair_feature.contiguous(), pair_pull.contiguous(), cursor, start, row, pull, B * k, chunk, chunks, D,
         k, STREAM, TILE, COMPARE, num_warps=8, num_stages=1)  # fmt: skip
-    BLOCK_N = min(MAX_BLOCK_N, triton.next_power_of_2(N))
+    BLOCK_N = min(MAX_BLOCK_N, 1 << (N - 1).bit_length())
     weight_stride = (0, 0) if weight is None else weight.stride()
-    _pull_kernel[D, triton.cdiv(N, BLOCK_N)](
+    _pull_kernel[D, -(-N // BLOCK_N)](
         destination, weight, som_strength, step, x, start, row, pull,
         rescue_rows.contiguous(), rescue_weight.contiguous(), winner_share.contiguous(), som_lr, N, chunk, chunks, r,
         *destination.stride(), *weight_stride, *x.stride(), MAX_CHUNKS, GATHER, BLOCK_N, num_warps=1)  # fmt: skip
@@ -164,7 +167,7 @@ def targets(
     winner_share [D] float32 -> [D, N] float32.
     """
     target = torch.empty(winner_share.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
-    _pull(target, None, None, 0.0, None, x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share)
+    _pull(target, None, None, None, None, x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share)
     if _takes_whole_batch(x, rescue_rows):
         pull = torch.empty_like(rescue_weight).scatter_(1, rescue_rows, rescue_weight * (1 - winner_share)[:, None])
         target.addmm_(pull, x.float())
@@ -181,7 +184,7 @@ def targets_pull_(
     weight: torch.Tensor,
     som_offset: torch.Tensor | None,
     som_strength: torch.Tensor,
-    som_lr: float,
+    som_lr: torch.Tensor,
     x: torch.Tensor,
     pair_feature: torch.Tensor,
     pair_pull: torch.Tensor,
@@ -193,8 +196,8 @@ def targets_pull_(
 ) -> None:
     """One pull, in place on weight or, if there is one, on som_offset; step, if given, goes on by one.
 
-    weight and som_offset [D, N] float32 of any strides, som_strength [D] float32, step int64 scalar; the rest as in
-    `targets`.
+    weight and som_offset [D, N] float32 of any strides, som_strength [D] float32, som_lr a float32 and step an int64
+    scalar; the rest as in `targets`.
     """
     choices = x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share
     destination, other = (weight, None) if som_offset is None else (som_offset, weight)
@@ -204,6 +207,6 @@ def targets_pull_(
     gap = targets(*choices, target_projection).sub_(weight)
     if som_offset is not None:
         gap.sub_(som_offset)
-    destination.addcmul_(gap, som_strength[:, None], value=som_lr)
+    destination.addcmul_(gap.mul_(som_strength[:, None]), som_lr)
     if step is not None:
         step.add_(1)

@@ -103,6 +103,7 @@ def arguments(sizes: Sizes, device: str = "meta") -> SimpleNamespace:
         rescue_weight=real(D, min(r, B)),
         winner_share=real(D),
         som_strength=real(D),
+        som_lr=torch.full((), 0.1, device=device),
         grad_output=real(B, D, dtype=dtype),
         mask=real(B, D),
         step=number(50),
@@ -147,8 +148,8 @@ CALLS: dict[str, dict[str, Call]] = {
     },
     "targets_pull": {
         "targets": lambda m, a: m.targets(*choices(a), "none"),
-        "weight": lambda m, a: m.targets_pull_(a.weight, None, a.som_strength, 0.1, *choices(a), "none", a.step),
-        "offset": lambda m, a: m.targets_pull_(a.weight, a.offset, a.som_strength, 0.1, *choices(a), "none", None),
+        "weight": lambda m, a: m.targets_pull_(a.weight, None, a.som_strength, a.som_lr, *choices(a), "none", a.step),
+        "offset": lambda m, a: m.targets_pull_(a.weight, a.offset, a.som_strength, a.som_lr, *choices(a), "none", None),
     },
     "gradient": {
         "mask": lambda m, a: m.gradient(a.grad_output, a.mask, None, a.mask),

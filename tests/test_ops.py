@@ -2,6 +2,8 @@
 
 import gc
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,13 +40,70 @@ def test_opcheck_statistics(backend, config):
     torch.library.opcheck(torch.ops.bcl_fast.statistics_.default, statistics_arguments(backend, config))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_opcheck_product(bias, dtype):
+    x, weight, c = columns("random", B, N), columns("random", D, N, seed=1), columns("random", 1, D, seed=2)[0]
+    arguments = x, weight, c if bias else None, dtype
+    torch.library.opcheck(torch.ops.bcl_fast.product.default, arguments)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    rounded = [None if t is None else t.to(dtype).double() for t in arguments[:3]]
+    result = torch.ops.bcl_fast.product(*arguments)
+    torch.testing.assert_close(result, torch.nn.functional.linear(*rounded).to(exact))
+
+
+def test_what_happens_on_the_host_is_kept_out_of_a_compiler_s_cuda_graphs():
+    """The pull is handed over, and counters are remembered, in Python: a replay would leave that out."""
+    tagged = {
+        name for name in ops._functions
+        if torch.Tag.cudagraph_unsafe in getattr(torch.ops.bcl_fast, name).default.tags
+    }  # fmt: skip
+    assert tagged == {"statistics_", "masked_gradient", "targets_pull_"}
+    assert set(ops._functions) - tagged == {"product", "som_increment"}  # functions of their arguments alone
+
+
+def test_an_operator_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device: a layer on another one would read memory that is not there."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
+    for device, expected in (("cpu", []), ("cuda:0", []), ("cuda:1", [torch.device("cuda:1")])):
+        like = SimpleNamespace(device=torch.device(device))
+        assert ops._call(lambda *arguments: arguments, like, 2) == (like, 2)
+        assert entered == expected
+
+
+def captured(monkeypatch):
+    """From now on the host believes that what it launches goes into a CUDA graph."""
+    monkeypatch.setattr(ops, "capturing", lambda device: True)
+
+
+@backend
+def test_a_capture_of_what_is_counted_on_the_host_raises(monkeypatch, backend):
+    """A graph would keep whether neighbours were due at its capture, and the number of the step."""
+    arguments = statistics_arguments(backend, ops.BCLConfig())
+    captured(monkeypatch)
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' counts steps on the host.*'triton' or 'cuda'"):
+        torch.ops.bcl_fast.statistics_(*arguments)
+    with pytest.raises(RuntimeError, match="counts steps on the host"):
+        ops.advance_(torch.tensor(3), backend)
+
+
+def test_a_capture_of_what_is_counted_on_the_device_goes_on(monkeypatch):
+    captured(monkeypatch)
+    for backend in ops.REFRESH:
+        step = torch.tensor(3)
+        ops.advance_(step, backend)
+        assert int(step) == 4
+
+
 @backend
 @pytest.mark.parametrize("kind", ["soft", "winner_take_all", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_opcheck_masked_gradient(backend, kind, dtype):
     _, mask, winner, left = pending(backend, ops.BCLConfig(gradient_mask=kind), torch.float64 if dtype.itemsize == 8
                                     else torch.float32)  # fmt: skip
-    arguments = columns("random", B, D).to(dtype), mask, winner, kind, left, False, False, backend
+    arguments = columns("random", B, D).to(dtype), mask, winner, kind, dtype, left, False, False, backend
     torch.library.opcheck(torch.ops.bcl_fast.masked_gradient.default, arguments)
 
 
@@ -54,7 +113,7 @@ def test_opcheck_pull_and_increment(backend, offset):
     (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig())
     som_offset = torch.zeros_like(weight) if offset else None
     tail = x, *choices, "none", backend
-    pull = weight, som_offset, torch.tensor(3), strength, 0.1, *tail
+    pull = weight, som_offset, torch.tensor(3), strength, torch.tensor(0.1), *tail
     torch.library.opcheck(torch.ops.bcl_fast.targets_pull_.default, pull)
     torch.library.opcheck(torch.ops.bcl_fast.som_increment.default, (weight, som_offset, strength, *tail))
 
@@ -65,7 +124,7 @@ def test_increment_is_the_pull_before_its_step_size(backend):
     tail = x, *choices, "none", backend
     expected = weight + 0.1 * torch.ops.bcl_fast.som_increment(weight, None, strength, *tail)
     step = torch.tensor(3)
-    torch.ops.bcl_fast.targets_pull_(weight, None, step, strength, 0.1, *tail)
+    torch.ops.bcl_fast.targets_pull_(weight, None, step, strength, torch.tensor(0.1, dtype=weight.dtype), *tail)
     torch.testing.assert_close(weight, expected)
     assert int(step) == 4
 
@@ -125,12 +184,32 @@ def test_backends_say_why_not(monkeypatch):
 
 def test_float64_on_a_gpu_is_not_served_by_triton_and_says_so():
     ops._fastest.cache_clear()
-    assert ops.resolve_backend(True, None, "cuda") == "triton"
+    assert ops.resolve_backend(True, None, "cuda") == "triton"  # here the CUDA library runs on the host
     with pytest.warns(UserWarning, match="'portable' serves, slower than 'triton' would: it computes in float32"):
         assert ops.resolve_backend(True, None, "cuda", torch.float64) == "portable"
     with pytest.raises(ValueError, match="backend='triton' cannot serve on 'cuda': it computes in float32"):
         ops.resolve_backend(True, "triton", "cuda", torch.float64)
     ops._fastest.cache_clear()
+
+
+def test_on_a_gpu_the_cuda_library_serves_where_it_was_built(monkeypatch):
+    for built, expected in ((None, "cuda"), ("no nvcc was there", "triton")):
+        monkeypatch.setattr(cuda, "missing", lambda device_type, built=built: built)
+        ops._fastest.cache_clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # which of the two is faster is not known
+            assert ops.resolve_backend(True, None, "cuda") == expected
+    ops._fastest.cache_clear()
+
+
+def test_within_cuda_sizes_decide_per_stage(monkeypatch):
+    came = []
+    monkeypatch.setattr(ops, "_function", lambda module, name: lambda *arguments: came.append(module))
+    monkeypatch.setattr(ops, "stage", ops.stage.__wrapped__)  # past its cache
+    monkeypatch.setitem(ops.CUDA_FROM, "rank", (B, D))
+    for samples, features in ((B, D), (B + 1, D + 1), (B - 1, D), (B, D - 1)):
+        ops.stage("rank", "cuda")(torch.ones(samples, features))
+    assert came == ["cuda", "cuda", "kernels.selection", "kernels.selection"]
 
 
 def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):

@@ -221,10 +221,10 @@ def test_step_13_pull_moves_the_weight_or_the_offset():
     x, empty = tensor([[1.0, 3.0]]), torch.zeros(1, 0)
     choices = (x, empty.long(), empty, tensor([[0], [0]]), torch.ones(2, 1), torch.zeros(2), "none")  # target = x
     weight, offset, strength = torch.zeros(2, 2), torch.ones(2, 2), tensor([1.0, 0.5])
-    ref.targets_pull_(weight, None, strength, 0.1, *choices)
+    ref.targets_pull_(weight, None, strength, torch.tensor(0.1), *choices)
     close(weight, tensor([[0.1, 0.3], [0.05, 0.15]]))
     weight.zero_()
-    ref.targets_pull_(weight, offset, strength, 0.1, *choices)
+    ref.targets_pull_(weight, offset, strength, torch.tensor(0.1), *choices)
     assert weight.count_nonzero() == 0
     close(offset, tensor([[1.0, 1.2], [1.0, 1.1]]))
 

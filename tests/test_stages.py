@@ -213,7 +213,7 @@ def test_targets_and_pull(backend, B, D, N, dtype, projection):
             offset = columns("random", D, N, dtype, seed=10).to(cast) if in_offset else None
             exact = doubled([strength, *arguments]) if cast == torch.float64 else [strength, *arguments]
             before = weight.clone()
-            stage("targets_pull_", name)(weight, offset, exact[0], 0.1, *exact[1:])
+            stage("targets_pull_", name)(weight, offset, exact[0], torch.tensor(0.1, dtype=cast), *exact[1:])
             assert not in_offset or weight.equal(before)
             results.append(offset if in_offset else weight)
         assert relative_error(results[0], results[2]) <= budget(results[1], results[2])
@@ -250,6 +250,18 @@ def test_gradient(backend, B, D, N, dtype):
     place = mask.clone()
     masked, _ = stage("gradient", backend)(grad, place, None, place)
     assert masked.equal(place) and place.equal(grad * mask)
+
+
+@over_backends(stage="gradient")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_in_the_dtype_of_its_products(backend, dtype):
+    """Low-precision gradients are masked and summed in float32, and rounded once."""
+    grad, mask = columns("random", 37, 19).to(dtype), columns("random", 37, 19, seed=1).sigmoid()
+    for soft, expected in ((mask, grad.float() * mask), (None, grad.float())):
+        masked, bias = stage("gradient", backend)(grad, soft, None, None, dtype)
+        assert masked.dtype == dtype and masked.equal(expected.to(dtype))
+        assert bias.dtype == torch.float32 and relative_error(bias, expected.double().sum(dim=0)) <= 1e-6
+    assert stage("gradient", backend)(grad, mask, None)[0].equal(grad.float() * mask)
 
 
 @cases("neighbours", dtypes=DTYPES[:1])

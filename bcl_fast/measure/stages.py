@@ -44,7 +44,7 @@ def stage_calls(
         "competition": competing,
         "inverse_norm": (x,),
         "selection": chosen,
-        "targets_pull_": (weight.clone(), None, som_strength, 1.0, *choices),
+        "targets_pull_": (weight.clone(), None, som_strength, weight.new_tensor(1.0), *choices),
         "gradient": (grad_output, R, None),
         "rank": (activation,),
     }
