@@ -5,10 +5,11 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
+from .capture import graphed
 from .layer import BCLLayer, attach_bcl
 from .spec import PRESETS, BCLConfig
 
-__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl"]
+__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl", "graphed"]
 __version__ = "0.1.0"
 
 

@@ -1,0 +1,388 @@
+"""`bcl_fast.graphed`, and what a layer says to a capture, without a GPU: what stands for a graph calls its function.
+
+tests/test_gpu.py captures in earnest.
+"""
+
+import copy
+
+import pytest
+import torch
+from test_layer import backends, batch, make, same, state
+from torch import nn
+
+from bcl_fast import BCLLayer, capture, graphed, ops
+
+OPTIMIZERS = {
+    "SGD": dict(lr=0.05),
+    "SGD-momentum": dict(lr=0.05, momentum=0.9, dampening=0.5, nesterov=False),  # its first step is not like the others
+    "Adam": dict(lr=0.01),
+    "RMSprop": dict(lr=0.01, momentum=0.5, centered=True),
+    "Rprop": dict(lr=0.01),
+    "Adadelta": dict(lr=0.5),
+}
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch):
+    """Models may lie on the CPU, counters on the host, and a graph is the function that it would have recorded.
+
+    As in a graph, what the function leaves goes to where it went at the capture: the loss and the gradients.
+    """
+
+    def record(device, function):
+        loss = function()
+        owner = function.__self__
+        gradients = {p: p.grad for p in owner._model.parameters()}
+
+        def replay():
+            loss.copy_(function())
+            for parameter, gradient in gradients.items():
+                if gradient is not None and parameter.grad is not gradient:
+                    gradient.copy_(parameter.grad)
+                    parameter.grad = None  # a graph sets nothing in Python
+
+        return replay, loss
+
+    monkeypatch.setattr(capture, "_aside", lambda device, function: function())
+    monkeypatch.setattr(capture, "_record", record)
+    monkeypatch.setattr(capture, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(ops, "REFRESH", {**ops.REFRESH, "portable": "portable"})
+    stage = ops.stage.__wrapped__
+    monkeypatch.setattr(ops, "stage", lambda name, backend: refresh_ if name == "refresh_" else stage(name, backend))
+
+
+def refresh_(weight, neighbors, step, refreshed_at, recompute_every):
+    """The refresh as `triton` has it, on a backend that can be run here."""
+    if int(step) % recompute_every == 0 and int(refreshed_at) != int(step):
+        neighbors.copy_(ops.stage("neighbours", "portable")(weight, neighbors.shape[1]))
+        refreshed_at.copy_(step)
+
+
+@pytest.fixture(autouse=True)
+def pulls_on_the_device(monkeypatch):
+    """`targets_pull_` of these backends also counts the step."""
+    from bcl_fast import portable
+
+    stock = portable.targets_pull_
+
+    def targets_pull_(*arguments):
+        *arguments, step = arguments
+        stock(*arguments)
+        step.add_(1)
+
+    monkeypatch.setattr(portable, "targets_pull_", targets_pull_)
+
+
+def network(**options):
+    return nn.Sequential(
+        make("portable", recompute_every=2, **options), nn.Tanh(), nn.BatchNorm1d(11), nn.Linear(11, 3)
+    )
+
+
+def loss_function(model, x, target):
+    return (nn.functional.dropout(model(x), 0.2) - target).square().mean()
+
+
+def examples(seed=7):
+    return batch(seed=seed), batch(seed=seed + 1)[:, :3]
+
+
+def optimizer_of(model, name):
+    return getattr(torch.optim, name.partition("-")[0])(model.parameters(), **OPTIMIZERS[name])
+
+
+def eager(model, optimizer, inputs):
+    optimizer.zero_grad()
+    loss = loss_function(model, *inputs)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def numbers(model, optimizer):
+    """Every number of a training: parameters, buffers, gradients and the optimizer's state."""
+    found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    found |= {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for i, one in enumerate(optimizer.state.values()):
+        found |= {f"state {i} {key}": value for key, value in one.items() if torch.is_tensor(value)}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["new", "begun"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_calls_are_eager_steps_bit_by_bit(name, begun):
+    model = network()
+    optimizer = optimizer_of(model, name)
+    torch.manual_seed(1)
+    if begun:
+        eager(model, optimizer, examples(3))
+    twin = copy.deepcopy(model)
+    twin_optimizer = optimizer_of(twin, name)
+    twin_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    generator = torch.get_rng_state()
+    before = numbers(model, optimizer)
+    step = graphed(model, loss_function, optimizer, *examples())
+    after = numbers(model, optimizer)
+    assert same(
+        {n: v for n, v in before.items() if "gradient" not in n},
+        {n: v for n, v in after.items() if "gradient" not in n},
+    )
+    assert torch.get_rng_state().equal(generator)
+    losses = [step(*examples(seed)) for seed in range(5)]
+    expected = numbers(model, optimizer)
+    torch.set_rng_state(generator)
+    assert losses == [eager(twin, twin_optimizer, examples(seed)) for seed in range(5)]
+    assert same(expected, numbers(twin, twin_optimizer))
+    assert int(model[0].step) == 5 + begun
+
+
+def test_the_optimizer_may_hold_more_than_the_model_and_less():
+    model, head = network(), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD([*model[0].parameters(), *head.parameters()], lr=0.1, momentum=0.9)
+    twins = copy.deepcopy((model, head))
+    twin_optimizer = torch.optim.SGD([*twins[0][0].parameters(), *twins[1].parameters()], lr=0.1, momentum=0.9)
+    model[3].weight.grad = torch.ones_like(model[3].weight)
+    twins[0][3].weight.grad = torch.ones_like(model[3].weight)
+    inputs = examples()
+    step = graphed(model, lambda model, x, y: (head(model(x)) - y).abs().mean(), optimizer, *inputs)
+    for _ in range(3):
+        step(*inputs)
+        twin_optimizer.zero_grad()
+        (twins[1](twins[0](inputs[0])) - inputs[1]).abs().mean().backward()
+        twin_optimizer.step()
+    assert same(numbers(model, optimizer), numbers(twins[0], twin_optimizer))
+    assert head.weight.equal(twins[1].weight)
+    assert model[3].weight.grad.equal(twins[0][3].weight.grad)  # nobody drops it: it adds up
+
+
+def test_som_lr_follows_a_schedule_from_zero():
+    model, inputs = network(som_lr=0.0), examples()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (model, twin)]
+    step = graphed(model, lambda model, x, y: (model(x) - y).square().mean(), optimizers[0], *inputs)
+    for som_lr in (0.0, 0.1, 0.3):
+        model[0].som_lr = twin[0].som_lr = som_lr
+        step(*inputs)
+        optimizers[1].zero_grad()
+        (twin(inputs[0]) - inputs[1]).square().mean().backward()
+        optimizers[1].step()
+    assert same(state(model), state(twin))
+
+
+def test_a_bound_optimizer_pulls_in_its_step():
+    model, inputs = network(), examples()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].bind_optimizer(optimizer)
+    before = model[0].weight.detach().clone()
+    step = graphed(model, loss_function, optimizer, *inputs)
+    assert model[0].weight.equal(before)
+    step(*inputs)
+    assert int(model[0].step) == 1 and not model[0].weight.equal(before)
+
+
+CHANGES = {
+    "frozen": (lambda m, o: setattr(m[0], "frozen", True), r"model\.0\.frozen is True and was False"),
+    "mode": (lambda m, o: m[2].eval(), r"model\.2\.training is False and was True"),
+    "observers": (lambda m, o: setattr(m[0], "_observers", (print,)), r"model\.0's number of observers is 1 and was 0"),
+    "learning rate": (lambda m, o: o.param_groups[0].update(lr=0.5), r"param_groups\[0\]\['lr'\] is 0\.5 and was 0\.1"),
+    "weight decay": (lambda m, o: o.param_groups[0].update(weight_decay=1), r"\['weight_decay'\] is 1 and was 0"),
+    "parameter": (lambda m, o: setattr(m[3], "bias", nn.Parameter(torch.ones(3))), r"model\.3\.bias is another tensor"),
+    "buffer": (lambda m, o: m[0].register_buffer("step", torch.tensor(0)), r"model\.0\.step is another tensor"),
+    "frozen weight": (
+        lambda m, o: m[3].weight.requires_grad_(False),
+        r"model\.3\.weight is .*requires_grad=False\) and was",
+    ),
+    "optimizer's state": (
+        lambda m, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+        r"optimizer\.state of .* is another tensor",
+    ),
+    "group": (lambda m, o: o.add_param_group({"params": [nn.Parameter(torch.ones(1))]}), r"param_groups\[1\]"),
+    "binding": (lambda m, o: m[0].bind_optimizer(o), r"model\.0's being bound to the optimizer is True and was False"),
+}
+
+
+@pytest.mark.parametrize("called", [0, 1, 2])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_that_the_graph_cannot_see_raises_at_the_next_step(what, called):
+    model, inputs = network(), examples()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    step = graphed(model, loss_function, optimizer, *inputs)
+    for _ in range(called):
+        step(*inputs)
+    if what == "optimizer's state" and not called:
+        return  # there is none yet, nothing is replaced
+    change, message = CHANGES[what]
+    change(model, optimizer)
+    before = numbers(model, optimizer)
+    with pytest.raises(RuntimeError, match=message + r".*: call bcl_fast\.graphed again"):
+        step(*inputs)
+    assert same(before, numbers(model, optimizer))
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number on the host."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        state = self.state[self.param_groups[0]["params"][0]]
+        state["count"] = state.get("count", 0) + 1
+
+
+class Replacing(torch.optim.SGD):
+    """Makes its state anew in every step."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["mean"] = 0.9 * self.state[parameter].get("mean", 0.0) + parameter.detach()
+
+
+@pytest.mark.parametrize(
+    "kind, change", [(Counting, r"'count', is 4 and was 3"), (Replacing, r"'mean', is another tensor")]
+)
+def test_an_optimizer_that_no_graph_can_hold_is_refused_and_all_is_as_before(kind, change):
+    model = network()
+    optimizer = kind(model.parameters(), lr=0.1)
+    before = numbers(model, optimizer)
+    with pytest.raises(RuntimeError, match=f"optimizer.state of .*{change}: a step changes it on the host"):
+        graphed(model, loss_function, optimizer, *examples())
+    after = {name: value for name, value in numbers(model, optimizer).items() if "gradient" not in name}
+    assert same(before, after) and not optimizer.state
+
+
+def test_an_error_in_the_loss_leaves_all_as_before():
+    model = network()
+    optimizer, before = torch.optim.Adam(model.parameters()), state(model)
+    calls = []
+
+    def failing(model, x, target):
+        calls.append(x)
+        if len(calls) == 3:
+            raise ZeroDivisionError
+        return loss_function(model, x, target)
+
+    with pytest.raises(ZeroDivisionError):
+        graphed(model, failing, optimizer, *examples())
+    assert same(before, state(model)) and not optimizer.state
+
+
+def test_bad_arguments():
+    model, inputs = network(), examples()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for arguments, error, message in [
+        (
+            (loss_function, loss_function, optimizer, *inputs),
+            TypeError,
+            "model must be a torch.nn.Module, got function",
+        ),
+        ((model, None, optimizer, *inputs), TypeError, "loss_function must be callable, got None"),
+        ((model, loss_function, "adam", *inputs), TypeError, "optimizer must be a torch.optim.Optimizer, got str"),
+        ((model, loss_function, optimizer, inputs[0], 3), TypeError, r"examples\[1\] must be a tensor .*, got int"),
+        (
+            (model, loss_function, optimizer, batch().requires_grad_()),
+            ValueError,
+            r"examples\[0\] must not need a gradient",
+        ),
+        (
+            (model, lambda *a: 1.0, optimizer, *inputs),
+            TypeError,
+            "loss_function must return a scalar tensor .* got float",
+        ),
+        ((model, lambda m, x, y: m(x), optimizer, *inputs), TypeError, r"loss_function must return .* got \[17, 3\]"),
+        ((nn.ReLU(), loss_function, optimizer), ValueError, "model must have parameters, got none"),
+    ]:
+        with pytest.raises(error, match=message):
+            graphed(*arguments)
+    with pytest.raises(ValueError, match="warmup must be an integer >= 1, got 0"):
+        graphed(model, loss_function, optimizer, *inputs, warmup=0)
+    other = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[0].bind_optimizer(other)
+    with pytest.raises(
+        ValueError, match=r"optimizer must be the one that model\.0 is bound to, got another than its SGD"
+    ):
+        graphed(model, loss_function, optimizer, *inputs)
+    with model[0].observe(print), pytest.raises(RuntimeError, match=r"model\.0 is being observed"):
+        graphed(model, loss_function, other, *inputs)
+
+
+def test_what_is_not_on_one_gpu_is_refused(monkeypatch):
+    model, inputs = network(), examples()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr(capture, "DEVICE_TYPE", "cuda")
+    with pytest.raises(ValueError, match=r"model\.0\.weight must be on one CUDA device .*, got cpu"):
+        graphed(model, loss_function, optimizer, *inputs)
+    monkeypatch.setattr(capture, "DEVICE_TYPE", "cpu")
+    with pytest.raises(ValueError, match=r"examples\[1\] must be on one CUDA device .*, got meta"):
+        graphed(model, loss_function, optimizer, inputs[0], inputs[1].to("meta"))
+    model[0] = BCLLayer(13, 11, backend="reference")
+    with pytest.raises(ValueError, match=r"model\.0 must have the backend 'triton' or 'cuda'.*, got 'reference'"):
+        graphed(model, loss_function, optimizer, *inputs)
+    monkeypatch.setattr(capture, "ranks", lambda: 4)
+    with pytest.raises(RuntimeError, match="the steps of one rank, and this process group has 4"):
+        graphed(model, loss_function, optimizer, *inputs)
+
+
+def test_bad_inputs_change_nothing():
+    model, inputs = network(), examples()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = graphed(model, loss_function, optimizer, *inputs)
+    before = numbers(model, optimizer)
+    for given, error, message in [
+        (inputs[:1], TypeError, "inputs must be 2 tensors as the examples are, got 1"),
+        ((inputs[0], 2.0), TypeError, r"inputs\[1\] must be a tensor"),
+        ((inputs[0][:5], inputs[1]), ValueError, r"inputs\[0\] must have shape \[17, 13\] .*got \[5, 13\]"),
+        ((inputs[0].double(), inputs[1]), ValueError, r"inputs\[0\] must have .*float32.*got .*float64"),
+    ]:
+        with pytest.raises(error, match=message):
+            step(*given)
+    assert same(before, numbers(model, optimizer))
+
+
+# --- A capture of the user's own -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    monkeypatch.setattr(ops, "capturing", lambda device: True)
+    return lambda now: monkeypatch.setattr(ops, "capturing", lambda device: now)
+
+
+def test_a_captured_backward_that_accumulates_nothing_raises(capturing):
+    """As torch.cuda.make_graphed_callables captures it: replays would train without any pull."""
+    layer, x = make("portable"), batch().requires_grad_()
+    for wanted in (x, layer.weight):
+        with pytest.raises(
+            RuntimeError, match="captured a backward .* replays would never pull .*make_graphed_callables"
+        ):
+            torch.autograd.grad(layer(x).square().sum(), wanted)
+    layer(x).square().sum().backward()
+    assert int(layer.step) == 1
+
+
+def test_one_of_backward_and_bound_step_in_a_graph_raises(capturing):
+    for first, then in ((True, False), (False, True)):
+        layer = make("portable")
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        layer.bind_optimizer(optimizer)
+        capturing(first)
+        layer(batch()).sum().backward()
+        capturing(then)
+        with pytest.raises(RuntimeError, match="must both be in one CUDA graph, or both outside"):
+            optimizer.step()
+
+
+def test_observing_a_capture_raises(capturing):
+    layer = make("portable")
+    with layer.observe(print), pytest.raises(RuntimeError, match=r"observe\(\) cannot look into a CUDA graph"):
+        layer(batch()).sum().backward()
+
+
+@backends
+def test_a_pull_reads_som_lr_where_it_lies(backend):
+    """In a graph the number that a schedule writes there later; in eager mode it is the same number."""
+    layer, other = make(backend, som_lr=0.1), make(backend, som_lr=0.1)
+    other._som_lr_cell.fill_(0.3)
+    layer.som_lr = 0.3
+    for each in (layer, other):
+        each(batch()).sum().backward()
+    assert layer.weight.equal(other.weight)
