@@ -5,7 +5,7 @@ Choices are equal bit by bit given the same inputs; sums stay within budgets jud
 
 import pytest
 import torch
-from backends import SLOW, candidates, over_backends, stage
+from backends import DEVICE, ON_CPU, SLOW, candidates, over_backends, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +17,8 @@ RULES = ("rank", "clamped_cosine", "cosine")
 DTYPES = (torch.float32, torch.float64)
 
 backend = over_backends()
+on_cpu = pytest.mark.parametrize("backend", [name for name in ON_CPU if name != "reference"])
+on_gpu = pytest.mark.parametrize("backend", [name for name, _ in candidates() if DEVICE[name] == "cuda"])
 kinds = pytest.mark.parametrize("kind", COLUMNS)
 
 
@@ -296,20 +298,34 @@ def test_neighbours_of_zero_rows(backend):
     assert stage("neighbours", backend)(weight, 5).equal(ref.neighbours(weight, 5))
 
 
-@over_backends(slow=False)
+def any_options(**sizes):
+    return given(
+        B=st.integers(1, 70),
+        rule=st.sampled_from(RULES),
+        weighting=st.sampled_from(["hard", "soft"]),
+        kind=st.sampled_from(COLUMNS),
+        weighted=st.booleans(),
+        seed=st.integers(0, 2**31),
+        **sizes,
+    )
+
+
+@on_cpu
 @settings(max_examples=60)
-@given(
-    B=st.integers(1, 70),
-    D=st.integers(2, 40),
-    k=st.integers(1, 45),
-    rescue_k=st.integers(0, 80),
-    rule=st.sampled_from(RULES),
-    weighting=st.sampled_from(["hard", "soft"]),
-    kind=st.sampled_from(COLUMNS),
-    weighted=st.booleans(),
-    seed=st.integers(0, 2**31),
-)
-def test_any_shape_and_option(backend, B, D, k, rescue_k, rule, weighting, kind, weighted, seed):
+@any_options(D=st.integers(2, 40), k=st.integers(1, 45), rescue_k=st.integers(0, 80))
+def test_any_shape_and_option(backend, **drawn):
+    check_any_shape(backend, **drawn)
+
+
+@on_gpu
+@settings(max_examples=30)
+@any_options(D=st.sampled_from([2, 9, 40]), k=st.sampled_from([2, 8, 45]), rescue_k=st.sampled_from([0, 1, 5, 31, 33]))
+def test_any_batch_and_option_on_a_gpu(backend, **drawn):
+    """Triton compiles for each number of neighbours, and for powers of two of samples: a few of each."""
+    check_any_shape(backend, **drawn)
+
+
+def check_any_shape(backend, B, D, k, rescue_k, rule, weighting, kind, weighted, seed):
     activation, neighbors = columns(kind, B, D, seed=seed), neighbours_of(D, k, seed)
     got, own = (compete(stage("competition", name), activation, neighbors) for name in (backend, "reference"))
     assert got["winner"].equal(own["winner"])
@@ -321,7 +337,7 @@ def test_any_shape_and_option(backend, B, D, k, rescue_k, rule, weighting, kind,
     check_selection(backend, activation, None, rinv, winv, need, rule, weighting, rescue_k)
 
 
-@over_backends(slow=False)  # an interpreter computes with torch itself
+@on_cpu
 def test_no_tensor_of_three_dimensions_and_no_second_product(backend):
     """The scheme's promise: nothing of B * D * k elements, one sort, no product but the layer's own."""
     from torch.utils._python_dispatch import TorchDispatchMode
