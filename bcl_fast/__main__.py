@@ -281,6 +281,7 @@ def doctor() -> None:
         table.add_row(device, name)
     table.add_row("C++ library", ops.cpu_library())
     table.add_row("CUDA library", ops.cuda_library())
+    table.add_row("Not yet measured", f"{' and '.join(ops.UNMEASURED)}, on any GPU")
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")

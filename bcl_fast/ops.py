@@ -49,6 +49,7 @@ CUDA_SERVES: dict[str, Callable[..., bool]] = {
 # Backends that decide on the device whether neighbours are due, and count steps there: nothing waits for the host.
 REFRESH = {"triton": "kernels.neighbours", "cuda": "kernels.neighbours"}
 ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
+UNMEASURED = ON_GPU  # no record of bench/results is from a GPU yet
 BACKENDS = ("reference", "portable", "cpu", *ON_GPU)
 # Type of device -> what `fused=True` means there, the first of these that serves; else, or where none does: GENERAL.
 FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}

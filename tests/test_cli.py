@@ -280,7 +280,7 @@ def test_bench_readme_writes_between_the_marks(tmp_path):
 def test_doctor_names_versions_devices_and_reasons():
     result = invoke("doctor")
     assert result.exit_code == 0
-    for part in ("Python", torch.__version__, "Triton", "cpu", *ops.BACKENDS, "CUDA library"):
+    for part in ("Python", torch.__version__, "Triton", "cpu", *ops.BACKENDS, "CUDA library", "Not yet measured", *ops.UNMEASURED):
         assert part in result.output
 
 
