@@ -84,7 +84,7 @@ class GraphedStep:
         self._check_inputs(inputs)
         self._require(self._expected if self._begun else self._before, AGAIN)
         for place, given in zip(self._inputs, inputs, strict=True):
-            place.copy_(given, non_blocking=True)
+            place.copy_(given)
         if not self._begun:
             return self._begin()
         self._replay()
