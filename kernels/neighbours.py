@@ -10,6 +10,14 @@ LOW = tl.constexpr(2**31 - 1)  # the bits of a key that hold the column, falling
 EMPTY = tl.constexpr(-(2**63))  # a key below every candidate's
 ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the bits of a step
 
+# Three tensor-core products of rounded parts are as near as float32, where one of them alone is not; the AMD compiler
+# does not know them.
+PRODUCT = "ieee" if torch.version.hip else "tf32x3"
+# BLOCK_R, BLOCK_C, BLOCK_N and warps, below FROM features and from there on. Every program reads every feature: a few
+# rows each keep a GPU busy while there are few features; later, more rows each read less. Larger tiles spill somewhere.
+FEW, MANY, FROM = (16, 128, 32, 8), (64, 64, 16, 8), 8192
+NEAREST = 16, 64  # BLOCK_R and BLOCK_C where the similarities are given
+MOST_KEPT = 32  # neighbours that a pass finds: a longer list spills registers
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
@@ -51,8 +59,8 @@ def _write(neighbors_ptr, kept, row, R, place, K):
 
 
 @triton.jit
-def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.constexpr):
-    """Cosines of the features `row` [R, 1] with `column` [1, C], in full float32: [R, C]; a zero row gives 0."""
+def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):
+    """Cosines of the features `row` [R, 1] with `column` [1, C], as near as float32: [R, C]; a zero row gives 0."""
     column = tl.trans(column)
     row_ptr = weight_ptr + tl.minimum(row, D - 1).to(tl.int64) * stride_d  # beyond D: the last, for nobody's use
     column_ptr = weight_ptr + tl.minimum(column, D - 1).to(tl.int64) * stride_d
@@ -64,7 +72,7 @@ def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.const
         offset = n.to(tl.int64) * stride_n
         of_row = tl.load(row_ptr + offset, n < N, other=0.0).to(tl.float32)
         of_column = tl.load(column_ptr + offset, n < N, other=0.0).to(tl.float32)
-        dot = tl.dot(of_row, tl.trans(of_column), dot, input_precision="ieee")
+        dot = tl.dot(of_row, tl.trans(of_column), dot, input_precision=PRODUCT)
         row_square += of_row * of_row
         column_square += of_column * of_column
     row_inverse = 1 / (tl.sqrt(tl.sum(row_square, 1)) + EPS)
@@ -75,7 +83,7 @@ def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.const
 @triton.jit(do_not_specialize=["K", "recompute_every"])
 def _neighbours_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, N, K, stride_d, stride_n,
                        recompute_every, REFRESH: tl.constexpr, KEPT: tl.constexpr, BLOCK_R: tl.constexpr,
-                       BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+                       BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
     if REFRESH:
         step = tl.load(step_ptr)
         # The low bits stay as they were until the last program has decided; those of -1 (never) are no step's.
@@ -88,7 +96,7 @@ def _neighbours_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D,
         kept = tl.full([BLOCK_R, KEPT], EMPTY, tl.int64) + tl.arange(0, KEPT)[None, :]  # distinct: one leaves at a time
         for start in range(0, D, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]
-            similarity = _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N)
+            similarity = _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N, PRODUCT)
             kept = _keep(_keys(similarity, row, column, D, last), kept)
         _write(neighbors_ptr, kept, row, D, place, K)
         last = tl.min(kept, 1, keep_dims=True)
@@ -115,8 +123,8 @@ def _nearest_kernel(similarity_ptr, neighbors_ptr, first, R, D, K, stride_r, str
 
 
 def _kept(K: int) -> int:
-    """How many neighbours a pass finds: a longer list spills registers, a shorter one gains nothing."""
-    return min(max(triton.next_power_of_2(K), 8), 32)
+    """How many neighbours a pass finds: less than 8 gains nothing."""
+    return min(max(1 << (K - 1).bit_length(), 8), MOST_KEPT)
 
 
 def _launch(
@@ -127,11 +135,10 @@ def _launch(
     recompute_every: int,
 ) -> None:
     (D, N), K = weight.shape, neighbors.shape[1]
-    # Many programs while D is small, less traffic once it is large.
-    BLOCK_R, BLOCK_N, num_warps = (16, 32, 4) if D < 8192 else (64, 16, 8)
-    _neighbours_kernel[(triton.cdiv(D, BLOCK_R),)](
+    BLOCK_R, BLOCK_C, BLOCK_N, num_warps = FEW if D < FROM else MANY
+    _neighbours_kernel[(-(-D // BLOCK_R),)](
         weight, neighbors, step, refreshed_at, D, N, K, *weight.stride(), recompute_every,
-        step is not None, _kept(K), BLOCK_R, 64, BLOCK_N, num_warps=num_warps, **REGISTERS,
+        step is not None, _kept(K), BLOCK_R, BLOCK_C, BLOCK_N, PRODUCT, num_warps=num_warps, **REGISTERS,
     )  # fmt: skip
 
 
@@ -161,7 +168,8 @@ def nearest(similarity: torch.Tensor, first: int, neighborhood_k: int) -> torch.
     """similarity [R, D] of the features first .. first + R - 1, any strides -> their nearest others [R, k] int64."""
     (R, D), K = similarity.shape, min(neighborhood_k, similarity.shape[1] - 1)
     neighbors = torch.empty(R, K, dtype=torch.int64, device=similarity.device)
-    _nearest_kernel[(triton.cdiv(R, 16),)](
-        similarity, neighbors, first, R, D, K, *similarity.stride(), _kept(K), 16, 64, **REGISTERS
+    BLOCK_R, BLOCK_C = NEAREST
+    _nearest_kernel[(-(-R // BLOCK_R),)](
+        similarity, neighbors, first, R, D, K, *similarity.stride(), _kept(K), BLOCK_R, BLOCK_C, **REGISTERS
     )
     return neighbors

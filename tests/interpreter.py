@@ -49,6 +49,7 @@ def _repair() -> None:
         (interpreter.ReduceOps, "apply_impl", _bitwise_reductions(tl)),
         (interpreter.InterpretedFunction, "run", _announced),
         (builder, "cast_impl", _bfloat16_casts),
+        (builder, "create_dot", _tensor_core_dot),
         (builder, "create_dot", _bfloat16_dot),
         (builder, "binary_op", _no_bfloat16_arithmetic),
         (builder, "create_histogram", _histogram),
@@ -130,6 +131,40 @@ def _bfloat16_casts(stock):
         return src if _is_bfloat16(src) else _rounded(self, stock(self, src, self.get_float_ty()))
 
     return cast_impl
+
+
+def _tf32(x: np.ndarray) -> np.ndarray:
+    """float32 rounded to the 10 bits of a tensor core's operand, to nearest, ties away from 0."""
+    return np.where(np.isnan(x), x, _cut((x.view(np.uint32) + np.uint32(1 << 12)).view(np.float32)))
+
+
+def _cut(x: np.ndarray) -> np.ndarray:
+    """What a tensor core sees of a float32 that was not rounded."""
+    return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def _multiplied(a: np.ndarray, b: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """total + a b as a tensor core sums it: 8 products at a time, and what float32 does not hold is cut off."""
+    for k in range(0, a.shape[1], 8):
+        exact = total + a[:, k : k + 8].astype(np.float64) @ b[k : k + 8].astype(np.float64)
+        total = exact.astype(np.float32)
+        total = np.where(np.abs(total) > np.abs(exact), np.nextafter(total, np.float32(0)), total)
+    return total
+
+
+def _tensor_core_dot(stock):
+    def create_dot(self, a, b, d, input_precision, *rest):
+        """float32 with the precision asked for, which the stock interpreter ignores; `ieee` is its own."""
+        if input_precision.name not in ("TF32", "TF32x3") or a.data.dtype != np.float32:
+            return stock(self, a, b, d, input_precision, *rest)
+        (high, low), (other_high, other_low) = ((_tf32(x), _cut(x - _tf32(x))) for x in (a.data, b.data))
+        total = np.zeros_like(d.data)
+        if input_precision.name == "TF32x3":
+            total = _multiplied(high, other_low, _multiplied(low, other_high, total))
+            total = np.where(np.isnan(total), 0, total)  # an infinity's rest is none
+        return type(d)(_multiplied(high, other_high, total) + d.data, d.dtype.scalar)
+
+    return create_dot
 
 
 def _bfloat16_dot(stock):

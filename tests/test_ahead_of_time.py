@@ -54,6 +54,9 @@ class Sizes(NamedTuple):
     dtype: torch.dtype = torch.float32  # of x, of the weight as the neighbours see it, of the incoming gradient
 
 
+PRODUCT = {"cuda": "tf32x3", "hip": "ieee"}  # kernels.neighbours chooses it by torch, which is of one of the two
+
+
 # Launch sizes follow from D, N, k and r, a few from the size of B; integers above 2^31 are another type.
 SIZES = [
     Sizes(128, 64, 784),
@@ -217,7 +220,7 @@ def source(launch: Launch, general: bool) -> Source:
 
 
 def usage(compiled: Any, target: Target) -> dict[str, int]:
-    """Registers of a thread, bytes it spills and bytes of shared memory, read from the binary."""
+    """Registers of a thread, bytes it spills and bytes of shared memory, read from the binary; how it multiplies."""
     import triton
 
     shared = compiled.metadata.shared
@@ -231,7 +234,13 @@ def usage(compiled: Any, target: Target) -> dict[str, int]:
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report).groups())
-    return dict(registers=registers, spills=stack + local, shared=shared)  # spills show as stack
+    return dict(
+        registers=registers,
+        spills=stack + local,  # spills show as stack
+        shared=shared,
+        tensor_cores=len(re.findall(r"mma\S*tf32", compiled.asm["ptx"])),
+        multiply_adds=len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])),
+    )
 
 
 def compiled(launch: Launch, new: Source, target: Target) -> dict[str, Any]:
@@ -240,8 +249,12 @@ def compiled(launch: Launch, new: Source, target: Target) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constants = {
+        place: PRODUCT[target.backend] if launch.function.params[place[0]].name == "PRODUCT" else value
+        for place, value in new.constants.items()
+    }
     try:
-        code = ASTSource(launch.function, new.signature, new.constants, new.attributes)
+        code = ASTSource(launch.function, new.signature, constants, new.attributes)
         gpu = GPUTarget(target.backend, target.arch, target.warp_size)
         return usage(triton.compile(code, target=gpu, options=new.options), target)
     except Exception as error:  # the test of this kernel and target fails with it
@@ -310,6 +323,15 @@ def test_compiles_without_spills_and_fits(report, kernel, target):
         assert "error" not in row, row
         assert row["spills"] == 0, row
         assert row["shared"] <= TARGETS[target].shared, row
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
+def test_the_refresh_multiplies_on_tensor_cores(report, target):
+    """In float32 its product would be 256 multiply-adds of every thread; what is left are the squares of the norms."""
+    rows = [row for row in report["compiled"] if (row["kernel"], row["target"]) == ("_neighbours_kernel", target)]
+    assert rows
+    for row in rows:
+        assert row["tensor_cores"] > 0 and row["multiply_adds"] < 64, row
 
 
 def test_no_kernel_is_compiled_anew_for_every_batch(report):

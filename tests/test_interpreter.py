@@ -34,6 +34,12 @@ if enable():
         tl.atomic_add(target_ptr + tl.arange(0, BLOCK), 1.0)
 
     @triton.jit
+    def _square_kernel(a_ptr, target_ptr, PRECISION: tl.constexpr):
+        i = tl.arange(0, 16)
+        a = tl.load(a_ptr + i[:, None] * 16 + i[None, :])
+        tl.store(target_ptr + i[:, None] * 16 + i[None, :], tl.dot(a, a, input_precision=PRECISION))
+
+    @triton.jit
     def _dot_kernel(a_ptr, target_ptr):
         i = tl.arange(0, 16)
         a = tl.load(a_ptr + i[:, None] * 16 + i[None, :])
@@ -69,6 +75,27 @@ def test_a_load_without_other_shows():
 def test_bfloat16_arithmetic_is_an_error():
     with pytest.raises(Exception, match="of bfloat16 is wrong in the interpreter"):
         _dot_kernel[(1,)](torch.ones(16, 16, dtype=torch.bfloat16), torch.empty(16, 16))
+
+
+def square(a, precision):
+    result = torch.empty(16, 16)
+    _square_kernel[(1,)](a, result, precision)
+    return result
+
+
+@pytest.mark.parametrize("precision, least, most", [("ieee", 0, 3e-7), ("tf32x3", 1e-8, 1e-6), ("tf32", 1e-4, 1e-3)])
+def test_products_have_the_precision_that_was_asked_for(precision, least, most):
+    a = torch.rand(16, 16, generator=torch.Generator().manual_seed(0))
+    exact = a.double() @ a.double()
+    assert least <= float(((square(a, precision) - exact) / exact).abs().max()) <= most
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32x3", "tf32"])
+def test_products_keep_infinities_and_nan(precision):
+    a = torch.eye(16)
+    a[0, 0], a[5, 5] = torch.inf, torch.nan
+    result = square(a, precision)
+    assert result[0, 0] == torch.inf and result[5, 5].isnan()
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,8 @@ PULL = Row(
 )
 NEIGHBOURS = Row(
     least=lambda B, D, N, k, r: D * N + D * k,
-    # Whole tiles of 16 features with 64, each read for the products of the tile.
-    again={("weight_ptr", "load"): lambda B, D, N, k, r: -(-D // 16) * -(-D // 64) * (16 + 64) * N},
+    # Whole tiles of 16 features with 128, each read for the products of the tile.
+    again={("weight_ptr", "load"): lambda B, D, N, k, r: -(-D // 16) * -(-D // 128) * (16 + 128) * N},
 )
 COMPETITION = Row(
     least=lambda B, D, N, k, r: 2 * B * D + B * N + D * k + 2 * B * k + 4 * B + 4 * D,

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bcl_fast import BCLConfig, BCLLayer, ops
-from bcl_fast.measure.contestants import Size
+from bcl_fast import BCLConfig, BCLLayer, ops, reference
+from bcl_fast.measure.contestants import Size, trained_weight
 from bcl_fast.measure.stages import check_stages, stage_calls
 from bcl_fast.testing import VARIANTS, columns, compete, neighbours_of
 
@@ -170,6 +170,28 @@ def test_more_than_two_to_the_31_elements(name):
         expected, got = near[0], distant[0]
     for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (expected, got)), strict=True):
         assert one.equal(other)
+
+
+@pytest.fixture(scope="module")
+def alike():
+    """Features after strong pulls; and some whose 8th and 9th neighbour are 6e-6 apart, as after long training."""
+    common, own = columns("random", 1, 784, seed=1), columns("random", 150, 784)
+    return trained_weight(Size(256, 150, 784)), common + 0.06 * own
+
+
+@pytest.mark.parametrize("tile", ["FEW", "MANY"])
+@pytest.mark.parametrize("product, enough", [("ieee", True), ("tf32x3", True), ("tf32", False)])
+def test_neighbours_of_features_alike(alike, monkeypatch, product, enough, tile):
+    """As tensor cores multiply, which the interpreter imitates: three products of parts are near enough, one is not."""
+    from bcl_fast.kernels import neighbours
+
+    monkeypatch.setattr(neighbours, "PRODUCT", product)
+    monkeypatch.setattr(neighbours, "FROM", 8192 if tile == "FEW" else 0)
+    for weight in alike:
+        cosine = reference.cosine_similarity(weight.double()).fill_diagonal_(-torch.inf)
+        best = cosine.sort(dim=1, descending=True).values[:, :8]
+        regret = best - cosine.gather(1, neighbours.neighbours(weight, 8))
+        assert (float(regret.max()) <= 1e-6) == enough
 
 
 def test_competition_by_many_programs(monkeypatch):
