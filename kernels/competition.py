@@ -9,11 +9,17 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)
-PROGRAMS = 256  # each holds BLOCK_B strengths of every feature: together they should stay in the level-2 cache
-BLOCK_B, BLOCK_D, BLOCK_N, BLOCK_K = 8, 64, 64, 8  # BLOCK_B float32 are one sector; no larger tile without spills
-
-# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
-REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+BLOCK_B = 8  # float32 are one sector of memory
+# Programs, the features of a tile, and warps. Every program holds BLOCK_B strengths of every feature, and together they
+# should stay in the level-2 cache, of which an H100 has 50 MB: where those of the usual programs take more than CACHE
+# bytes, half as many of twice the warps have as many loads on their way. An H100 has 132 multiprocessors.
+PROGRAMS, BLOCK_D, WARPS = 264, 128, 8
+WIDE = 132, 256, 16
+CACHE = 32 << 20
+STAGES = 3  # activations of two more tiles are on their way while one is laid out; of the sums, it would spill
+BLOCK_N, BLOCK_K = 64, 8  # inputs, and neighbours of a winner, that are looked at together
+FORCES = 16, 64  # programs and features of a tile where their sums are added up
+REGISTERS, MORE_REGISTERS = 128, 255  # so that 512 threads share a multiprocessor; where 128 would spill
 
 
 @triton.jit
@@ -25,10 +31,10 @@ def _ordered(x):
 
 @triton.jit
 def _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d,
-               BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+               BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """|A| of BLOCK_B samples, feature by feature (step 2)."""
     s = tl.arange(0, BLOCK_B)[:, None]
-    for start in range(0, D, BLOCK_D):
+    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
         d = (start + tl.arange(0, BLOCK_D)[None, :]).to(tl.int64)  # [1, BLOCK_D]
         inside = (b[:, None] < B) & (d < D)
         value = tl.load(activation_ptr + b[:, None] * stride_b + d * stride_d, inside, other=0.0).to(tl.float32)
@@ -113,7 +119,8 @@ def _inverse_norm(x_ptr, b, B, N, stride_b, stride_n, BLOCK_B: tl.constexpr, BLO
 def _competition_kernel(activation_ptr, neighbors_ptr, x_ptr, strength_ptr, partial_ptr, rank_score_ptr, coverage_ptr,
                         winner_ptr, pair_feature_ptr, pair_pull_ptr, x_inverse_norm_ptr, need_ptr, temperature,
                         B, D, N, stride_b, stride_d, x_stride_b, x_stride_n, K: tl.constexpr, BLOCK_B: tl.constexpr,
-                        BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+                        BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                        STAGES: tl.constexpr):  # fmt: skip
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     strength_ptr += program * D * BLOCK_B
     partial_ptr += program * D * 2
@@ -121,7 +128,7 @@ def _competition_kernel(activation_ptr, neighbors_ptr, x_ptr, strength_ptr, part
     for tile in range(tiles):
         b = (program + tile * programs) * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
         tl.debug_barrier()  # the strengths of the last tile have been read
-        _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d, BLOCK_B, BLOCK_D)
+        _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d, BLOCK_B, BLOCK_D, STAGES)
         tl.debug_barrier()
         coverage, winner = _rank_scores(
             strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B, D, K, BLOCK_B, BLOCK_D
@@ -176,22 +183,24 @@ def competition(
     som_strength [D]: int64 the winner and pair_feature, float32 the others."""
     (B, D), N, K = activation.shape, x.shape[1], neighbors.shape[1]
 
-    def real(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=activation.device)
-
+    real, whole = activation.new_empty, neighbors.new_empty  # half the time of torch.empty
     rank_score, coverage, pair_pull, x_inverse_norm, need = real(B, D), real(B), real(B, K), real(B), real(B)
     novelty, win_rate, winner_share, som_strength = real(D), real(D), real(D), real(D)
-    winner, pair_feature = neighbors.new_empty(B), neighbors.new_empty(B, K)
-    programs = min(triton.cdiv(B, BLOCK_B), PROGRAMS)
+    winner, pair_feature = whole(B), whole(B, K)
+    programs, features, warps = (PROGRAMS, BLOCK_D, WARPS) if PROGRAMS * D * BLOCK_B * 4 <= CACHE else WIDE
+    programs = min(-(-B // BLOCK_B), programs)
+    registers = REGISTERS if K <= BLOCK_K or warps > WARPS else MORE_REGISTERS
+    limit = {} if torch.version.hip else {"maxnreg": registers}  # the AMD compiler does not know the option
     strength, partial = real(programs, D, BLOCK_B), real(programs, 2, D)
     _competition_kernel[(programs,)](
         activation, neighbors, x, strength, partial, rank_score, coverage, winner, pair_feature, pair_pull,
-        x_inverse_norm, need, temperature, B, D, N, *activation.stride(), *x.stride(), K, BLOCK_B, BLOCK_D, BLOCK_N,
-        min(BLOCK_K, triton.next_power_of_2(K)), num_warps=8, **REGISTERS,
+        x_inverse_norm, need, temperature, B, D, N, *activation.stride(), *x.stride(), K, BLOCK_B, features, BLOCK_N,
+        min(BLOCK_K, 1 << (K - 1).bit_length()), STAGES, num_warps=warps, **limit,
     )  # fmt: skip
-    _forces_kernel[(triton.cdiv(D, BLOCK_D),)](
+    BLOCK_P, features = FORCES
+    _forces_kernel[(-(-D // features),)](
         partial, novelty, win_rate, winner_share, som_strength, B, D, programs, rescue_onset, pull_onset,
-        forces == "coupled", rescue_onset > 0, pull_onset > 0, 16, BLOCK_D,
+        forces == "coupled", rescue_onset > 0, pull_onset > 0, BLOCK_P, features,
     )  # fmt: skip
     return (
         rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need, winner_share,

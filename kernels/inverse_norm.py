@@ -24,6 +24,6 @@ def _inverse_norm_kernel(rows_ptr, inverse_norm_ptr, R, N, stride_r, stride_n,
 def inverse_norm(rows: torch.Tensor) -> torch.Tensor:
     """rows [R, N] any strides -> [R] float32."""
     R, N = rows.shape
-    inverse_norm = torch.empty(R, dtype=torch.float32, device=rows.device)
-    _inverse_norm_kernel[(triton.cdiv(R, BLOCK_R),)](rows, inverse_norm, R, N, *rows.stride(), BLOCK_R, BLOCK_N)
+    inverse_norm = rows.new_empty(R, dtype=torch.float32)
+    _inverse_norm_kernel[(-(-R // BLOCK_R),)](rows, inverse_norm, R, N, *rows.stride(), BLOCK_R, BLOCK_N)
     return inverse_norm

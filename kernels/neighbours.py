@@ -145,7 +145,7 @@ def _launch(
 def neighbours(weight: torch.Tensor, neighborhood_k: int) -> torch.Tensor:
     """weight [D, N] any strides -> the features most similar to each [D, min(neighborhood_k, D - 1)] int64."""
     D = weight.shape[0]
-    neighbors = torch.empty(D, min(neighborhood_k, D - 1), dtype=torch.int64, device=weight.device)
+    neighbors = weight.new_empty(D, min(neighborhood_k, D - 1), dtype=torch.int64)
     _launch(weight, neighbors, None, None, 1)
     return neighbors
 
@@ -167,7 +167,7 @@ def refresh_(
 def nearest(similarity: torch.Tensor, first: int, neighborhood_k: int) -> torch.Tensor:
     """similarity [R, D] of the features first .. first + R - 1, any strides -> their nearest others [R, k] int64."""
     (R, D), K = similarity.shape, min(neighborhood_k, similarity.shape[1] - 1)
-    neighbors = torch.empty(R, K, dtype=torch.int64, device=similarity.device)
+    neighbors = similarity.new_empty(R, K, dtype=torch.int64)
     BLOCK_R, BLOCK_C = NEAREST
     _nearest_kernel[(-(-R // BLOCK_R),)](
         similarity, neighbors, first, R, D, K, *similarity.stride(), _kept(K), BLOCK_R, BLOCK_C, **REGISTERS

@@ -194,15 +194,29 @@ def test_neighbours_of_features_alike(alike, monkeypatch, product, enough, tile)
         assert (float(regret.max()) <= 1e-6) == enough
 
 
-def test_competition_by_many_programs(monkeypatch):
-    """More samples than one pass of all programs takes: sums go on where they stopped."""
+@pytest.mark.parametrize("form", [dict(PROGRAMS=2), dict(CACHE=0), dict(CACHE=0, WIDE=(2, 256, 16))], ids=str)
+def test_competition_in_other_forms(monkeypatch, form):
+    """More samples than one pass of all programs takes, so that sums go on where they stopped; and the wide tile."""
     from bcl_fast.kernels import competition
 
     activation, neighbors = columns("random", 101, 13), neighbours_of(13, 4)
     whole = compete(competition.competition, activation, neighbors)
-    monkeypatch.setattr(competition, "PROGRAMS", 2)
+    for name, value in form.items():
+        monkeypatch.setattr(competition, name, value)
     for name, value in compete(competition.competition, activation, neighbors).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-7)
+
+
+def test_strengths_of_competing_programs_stay_in_the_cache():
+    """Up to the number of features at which a program for every multiprocessor alone is too many."""
+    from bcl_fast.kernels import competition
+
+    for D in (64, 3000, 4096, 7900):
+        activation, neighbors = torch.empty(1 << 14, D, device="meta"), torch.empty(D, 8, device="meta").long()
+        with Launches(execute=False) as launches:
+            compete(competition.competition, activation, neighbors)
+        (programs,), warps = launches[0].grid, launches[0].options["num_warps"]
+        assert programs * D * competition.BLOCK_B * 4 <= competition.CACHE and programs * warps >= 132 * 16
 
 
 @pytest.mark.parametrize("kind", ["random", "quantised", "equal", "huge"])
