@@ -6,6 +6,7 @@ build that and make a failure an error; `none` builds nothing. BCL_FAST_CUDA_ARC
 `90` alone.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -42,7 +43,28 @@ CUDA = Extension(
 )  # fmt: skip
 # Later GPUs than the last compile its PTX as they load it.
 ARCHITECTURES = os.environ.get("BCL_FAST_CUDA_ARCHITECTURES", "80 90 100").split()
+ARCHITECTURES_ASKED = "BCL_FAST_CUDA_ARCHITECTURES" in os.environ
 LIBRARIES = {"auto": [CPU, CUDA], "cpu": [CPU], "cuda": [CUDA], "all": [CPU, CUDA], "none": []}[MODE]
+
+
+def build_name(ext):
+    """What the library of these sources and flags, for these architectures, says it is (bcl_cuda_build)."""
+    found = hashlib.sha256(repr(ext.extra_compile_args).encode())
+    for path in sorted([*ext.sources, *ext.depends]):
+        found.update(path.encode() + b"\0" + Path(path).read_bytes() + b"\0")
+    return f"{found.hexdigest()[:16]}_for_{'_'.join(ARCHITECTURES)}"
+
+
+def is_fresh(path, ext):
+    """Whether a library is of these sources and flags; and for these architectures, where some were asked for.
+
+    Times say nothing: a library may come from another machine, with sources written after it.
+    """
+    found = re.search(rb"bcl_cuda_build (\w+)_for_(\w+)\0", path.read_bytes()) if path.exists() else None
+    if found is None:
+        return False
+    sources, _, architectures = build_name(ext).partition("_for_")
+    return found[1].decode() == sources and (found[2].decode() == architectures or not ARCHITECTURES_ASKED)
 
 
 def nvcc_command(ext, target):
@@ -54,7 +76,8 @@ def nvcc_command(ext, target):
     codes = [f"arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
     codes.append("arch=compute_{0},code=compute_{0}".format(ARCHITECTURES[-1]))
     gencode = [word for code in codes for word in ("-gencode", code)]
-    return [nvcc, "-shared", "--threads=0", *ext.extra_compile_args, *gencode, *ext.sources, "-o", str(target)]
+    arguments = [*ext.extra_compile_args, f"-DBCL_BUILD={build_name(ext)}", *gencode]
+    return [nvcc, "-shared", "--threads=0", *arguments, *ext.sources, "-o", str(target)]
 
 
 class BuildExt(build_ext):
@@ -89,11 +112,12 @@ class BuildExt(build_ext):
 
     def build_with_nvcc(self, ext):
         target = Path(self.get_ext_fullpath(ext.name))
-        inputs = [*ext.sources, *ext.depends, __file__]
-        if target.exists() and not self.force and all(Path(p).stat().st_mtime < target.stat().st_mtime for p in inputs):
-            return
+        beside = Path(*ext.name.split(".")).with_suffix(".so")  # where an editable install leaves it
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.spawn(nvcc_command(ext, target))
+        if self.force or not (is_fresh(target, ext) or is_fresh(beside, ext)):
+            self.spawn(nvcc_command(ext, target))
+        elif not is_fresh(target, ext):
+            shutil.copyfile(beside, target)
 
     # What was skipped must not be expected: by the list of installed files, or by an editable install.
     def get_outputs(self):

@@ -7,6 +7,8 @@ calls come here. Nothing waits for the device.
 from __future__ import annotations
 
 import ctypes
+import functools
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -14,6 +16,30 @@ from torch import Tensor
 from . import native
 
 KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}  # of ranks
+
+# Where forms of a stage compete: which is taken, read at every call (csrc/cuda/plan.h explains the numbers).
+LAUNCH: dict[str, dict[str, int]] = {
+    # near: 0, a feature's neighbours in registers, 1, read eight at once; cluster: 1, four rows in a cluster of blocks
+    # where one block holds fewer.
+    "competition": {"near": 1, "threads": 1024, "cluster": 0},
+    # Samples a warp has on their way, bins of a column's keys, warps of a block, samples visited in a round.
+    "selection": {"ahead": 8, "bins": 1024, "warps": 16, "round": 128},
+    "rank": {},
+    "sort": {},
+}
+# Every combination that is compiled, to go through: LAUNCH[stage] = FORMS[stage][i].
+FORMS: dict[str, tuple[dict[str, int], ...]] = {
+    "competition": tuple(
+        {"near": near, "threads": threads, "cluster": cluster}
+        for (near, threads), cluster in product(((1, 1024), (1, 768), (0, 384)), (0, 1))
+    ),
+    "selection": tuple(
+        dict(zip(("ahead", "bins", "warps", "round"), form, strict=True))
+        for form in ((8, 1024, 16, 128), (16, 1024, 16, 128), (8, 512, 16, 128), (8, 1024, 16, 256), (16, 512, 8, 128))
+    ),
+    "rank": ({},),
+    "sort": ({},),
+}
 
 
 def missing(device_type: str) -> str | None:
@@ -27,18 +53,41 @@ def missing(device_type: str) -> str | None:
     return "its CUDA C++ library runs " + ("on the host, for tests" if on_host else "on GPUs only")
 
 
-def _call(stage: str, like: Tensor, *arguments: int | float | None) -> None:
-    """Run a stage on the device of `like`, in its current stream, with the scratch memory it asks for."""
-    library, wanted = native.cuda(), ctypes.c_size_t()
+@functools.lru_cache(maxsize=4096)
+def _scratch(stage: str, device: int | None, form: tuple[int, ...], *sizes: int) -> ctypes.c_size_t:
+    """The bytes of scratch memory that a stage wants for these sizes on a device; 0 where it was not yet asked."""
+    return ctypes.c_size_t()
+
+
+def _call(
+    stage: str, like: Tensor, sizes: tuple[int, ...], *arguments: int | float | None, floats: tuple[int, ...] = ()
+) -> tuple[Tensor, ...]:
+    """Run a stage on the device of `like`, in its current stream; returns vectors of these many floats.
+
+    They share one buffer with the scratch memory of the stage, whose bytes depend on `sizes` alone, and are their
+    pointers the arguments that are `...`, in turn.
+    """
+    library, form, index = native.cuda(), tuple(LAUNCH[stage].values()), like.device.index
     function, place = getattr(library, f"bcl_cuda_{stage}"), (0, None)
     if like.device.type == "cuda":
-        place = like.device.index, torch.cuda.current_stream(like.device).cuda_stream
-    error = function(*arguments, None, ctypes.byref(wanted), *place)
+        place = index, torch._C._cuda_getCurrentRawStream(index)  # a tenth of the time of current_stream()
+    wanted = _scratch(stage, index, form, *sizes)
+    error = 0
+    if not wanted.value:
+        nothing = [None if argument is ... else argument for argument in arguments]
+        error = function(*nothing, *form, None, ctypes.byref(wanted), *place)
+        wanted.value = max(-(-wanted.value // 4) * 4, 4)
     if not error:
-        scratch = torch.empty(max(wanted.value, 1), dtype=torch.uint8, device=like.device)
-        error = function(*arguments, scratch.data_ptr(), ctypes.byref(wanted), *place)
+        buffer = torch.empty(wanted.value // 4 + sum(floats), dtype=torch.float32, device=like.device)
+        vectors = buffer.split((wanted.value // 4, *floats))
+        pointers = iter([vector.data_ptr() for vector in vectors])
+        scratch = next(pointers)
+        arguments = [next(pointers) if argument is ... else argument for argument in arguments]
+        error = function(*arguments, *form, scratch, ctypes.byref(wanted), *place)
     if error:
+        _scratch.cache_clear()
         raise RuntimeError(f"the CUDA stage {stage} failed: {library.bcl_cuda_error(error).decode()} ({error})")
+    return vectors[1:]
 
 
 def competition(
@@ -50,17 +99,23 @@ def competition(
     rescue_onset: float,
     pull_onset: float,
 ) -> tuple[Tensor, ...]:
-    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
+    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
+
+    What no operator returns, such as coverage and need, lies in one storage with the scratch memory.
+    """
     x, neighbors = x.float(), neighbors.contiguous()
     (B, D), k = activation.shape, neighbors.shape[1]
     real, whole = activation.new_empty, neighbors.new_empty
-    results = (
-        real(B, D), real(B), real(D), real(D), whole(B), whole(B, k), real(B, k), real(B), real(B), real(D), real(D)
+    rank_score, winner, pair_feature, pair_pull = real(B, D), whole(B), whole(B, k), real(B, k)
+    winner_share, som_strength = real(D), real(D)
+    coverage, novelty, win_rate, x_inverse_norm, need = _call(
+        "competition", activation, (B, D, k), activation.data_ptr(), *activation.stride(), B, D, neighbors.data_ptr(),
+        k, temperature, x.data_ptr(), *x.stride(), x.shape[1], forces == "coupled", rescue_onset, pull_onset,
+        rank_score.data_ptr(), ..., ..., ..., winner.data_ptr(), pair_feature.data_ptr(), pair_pull.data_ptr(),
+        ..., ..., winner_share.data_ptr(), som_strength.data_ptr(), floats=(B, D, D, B, B),
     )  # fmt: skip
-    _call("competition", activation, activation.data_ptr(), *activation.stride(), B, D, neighbors.data_ptr(), k,
-          temperature, x.data_ptr(), *x.stride(), x.shape[1], forces == "coupled", rescue_onset, pull_onset,
-          *(tensor.data_ptr() for tensor in results))  # fmt: skip
-    return results
+    return (rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need,
+            winner_share, som_strength)  # fmt: skip
 
 
 def selection(
@@ -76,11 +131,9 @@ def selection(
     """Stage `selection` (step 9b) for the rule `rank` and at most 64 samples a feature."""
     (B, D), r = activation.shape, min(rescue_k, activation.shape[0])
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
-    order_need, order = (None, None) if need is None else need.sort(descending=True)
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, x_inverse_norm, need)]
-    _call("selection", activation, activation.data_ptr(), *activation.stride(), B, D,
-          *map(native.pointer, (*vectors, order_need, order)), r, rescue_weighting == "soft", rows.data_ptr(),
-          shares.data_ptr())  # fmt: skip
+    _call("selection", activation, (B, D), activation.data_ptr(), *activation.stride(), B, D,
+          *map(native.pointer, vectors), r, rescue_weighting == "soft", rows.data_ptr(), shares.data_ptr())  # fmt: skip
     return rows, shares
 
 
@@ -88,11 +141,13 @@ def rank(key: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """Stage `rank` (step 9b): key [B, D] -> stable rank within its column [B, D] int64, int32 or float32; NaN last."""
     B, D = key.shape
     ranks = torch.empty(B, D, dtype=dtype, device=key.device)
-    _call("rank", key, key.data_ptr(), *key.stride(), B, D, ranks.data_ptr(), KINDS[dtype])
+    _call("rank", key, (B, D), key.data_ptr(), *key.stride(), B, D, ranks.data_ptr(), KINDS[dtype])
     return ranks
 
 
 def sort_segments(key: Tensor) -> None:
     """Sort each row of key [D, B] int32 by CUB alone, to measure `rank` against; the result is dropped."""
     other, sample, other_sample = (torch.empty_like(key) for _ in range(3))
-    _call("sort", key, *(tensor.data_ptr() for tensor in (key, other, sample, other_sample)), *key.shape)
+    _call(
+        "sort", key, tuple(key.shape), *(tensor.data_ptr() for tensor in (key, other, sample, other_sample)), *key.shape
+    )

@@ -37,11 +37,16 @@ def enable() -> None:
         os.environ.setdefault("BCL_FAST_CUDA", str(build("-O2")))
 
 
-def device(multiprocessors: int = 3, shared_bytes: int = 227 << 10, clusters: bool = True) -> None:
+def device(
+    multiprocessors: int = 3, shared_bytes: int = 227 << 10, clusters: bool = True, clusters_at_once: int = 1 << 30
+) -> None:
     """What the kernels find on the host: little memory makes small sizes take the ways of large ones."""
+    from bcl_fast import cuda
+
     set_device = ctypes.CDLL(os.environ["BCL_FAST_CUDA"]).bcl_host_device
-    set_device.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-    set_device(multiprocessors, shared_bytes, clusters)
+    set_device.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
+    set_device(multiprocessors, shared_bytes, clusters, clusters_at_once)
+    cuda._scratch.cache_clear()  # of the device before
 
 
 def _plan(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
@@ -51,13 +56,13 @@ def _plan(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
 INT, LONG = ctypes.c_int, ctypes.c_int64
 PLANS = {
     "competition": _plan(
-        "CompetitionPlan", ("where", INT), ("rows", INT), ("owned", INT), ("cluster", LONG), ("slice", LONG),
-        ("sums_shared", ctypes.c_bool), ("groups", LONG), ("shared", LONG), ("partial", LONG), ("strengths", LONG),
-        ("ids", LONG),
+        "CompetitionPlan", ("where", INT), ("rows", INT), ("near", INT), ("threads", INT), ("owned", INT),
+        ("cluster", LONG), ("slice", LONG), ("sums_shared", ctypes.c_bool), ("groups", LONG), ("shared", LONG),
+        ("partial", LONG), ("strengths", LONG), ("ids", LONG),
     ),
     "selection": _plan(
-        "SelectionPlan", ("blocks", LONG), ("shared", LONG), ("counting", LONG), ("sorting", LONG), ("lists", LONG),
-        ("survivors", LONG), ("sorts", LONG),
+        "SelectionPlan", ("blocks", LONG), ("shared", LONG), ("bins", LONG), ("order", LONG), ("counting", LONG),
+        ("sorting", LONG), ("lists", LONG), ("survivors", LONG), ("visits", LONG), ("sorts", LONG),
     ),
     "rank": _plan("RankPlan", ("columns", LONG), ("keys", LONG)),
 }  # fmt: skip
@@ -66,12 +71,15 @@ PLANS = {
 @functools.cache
 def _planner(stage: str):
     function = getattr(ctypes.CDLL(os.environ["BCL_FAST_CUDA"]), f"bcl_host_{stage}_plan")
-    counts = {"competition": 5, "selection": 4, "rank": 2}
-    function.argtypes = [LONG] * counts[stage] + ([INT] if stage == "competition" else [])
+    function.argtypes = {
+        "competition": [LONG] * 6 + [INT] * 3, "selection": [LONG] * 4 + [INT] * 4, "rank": [LONG] * 2
+    }[stage]  # fmt: skip
     function.restype = PLANS[stage]
     return function
 
 
-def plan(stage: str, *sizes: int) -> ctypes.Structure:
-    """How a stage is launched for these sizes (csrc/cuda/plan.h)."""
-    return _planner(stage)(*sizes)
+def plan(stage: str, *sizes: int, **form: int) -> ctypes.Structure:
+    """How a stage is launched for these sizes (csrc/cuda/plan.h), in the form of the launch table but for `form`."""
+    from bcl_fast import cuda
+
+    return _planner(stage)(*sizes, *(cuda.LAUNCH[stage] | form).values())

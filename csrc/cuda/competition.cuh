@@ -1,7 +1,7 @@
 // Competition (SPEC 2 to 8) for many features: tiles of a few samples, whose strengths of all features lie in shared
 // memory, in that of a cluster of blocks, or where no cluster holds them in global memory. A neighbour's strengths are
-// one vector. Blocks stay and take tile after tile, so that neighbours stay in registers, and sums over the batch in
-// shared memory.
+// one vector. Blocks stay and take tile after tile, so that neighbours may stay in registers, and sums over the batch
+// in shared memory; the next tile is on its way while what needs no strengths is done.
 #pragma once
 #include "common.cuh"
 
@@ -23,7 +23,7 @@ struct Competition {
     float *x_inverse_norm, *need;  // [B]
     float* partial;    // [groups, 2, D] sums of rank_score and of rank_score / coverage
     char* strengths;   // [groups, D] rows of a tile, where no shared memory holds them
-    const void* ids;   // [k, D] the neighbours, packed, where registers do not hold them
+    const void* ids;   // [D] of Eight or [k, D]: the neighbours, packed, where registers do not hold them
     int64_t slice;     // features of a block
     int sums_shared;   // the sums lie behind the strengths in shared memory until the end
     int cluster_log;   // a cluster has 1 << cluster_log blocks
@@ -42,12 +42,14 @@ struct alignas(4 * ROWS) Row {  // what a tile has of one feature
     float of[ROWS];
 };
 
-constexpr int COMPETITION_WARPS = COMPETITION_THREADS / 32;
+struct alignas(16) Eight {  // neighbours of one feature
+    uint16_t of[HELD];
+};
 
-template <int ROWS>
+template <int ROWS, int WARPS>
 struct Head {
-    uint64_t best[COMPETITION_WARPS][ROWS];  // (margin, feature) packed so that the largest is the winner
-    float part[COMPETITION_WARPS][ROWS];     // of the coverage
+    uint64_t best[WARPS][ROWS];  // (margin, feature) packed so that the largest is the winner
+    float part[WARPS][ROWS];     // of the coverage
     uint64_t block_best[ROWS];
     float block_part[ROWS], coverage[ROWS];
     int64_t winner[ROWS];
@@ -75,18 +77,30 @@ __global__ void pack_kernel(const int64_t* neighbors, int64_t D, int64_t k, Id* 
         ids[i % k * D + i / k] = Id(neighbors[i]);
 }
 
-// WHERE the strengths lie; OWN: most features of a thread, whose neighbours (at most HELD) are in registers, or 0.
-template <int WHERE, int ROWS, int OWN, class Id>
-__global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(const Competition c) {
+// The first neighbour fills up what is missing of eight.
+__global__ void pack_eight_kernel(const int64_t* neighbors, int64_t D, int64_t k, Eight* ids) {
+    for (int64_t d = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; d < D; d += int64_t(gridDim.x) * blockDim.x) {
+        Eight eight;
+#pragma unroll
+        for (int i = 0; i < HELD; i++) eight.of[i] = uint16_t(neighbors[d * k + (i < k ? i : 0)]);
+        ids[d] = eight;
+    }
+}
+
+// WHERE the strengths lie. OWN: most features of a thread, whose neighbours (at most HELD) are in registers; 0: they
+// are read for every tile, Eight at once or one by one.
+template <int WHERE, int ROWS, int THREADS, int OWN, class Ids>
+__global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competition c) {
     SHARED(memory);
-    static_assert(sizeof(Head<ROWS>) <= HEAD, "the strengths follow the head");
-    Head<ROWS>& head = *reinterpret_cast<Head<ROWS>*>(memory);
+    constexpr int WARPS = THREADS / 32;
+    static_assert(sizeof(Head<ROWS, WARPS>) <= HEAD, "the strengths follow the head");
+    Head<ROWS, WARPS>& head = *reinterpret_cast<Head<ROWS, WARPS>*>(memory);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
     const unsigned blocks = 1u << c.cluster_log, block = WHERE == CLUSTER ? cluster_rank() : 0;
     const int D = int(c.D), k = int(c.k), group = blockIdx.x >> c.cluster_log, groups = gridDim.x >> c.cluster_log;
     Row<ROWS>* strength = reinterpret_cast<Row<ROWS>*>(memory + HEAD);
     if constexpr (WHERE == MEMORY) strength = reinterpret_cast<Row<ROWS>*>(c.strengths) + group * c.D;
-    const Id* ids = static_cast<const Id*>(c.ids);
+    const Ids* ids = static_cast<const Ids*>(c.ids);
     float* sums = reinterpret_cast<float*>(memory + HEAD + c.slice * int64_t(sizeof(Row<ROWS>)));  // where sums_shared
     auto partial = [&] { return c.partial + int64_t(opaque(group)) * 2 * D; };
 
@@ -101,16 +115,20 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
         return *of_peer(strength + (chunk >> c.cluster_log << 5 | (j & 31)), chunk & (blocks - 1));
     };
     // Calls visit(feature, its place in this block, its number in this thread) for every feature of this thread.
-    const int first = int((warp << c.cluster_log) + block) << 5 | lane, step = COMPETITION_THREADS << c.cluster_log;
+    const int first = int((warp << c.cluster_log) + block) << 5 | lane, step = THREADS << c.cluster_log;
+    auto in_turn = [&](auto visit) {
+        int d = opaque(first);
+#pragma unroll 1
+        for (int place = thread; d < D; place += THREADS, d += step) visit(d, place, 0);
+    };
     auto each = [&](auto visit) {
-        int d = first;
         if constexpr (OWN > 0) {
-            d = opaque(d);
+            int d = opaque(first);
 #pragma unroll
             for (int f = 0; f < OWN; f++, d += step)
-                if (d < D) visit(d, thread + f * COMPETITION_THREADS, f);
+                if (d < D) visit(d, thread + f * THREADS, f);
         } else {
-            for (int place = thread; d < D; place += COMPETITION_THREADS, d += step) visit(d, place, 0);
+            in_turn(visit);
         }
     };
 
@@ -125,27 +143,33 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
             }
         });
 
+    auto fetch = [&](int64_t tile) {  // a missing row is the last again
+        const int64_t b = tile * ROWS, last = least(c.B - b, ROWS) - 1;
+        in_turn([&](int d, int place, int) {
+            const float* from = c.activation + b * c.stride_b + d * c.stride_d;
+            if constexpr (WHERE == MEMORY) {
+                Row<ROWS> row;
+                for (int i = 0; i < ROWS; i++) row.of[i] = from[least(i, last) * c.stride_b];
+                strength[place] = row;
+            } else {
+                for (int i = 0; i < ROWS; i++) copy_async(&strength[place].of[i], from + least(i, last) * c.stride_b);
+            }
+        });
+    };
+    if (group * ROWS < c.B) fetch(group);
     for (int64_t tile = group; tile * ROWS < c.B; tile += groups) {
         const int64_t b = tile * ROWS;
         const int rows = int(least(c.B - b, ROWS));
-        each([&](int d, int place, int) {  // step 2
-            Row<ROWS> row;
-            for (int i = 0; i < ROWS; i++)
-                row.of[i] = i < rows ? fabsf(c.activation[(b + i) * c.stride_b + d * c.stride_d]) : 0.0f;
-            strength[place] = row;
-        });
+        copies_arrived();
         barrier();
 
         float covered[ROWS] = {};
         uint64_t best[ROWS] = {};
-        each([&](int d, int place, int f) {  // step 3
-            uint32_t rival[ROWS] = {};  // magnitudes order like their bits, NaN last
+        each([&](int d, int place, int f) {  // steps 2 and 3
+            float rival[ROWS] = {};
             auto meet = [&](uint32_t j) {
                 const Row<ROWS> other = strength_of(j);
-                for (int i = 0; i < ROWS; i++) {
-                    const uint32_t bits = __float_as_uint(other.of[i]);
-                    rival[i] = bits > rival[i] ? bits : rival[i];
-                }
+                for (int i = 0; i < ROWS; i++) rival[i] = larger_magnitude(other.of[i], rival[i]);
             };
             if constexpr (OWN > 0) {
 #pragma unroll
@@ -154,14 +178,19 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
                     meet(two & 0xFFFF);
                     meet(two >> 16);
                 }
+            } else if constexpr (std::is_same_v<Ids, Eight>) {
+                const Eight eight = ids[d];
+#pragma unroll
+                for (int i = 0; i < HELD; i++) meet(eight.of[i]);
             } else {
+#pragma unroll 4
                 for (int64_t i = 0; i < k; i++) meet(ids[i * c.D + d]);
             }
             const Row<ROWS> own = strength[place];
             for (int i = 0; i < ROWS; i++) {
                 if (i >= rows) continue;
-                const float margin = own.of[i] - __uint_as_float(rival[i]);
-                const float score = 1 / (1 + expf(-(c.temperature * margin)));
+                const float margin = fabsf(own.of[i]) - rival[i];
+                const float score = sigmoid(c.temperature * margin);
                 c.rank_score[(b + i) * D + d] = score;
                 covered[i] += score;
                 const uint64_t here = packed(margin, d);  // NaN wins, as argmax has it
@@ -180,7 +209,7 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
         if (thread < ROWS) {
             float part = 0;
             uint64_t largest = 0;
-            for (int w = 0; w < COMPETITION_WARPS; w++) {
+            for (int w = 0; w < WARPS; w++) {
                 part += head.part[w][thread];
                 largest = head.best[w][thread] > largest ? head.best[w][thread] : largest;
             }
@@ -188,11 +217,12 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
             head.block_best[thread] = largest;
         }
         if constexpr (WHERE == CLUSTER) cluster_barrier();  // also: all strengths have been read, all scores written
+        if ((tile + groups) * ROWS < c.B) fetch(tile + groups);
         if (thread < ROWS) {
             float coverage = 0;
             uint64_t largest = 0;
             for (unsigned peer = 0; peer < blocks; peer++) {
-                const Head<ROWS>& other = WHERE == CLUSTER ? *of_peer(&head, peer) : head;
+                const Head<ROWS, WARPS>& other = WHERE == CLUSTER ? *of_peer(&head, peer) : head;
                 coverage += other.block_part[thread];
                 largest = other.block_best[thread] > largest ? other.block_best[thread] : largest;
             }
@@ -216,7 +246,7 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
             *novel = tile == group ? n : *novel + n;
         });
         // Step 6, a warp for each pair.
-        for (int task = warp * blocks + block; task < rows * k; task += COMPETITION_WARPS * blocks) {
+        for (int task = warp * blocks + block; task < rows * k; task += WARPS * blocks) {
             const int i = task / k, q = task % k;
             const int64_t f = c.neighbors[head.winner[i] * k + q];
             const float* row = c.rank_score + (b + i) * D;
@@ -243,14 +273,14 @@ __global__ void __launch_bounds__(COMPETITION_THREADS, 1) competition_kernel(con
 }
 
 // Steps 5, 7, 10 (u) and 11 (v) from the sums of all groups, added in their order.
-__global__ void __launch_bounds__(COMPETITION_THREADS) forces_kernel(const Forces f) {
+__global__ void __launch_bounds__(FORCES_WARPS * 32) forces_kernel(const Forces f) {
     SHARED(memory);
-    float(*part)[2][32] = reinterpret_cast<float(*)[2][32]>(memory);  // [COMPETITION_WARPS]
+    float(*part)[2][32] = reinterpret_cast<float(*)[2][32]>(memory);  // [FORCES_WARPS]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t d = int64_t(blockIdx.x) * 32 + lane, D = f.D;
     float total = 0, novel = 0;
     if (d < D)
-        for (int64_t group = warp; group < f.groups; group += COMPETITION_WARPS) {
+        for (int64_t group = warp; group < f.groups; group += FORCES_WARPS) {
             total += f.partial[group * 2 * D + d];
             novel += f.partial[group * 2 * D + D + d];
         }
@@ -258,7 +288,7 @@ __global__ void __launch_bounds__(COMPETITION_THREADS) forces_kernel(const Force
     part[warp][1][lane] = novel;
     __syncthreads();
     if (warp > 0 || d >= D) return;
-    for (int w = 1; w < COMPETITION_WARPS; w++) {
+    for (int w = 1; w < FORCES_WARPS; w++) {
         total += part[w][0][lane];
         novel += part[w][1][lane];
     }

@@ -40,6 +40,25 @@ __device__ T* of_peer(T* shared, unsigned rank) {
 #endif
 }
 
+// Sends four bytes to shared memory; for the thread that does they are there after copies_arrived().
+__device__ inline void copy_async(float* shared, const float* global) {
+    const unsigned place = unsigned(__cvta_generic_to_shared(shared));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(place), "l"(global) : "memory");
+}
+
+__device__ inline void copies_arrived() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// max(|x|, most), NaN where either is.
+__device__ inline float larger_magnitude(float x, float most) {
+    float larger;
+    asm("{ .reg .f32 magnitude; abs.f32 magnitude, %1; max.NaN.f32 %0, magnitude, %2; }"
+        : "=f"(larger) : "f"(x), "f"(most));
+    return larger;
+}
+
+// 1 / (1 + exp(-x)) to some 1e-6, where 1e-5 judges; 0 and 1 for -inf and inf, NaN for NaN.
+__device__ inline float sigmoid(float x) { return __fdividef(1, 1 + __expf(-x)); }
+
 // A stable sort of THREADS * ITEMS keys with their samples; thread t holds those from t * ITEMS on.
 template <int THREADS, int ITEMS>
 struct BlockSort {
@@ -77,28 +96,31 @@ struct Grid {
     int cluster = 1;  // blocks that share their shared memory; blocks is a multiple of it
 };
 
+// What CUDA wants to know of a launch.
+template <class Kernel>
+struct Launch {
+    cudaLaunchAttribute attribute;
+    cudaLaunchConfig_t config = {};
+    int error = cudaSuccess;
+    Launch(const Grid& grid, void* stream, Kernel kernel) {
+        if (grid.shared > 48 << 10)
+            error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
+        config.gridDim = dim3(unsigned(grid.blocks));
+        config.blockDim = dim3(unsigned(grid.threads));
+        config.dynamicSmemBytes = size_t(grid.shared);
+        config.stream = cudaStream_t(stream);
+        config.attrs = &attribute;
+        config.numAttrs = grid.cluster > 1;
+    }
+};
+
 template <class... P>
 int launch(const Grid& grid, void* stream, void (*kernel)(P...), std::common_type_t<P>... arguments) {
     if (grid.blocks == 0) return cudaSuccess;
-    if (grid.shared > 48 << 10) {
-        const int error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(grid.shared));
-        if (error) return error;
-    }
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(grid.cluster), 1, 1};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(unsigned(grid.blocks));
-    config.blockDim = dim3(unsigned(grid.threads));
-    config.dynamicSmemBytes = size_t(grid.shared);
-    config.stream = cudaStream_t(stream);
-    config.attrs = &attribute;
-    config.numAttrs = grid.cluster > 1;
-    return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-inline int clear(void* memory, int64_t bytes, void* stream) {
-    return cudaMemsetAsync(memory, 0, size_t(bytes), cudaStream_t(stream));
+    Launch<void (*)(P...)> launched(grid, stream, kernel);
+    return launched.error ? launched.error : cudaLaunchKernelEx(&launched.config, kernel, arguments...);
 }
 
 inline const char* explain(int error) { return cudaGetErrorString(cudaError_t(error)); }
@@ -124,6 +146,14 @@ class Device {
     int64_t multiprocessors() { return ask(cudaDevAttrMultiProcessorCount); }
     int64_t shared_bytes() { return ask(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
     bool clusters() { return ask(cudaDevAttrClusterLaunch) != 0; }
+    template <class Kernel>
+    int64_t clusters_at_once(const Grid& grid, Kernel kernel) {
+        int clusters = 0;
+        Launch<Kernel> launched(grid, nullptr, kernel);
+        if (!error) error = launched.error;
+        if (!error) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launched.config);
+        return clusters;
+    }
 };
 
 }  // namespace bcl

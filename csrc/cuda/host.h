@@ -161,6 +161,18 @@ inline bool __all_sync(unsigned all, bool value) {
     for (int mask = 16; mask > 0; mask /= 2) value &= __shfl_xor_sync(all, value, mask);
     return value;
 }
+inline unsigned __match_any_sync(unsigned, int value) {
+    const bcl::Fiber* self = bcl::fiber.load(bcl::RELAXED);
+    uint64_t alike = 0;
+    self->warp->slots[self->thread % 32] = uint64_t(value);
+    bcl::wait(self->warp->barrier);
+    for (int lane = 0; lane < 32; lane++) alike |= uint64_t(self->warp->slots[lane] == uint64_t(value)) << lane;
+    bcl::wait(self->warp->barrier);
+    return unsigned(alike);
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline uint32_t atomicOr(uint32_t* place, uint32_t value) { return __atomic_fetch_or(place, value, __ATOMIC_RELAXED); }
 template <class T> T atomicAdd(T* place, T value) { return __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
 inline uint32_t __float_as_uint(float x) { uint32_t bits; std::memcpy(&bits, &x, 4); return bits; }
 inline float __uint_as_float(uint32_t bits) { float x; std::memcpy(&x, &bits, 4); return x; }
@@ -174,6 +186,13 @@ T* of_peer(T* shared, unsigned rank) {
     const char* own = fiber.load(RELAXED)->block->shared.get();
     return reinterpret_cast<T*>(peers[rank]->shared.get() + (reinterpret_cast<const char*>(shared) - own));
 }
+
+inline void copy_async(float* shared, const float* global) { *shared = *global; }
+inline void copies_arrived() {}
+inline float larger_magnitude(float x, float most) {
+    return !(std::fabs(x) <= most) && most == most ? std::fabs(x) : most;
+}
+inline float sigmoid(float x) { return 1 / (1 + std::exp(-x)); }
 
 template <int THREADS, int ITEMS>
 struct BlockSort {  // in the place of CUB's
@@ -204,11 +223,6 @@ inline int sort_segments(char* memory, size_t* bytes, uint32_t* const key[2], in
         std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return keys[a] < keys[b]; });
         for (int64_t i = 0; i < length; i++) sample[1][segment * length + i] = sample[0][segment * length + order[i]];
     }
-    return 0;
-}
-
-inline int clear(void* memory, int64_t bytes, void*) {
-    std::memset(memory, 0, size_t(bytes));
     return 0;
 }
 
@@ -263,6 +277,7 @@ int launch(const Grid& grid, void*, void (*kernel)(P...), std::common_type_t<P>.
 // What stands for the device: tests give it little, so that small sizes take the ways of large ones.
 inline int64_t host_multiprocessors = 3, host_shared_bytes = 227 << 10;
 inline bool host_clusters = true;
+inline int64_t host_clusters_at_once = 1 << 30;
 
 struct Device {
     int error = 0;
@@ -270,6 +285,10 @@ struct Device {
     int64_t multiprocessors() { return host_multiprocessors; }
     int64_t shared_bytes() { return host_shared_bytes; }
     bool clusters() { return host_clusters; }
+    template <class Kernel>
+    int64_t clusters_at_once(const Grid&, Kernel) {
+        return host_clusters_at_once;
+    }
 };
 
 }  // namespace bcl

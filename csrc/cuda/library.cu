@@ -1,8 +1,10 @@
 // The C interface of the CUDA stages: device pointers, sizes and strides in elements, the device and its stream. It
 // knows nothing of torch. host.cpp makes a library of it that runs the same kernels on the host, for tests.
 //
-// A stage works in scratch memory that the caller provides: called without, it only says in *bytes how much it wants.
-// Every function returns 0 or a number that bcl_cuda_error explains.
+// A stage works in scratch memory of *bytes that the caller provides: called without, it only says how many it wants,
+// always the same for the same sizes, device and form. Where two forms of a kernel compete, the caller says which.
+// Nothing waits for the device, and no launch depends on what lies in its memory. Every function returns 0 or a number
+// that bcl_cuda_error explains.
 #ifdef BCL_HOST
 #include "host.h"
 #else
@@ -18,11 +20,59 @@
 namespace bcl {
 namespace {
 
-int competition(Competition c, Forces f, char* memory, size_t* bytes, int device_number, void* stream) {
+constexpr int NOT_COMPILED = -1, TOO_LITTLE = -2;  // CUDA's errors are positive
+
+// Whether a call is over, for there is an error or it only asked.
+bool over(int* error, const Device& device, int64_t wanted, const char* memory, size_t* bytes) {
+    *error = device.error;
+    if (!memory) *bytes = size_t(wanted);
+    else if (!*error && int64_t(*bytes) < wanted) *error = TOO_LITTLE;
+    return *error || !memory;
+}
+
+template <int THREADS>
+auto reading_eight(int rows) {
+    return rows == 4   ? competition_kernel<ONE_BLOCK, 4, THREADS, 0, Eight>
+           : rows == 2 ? competition_kernel<ONE_BLOCK, 2, THREADS, 0, Eight>
+                       : competition_kernel<ONE_BLOCK, 1, THREADS, 0, Eight>;
+}
+
+void (*competition_kernel_of(const CompetitionPlan& plan))(Competition) {
+    if (plan.near == IN_REGISTERS)
+        return plan.where == CLUSTER ? competition_kernel<CLUSTER, 4, HOLDING_THREADS, OWNED, Eight>
+               : plan.owned == OWNED ? competition_kernel<ONE_BLOCK, 4, HOLDING_THREADS, OWNED, Eight>
+                                     : competition_kernel<ONE_BLOCK, 4, HOLDING_THREADS, OWNED / 2, Eight>;
+    if (plan.near == EIGHT_AT_ONCE)
+        return plan.where == CLUSTER  ? competition_kernel<CLUSTER, 4, READING_THREADS, 0, Eight>
+               : plan.threads == 1024 ? reading_eight<1024>(plan.rows)
+                                      : reading_eight<768>(plan.rows);
+    return plan.where == MEMORY    ? competition_kernel<MEMORY, 4, READING_THREADS, 0, uint32_t>
+           : plan.where == CLUSTER ? competition_kernel<CLUSTER, 4, READING_THREADS, 0, uint32_t>
+           : plan.rows == 4        ? competition_kernel<ONE_BLOCK, 4, READING_THREADS, 0, uint16_t>
+           : plan.rows == 2        ? competition_kernel<ONE_BLOCK, 2, READING_THREADS, 0, uint16_t>
+                                   : competition_kernel<ONE_BLOCK, 1, READING_THREADS, 0, uint16_t>;
+}
+
+bool compiled(const CompetitionForm& form) {
+    if (form.cluster != 0 && form.cluster != 1) return false;
+    if (form.near == IN_REGISTERS) return form.threads == HOLDING_THREADS;
+    return form.near == EIGHT_AT_ONCE && (form.threads == 768 || form.threads == 1024);
+}
+
+int competition(Competition c, Forces f, CompetitionForm form, char* memory, size_t* bytes, int device_number,
+                void* stream) {
+    if (!compiled(form)) return NOT_COMPILED;
     Device device(device_number);
-    const CompetitionPlan plan =
-        competition_plan(c.B, c.D, c.k, device.multiprocessors(), device.shared_bytes(), device.clusters());
-    if (device.error || !memory) return *bytes = size_t(plan.scratch()), device.error;
+    auto plan_for = [&](int64_t clusters) {
+        return competition_plan(c.B, c.D, c.k, device.multiprocessors(), device.shared_bytes(), clusters, form);
+    };
+    auto grid_of = [](const CompetitionPlan& plan) {
+        return Grid{plan.groups * plan.cluster, plan.threads, plan.shared, int(plan.cluster)};
+    };
+    CompetitionPlan plan = plan_for(device.clusters() ? ANY : 0);
+    if (plan.where == CLUSTER) plan = plan_for(device.clusters_at_once(grid_of(plan), competition_kernel_of(plan)));
+    int error;
+    if (over(&error, device, plan.scratch(), memory, bytes)) return error;
     c.partial = reinterpret_cast<float*>(memory);
     c.strengths = memory + plan.partial;
     void* ids = memory + plan.partial + plan.strengths;
@@ -30,44 +80,64 @@ int competition(Competition c, Forces f, char* memory, size_t* bytes, int device
     c.slice = plan.slice;
     c.sums_shared = plan.sums_shared;
     while (1 << c.cluster_log < plan.cluster) c.cluster_log++;
-    int error = launch({least(ceil_div(c.B, 8), 4096), 256, 0}, stream, norm_kernel, c);
-    if (!error && !plan.owned) {
-        const Grid packing = {least(ceil_div(c.D * c.k, 256), 1024), 256, 0};
+    error = launch({least(ceil_div(c.B, 8), 4096), 256, 0}, stream, norm_kernel, c);
+    if (error) return error;
+    const Grid packing = {least(ceil_div(c.D * c.k, 256), 1024), 256, 0};
+    if (plan.near == EIGHT_AT_ONCE) {
+        error = launch(packing, stream, pack_eight_kernel, c.neighbors, c.D, c.k, static_cast<Eight*>(ids));
+    } else if (plan.near == ONE_BY_ONE) {
         auto* narrow = static_cast<uint16_t*>(ids);
         auto* wide = static_cast<uint32_t*>(ids);
         error = plan.where == ONE_BLOCK ? launch(packing, stream, pack_kernel<uint16_t>, c.neighbors, c.D, c.k, narrow)
                                         : launch(packing, stream, pack_kernel<uint32_t>, c.neighbors, c.D, c.k, wide);
     }
-    void (*kernel)(Competition) = competition_kernel<MEMORY, 4, 0, uint32_t>;
-    if (plan.where == CLUSTER)
-        kernel = plan.owned ? competition_kernel<CLUSTER, 4, OWNED, uint16_t>
-                            : competition_kernel<CLUSTER, 4, 0, uint32_t>;
-    else if (plan.where == ONE_BLOCK)
-        kernel = plan.owned == OWNED ? competition_kernel<ONE_BLOCK, 4, OWNED, uint16_t>
-                 : plan.owned        ? competition_kernel<ONE_BLOCK, 4, OWNED / 2, uint16_t>
-                 : plan.rows == 4    ? competition_kernel<ONE_BLOCK, 4, 0, uint16_t>
-                 : plan.rows == 2    ? competition_kernel<ONE_BLOCK, 2, 0, uint16_t>
-                                     : competition_kernel<ONE_BLOCK, 1, 0, uint16_t>;
-    const Grid grid = {plan.groups * plan.cluster, COMPETITION_THREADS, plan.shared, int(plan.cluster)};
-    if (!error) error = launch(grid, stream, kernel, c);
+    if (!error) error = launch(grid_of(plan), stream, competition_kernel_of(plan), c);
     f.partial = c.partial;
     f.groups = plan.groups;
-    const Grid last = {ceil_div(c.D, 32), COMPETITION_THREADS, COMPETITION_WARPS * 2 * 32 * 4};
+    const Grid last = {ceil_div(c.D, 32), FORCES_WARPS * 32, FORCES_WARPS * 2 * 32 * 4};
     return error ? error : launch(last, stream, forces_kernel, f);
 }
 
-int selection(Selection s, char* memory, size_t* bytes, int device_number, void* stream) {
+struct SelectionKernels {
+    SelectionForm form;
+    void (*narrow)(Selection), (*wide)(Selection);
+};
+
+template <int AHEAD, int BINS, int WARPS, int ROUND>
+constexpr SelectionKernels selection_kernels = {{AHEAD, BINS, WARPS, ROUND},
+                                                selection_kernel<BINS, true, AHEAD, WARPS, ROUND>,
+                                                selection_kernel<BINS / 2, false, AHEAD, WARPS, ROUND>};
+
+constexpr SelectionKernels SELECTIONS[] = {
+    selection_kernels<8, 1024, 16, 128>, selection_kernels<16, 1024, 16, 128>, selection_kernels<8, 512, 16, 128>,
+    selection_kernels<8, 1024, 16, 256>, selection_kernels<16, 512, 8, 128>};
+
+int selection(Selection s, SelectionForm form, char* memory, size_t* bytes, int device_number, void* stream) {
+    const SelectionKernels* found = nullptr;
+    for (const SelectionKernels& each : SELECTIONS) {
+        const SelectionForm& one = each.form;
+        if (one.ahead == form.ahead && one.bins == form.bins && one.warps == form.warps && one.round == form.round)
+            found = &each;
+    }
+    if (!found) return NOT_COMPILED;
     Device device(device_number);
-    const SelectionPlan plan = selection_plan(s.B, s.D, s.r, device.multiprocessors());
-    if (device.error || !memory) return *bytes = size_t(plan.scratch()), device.error;
-    s.open = reinterpret_cast<int32_t*>(memory);
-    s.counted = s.open + 2;
-    s.sorted = s.counted + s.D;
-    s.survivors = s.sorted + s.D;
+    const SelectionPlan plan = selection_plan(s.B, s.D, s.r, device.multiprocessors(), form);
+    int error;
+    if (over(&error, device, plan.scratch(), memory, bytes)) return error;
+    s.bins = int(plan.bins);
+    s.open = reinterpret_cast<Open*>(memory);
+    s.stripes = reinterpret_cast<int32_t*>(memory + 32);
+    s.columns = s.stripes + plan.blocks;
+    s.survivors = s.columns + s.D;
+    s.limits = reinterpret_cast<Limits*>(memory + plan.lists - aligned(8 * s.D));
     s.survivor = reinterpret_cast<int32_t*>(memory + plan.lists);
-    s.memory = reinterpret_cast<uint32_t*>(memory + plan.lists + plan.survivors);
-    int error = clear(s.open, 2 * sizeof(int32_t), stream);
-    if (!error) error = launch({plan.blocks, SELECTION_THREADS, plan.shared}, stream, selection_kernel, s);
+    s.below = s.survivor + plan.blocks * SURVIVORS * COLUMNS;
+    s.key = reinterpret_cast<float*>(s.below + plan.blocks * SURVIVORS * COLUMNS);
+    s.visits = reinterpret_cast<Visit*>(memory + plan.lists + plan.survivors);
+    s.memory = reinterpret_cast<uint32_t*>(memory + plan.lists + plan.survivors + plan.visits);
+    error = launch({1, ORDER_THREADS, plan.order}, stream, selection_order_kernel, s);
+    const Grid whole = {plan.blocks, form.warps * 32, plan.shared};
+    if (!error) error = launch(whole, stream, s.B < NARROW ? found->narrow : found->wide, s);
     if (!error) error = launch({plan.counting, FIX_THREADS, 0}, stream, selection_counting_kernel, s);
     return error ? error : launch({plan.sorting, FIX_THREADS, 0}, stream, selection_sorting_kernel, s);
 }
@@ -90,7 +160,7 @@ int rank(Rank r, char* memory, size_t* bytes, int device_number, void* stream) {
     size_t sorting = 0;
     int at = 0, error = device.error;
     if (plan.keys && !error) error = sort_segments(nullptr, &sorting, key, sample, plan.columns, r.B, &at, stream);
-    if (error || !memory) return *bytes = size_t(4 * plan.keys) + sorting, error;
+    if (error || over(&error, device, 4 * plan.keys + int64_t(sorting), memory, bytes)) return error;
     if (r.B <= COUNTED)
         return launch({ceil_div(r.D, COLUMNS), COUNTING_THREADS, r.B * COLUMNS * 4}, stream, rank_counting_kernel, r);
     if (r.B <= 512) return rank_in_blocks<128, 4>(r, stream);
@@ -111,7 +181,16 @@ int rank(Rank r, char* memory, size_t* bytes, int device_number, void* stream) {
 }  // namespace bcl
 
 // The number changes with any signature below.
-API int bcl_cuda_abi() { return 1; }
+API int bcl_cuda_abi() { return 2; }
+
+#define TEXT(words) #words
+#define TEXT_OF(words) TEXT(words)
+#ifndef BCL_BUILD
+#define BCL_BUILD unknown
+#endif
+
+// What setup.py knows the library of the same sources by, whatever became of its file's times.
+API const char* bcl_cuda_build() { return "bcl_cuda_build " TEXT_OF(BCL_BUILD); }
 
 API int bcl_cuda_on_host() {
 #ifdef BCL_HOST
@@ -121,30 +200,35 @@ API int bcl_cuda_on_host() {
 #endif
 }
 
-API const char* bcl_cuda_error(int error) { return bcl::explain(error); }
+API const char* bcl_cuda_error(int error) {
+    if (error == bcl::NOT_COMPILED) return "this combination of the launch table is not compiled";
+    return error == bcl::TOO_LITTLE ? "too little scratch memory" : bcl::explain(error);
+}
 
 API int bcl_cuda_competition(const float* activation, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D,
                              const int64_t* neighbors, int64_t k, float temperature, const float* x, int64_t x_stride_b,
                              int64_t x_stride_n, int64_t N, int coupled, float rescue_onset, float pull_onset,
                              float* rank_score, float* coverage, float* novelty, float* win_rate, int64_t* winner,
                              int64_t* pair_feature, float* pair_pull, float* x_inverse_norm, float* need,
-                             float* winner_share, float* som_strength, void* memory, size_t* bytes, int device,
-                             void* stream) {
+                             float* winner_share, float* som_strength, int near, int threads, int cluster, void* memory,
+                             size_t* bytes, int device, void* stream) {
     return bcl::competition({activation, stride_b, stride_d, B, D, neighbors, k, temperature, x, x_stride_b, x_stride_n,
                              N, rank_score, coverage, winner, pair_feature, pair_pull, x_inverse_norm, need, nullptr,
                              nullptr, nullptr, 0, 0, 0},
                             {nullptr, 0, B, D, coupled, rescue_onset, pull_onset, novelty, win_rate, winner_share,
                              som_strength},
-                            static_cast<char*>(memory), bytes, device, stream);
+                            {near, threads, cluster}, static_cast<char*>(memory), bytes, device, stream);
 }
 
 API int bcl_cuda_selection(const float* activation, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D,
-                           const float* bias, const float* x_inverse_norm, const float* need, const float* order_need,
-                           const int64_t* order, int64_t r, int soft, int64_t* rows, float* shares, void* memory,
+                           const float* bias, const float* x_inverse_norm, const float* need, int64_t r, int soft,
+                           int64_t* rows, float* shares, int ahead, int bins, int warps, int round, void* memory,
                            size_t* bytes, int device, void* stream) {
-    return bcl::selection({activation, stride_b, stride_d, B, D, bias, x_inverse_norm, need, order_need, order, r, soft,
-                           rows, shares, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr},
-                          static_cast<char*>(memory), bytes, device, stream);
+    bcl::Selection task = {};
+    task.activation = activation, task.stride_b = stride_b, task.stride_d = stride_d, task.B = B, task.D = D;
+    task.bias = bias, task.x_inverse_norm = x_inverse_norm, task.need = need;
+    task.r = r, task.soft = soft, task.rows = rows, task.shares = shares;
+    return bcl::selection(task, {ahead, bins, warps, round}, static_cast<char*>(memory), bytes, device, stream);
 }
 
 // kind: 0 for int64, 1 for int32, 2 for float32 ranks.
