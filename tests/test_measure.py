@@ -1,23 +1,19 @@
 """What measures: floors by formula, the contract noticed broken, rows and their comparison, processes of their own."""
 
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from backends import INTERPRETED
 
-from bcl_fast import ops, portable
+from bcl_fast import cuda, ops, portable
 from bcl_fast.measure import alone as processes
-from bcl_fast.measure import clocks, contestants, peers, rows, scaling, stages, steps
+from bcl_fast.measure import clocks, contestants, peers, precisions, rows, scaling, stages, steps, variants
+from bcl_fast.measure.choices import check_choices
 from bcl_fast.measure.contestants import Size, build
 from bcl_fast.measure.floor import STEP, Ceilings
 from bcl_fast.measure.stages import check_stages
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZE = Size(61, 17, 23)
 ROOF = Ceilings(1, 1, 1)  # milliseconds are megabytes and GFLOP
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -41,6 +37,19 @@ def test_floor_is_bytes_over_bandwidth():
     })  # fmt: skip
     assert ROOF.step_ms(Size(B, D, N)) == pytest.approx(sum(floor[s] for s in STEP) + floor["neighbours"] / 50)
     assert floor.keys() == {*stages.STAGES, "products"}
+
+
+def test_products_alone_know_a_precision():
+    roof = Ceilings(1, 1, 1, tf32_tflops=4, bf16_tflops=8)
+    size = Size(100, 50, 20)
+    products = 6 * 100 * 50 * 20 / 1e9
+    for precision, rate in (("fp32", 1), ("tf32", 4), ("bf16", 8)):
+        floor = roof.floor_ms(size, precision)
+        assert floor["products"] == pytest.approx(products / rate)
+        assert floor["neighbours"] == roof.floor_ms(size)["neighbours"]
+        assert roof.step_ms(size, precision) == pytest.approx(roof.step_ms(size) - products + products / rate)
+    with pytest.raises(ValueError, match="the rate of tf32 products was not measured"):
+        ROOF.step_ms(size, "tf32")
 
 
 # --- The contract -----------------------------------------------------------------------------------------------------
@@ -97,6 +106,42 @@ def test_a_peer_that_chooses_otherwise_is_not_timed(monkeypatch):
     spoil_stage(monkeypatch, "selection", lambda rows, shares: (rows.roll(1, 0), shares))
     with pytest.raises(AssertionError, match="portable at .* chooses other samples"):
         peers.selection_times(SIZE, rounds=1, seconds=0)
+
+
+def test_drawn_neighbours_are_neighbours():
+    for size in (Size(3, 161, 9), Size(1, 16384, 1), Size(1, 50000, 1), Size(1, 65536, 1)):
+        near = stages.stage_calls(size, drawn=True)["competition"][1]
+        assert near.shape == (size.D, 8) and int(near.min()) >= 0 and int(near.max()) < size.D
+        assert (near.sort(dim=1).values.diff(dim=1) > 0).all() and not (near == torch.arange(size.D)[:, None]).any()
+    errors = check_stages(Size(3, 161, 9), ["portable"], drawn=True)["portable"]
+    assert errors and not any(name.startswith("neighbours") for name in errors)
+
+
+def test_a_few_features_may_choose_as_well(monkeypatch):
+    """One in a thousand, if what it chose scores as well as the best."""
+    size = Size(64, 2000, 16)
+    running = {name: build(name, size) for name in ("reference", "portable")}
+    _, moved = steps.begin(running)
+    steps.check_equal(moved, size)
+    asked = []
+    monkeypatch.setattr(steps, "check_choices", lambda *arguments, **options: asked.append(arguments))
+    moved["portable"][[3, 1999]] = 0
+    steps.check_equal(moved, size)
+    assert asked == [("portable", size)]
+    moved["portable"][5] = torch.nan
+    with pytest.raises(AssertionError, match="the first pull differs .* in 3 features"):
+        steps.check_equal(moved, size)
+
+
+def test_choices_end_to_end(monkeypatch):
+    size = Size(200, 40, 64)
+    right = check_choices("portable", size)
+    assert right.features == 0 and right.regret == 0
+    rounded = check_choices("portable", size, "bf16")
+    assert 0 < rounded.regret <= 1e-2 and rounded.features > 0
+    spoil_stage(monkeypatch, "selection", lambda rows, shares: (rows.roll(1, 0), shares))
+    with pytest.raises(AssertionError, match="portable at .*, bf16: the samples chosen end to end score .* less"):
+        check_choices("portable", size, "bf16")
 
 
 # --- Contestants and clocks -------------------------------------------------------------------------------------------
@@ -172,6 +217,80 @@ def test_a_single_call_is_its_own_median_only_where_it_took_all_the_time(monkeyp
     assert clocks.median_ms(call, repeats=2, most_seconds=60) == 2500  # of 2 and 3: the first is left out
 
 
+@pytest.mark.parametrize("ms, most", [(0.02, 60_000), (100, 12), (30_000, 1)])
+def test_a_window_on_a_gpu_is_as_long_as_it_was_asked_for(monkeypatch, ms, most):
+    """A call returns before the device has begun: without waiting a second's window queues all that a second can."""
+    queued, now = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            queued.append(self)
+
+        def synchronize(self):
+            for one in queued:
+                if isinstance(one, Event):
+                    one.at = now[0]
+                else:
+                    now[0] += one
+            queued.clear()
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    calls = []
+    found = clocks.window(lambda: (calls.append(1), queued.append(ms)), 1.0, "cuda")
+    assert found == pytest.approx(ms) and 1 <= len(calls) <= most
+    assert now[0] <= max(1100, ms + 1)  # a tenth more than was asked for
+
+
+def test_precisions_are_undone():
+    before = torch.get_float32_matmul_precision()
+    with precisions.multiplying("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+    for precision in precisions.PRECISIONS:
+        step = build("portable", SIZE, precision=precision).step
+        step()
+        with precisions.forward(precision, "cpu"):
+            assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+
+
+# --- Variants ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="imports Triton's kernels")
+def test_every_rival_has_a_place_and_leaves_none_behind():
+    for stage, constants in variants.RIVALS.items():
+        table = variants.sizes("triton", stage)
+        before = {name: table[name] for name in constants}
+        for name, values in constants.items():
+            assert before[name] not in values
+        first, *others = variants.variants("triton", stage)
+        assert not first.changes and len(others) == sum(map(len, constants.values()))
+        for variant in others:
+            with variants.applied(variant):
+                ((name, value),) = variant.changes.items()
+                assert table[name] == value
+            assert {name: table[name] for name in constants} == before
+
+
+def test_forms_of_cuda_are_tables_too(monkeypatch):
+    monkeypatch.setattr(cuda, "LAUNCH", {"rank": {"threads": 1, "ahead": 8}}, raising=False)
+    forms = {"threads": 1, "ahead": 8}, {"threads": 2, "ahead": 8}
+    monkeypatch.setattr(cuda, "FORMS", {"rank": forms}, raising=False)
+    standing, other = variants.variants("cuda", "rank")
+    assert variants.stages("cuda") == ("rank",)
+    assert (str(standing), str(other)) == ("as it stands", "threads 2, ahead 8")
+    with variants.applied(other):
+        assert cuda.LAUNCH["rank"] == forms[1]
+    assert cuda.LAUNCH["rank"] == forms[0]
+
+
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +360,14 @@ def test_peers_say_when_they_are_not_installed(monkeypatch):
             assert (row["ms"] is not None) == installed == (row["status"] == rows.OK)
 
 
+def test_wrong_ranks_are_not_timed(monkeypatch):
+    found = peers.rank_times(SIZE, rounds=1, seconds=0)
+    assert {row["contestant"] for row in found} >= {"argsort of argsort", "torch.sort", "portable"}
+    spoil_stage(monkeypatch, "rank", lambda ranks: ranks.roll(1, 0))
+    with pytest.raises(AssertionError, match="portable at .*: ranks differ"):
+        peers.rank_times(SIZE, rounds=1, seconds=0)
+
+
 def test_quality_of_units():
     held_out = torch.tensor([[1.0, 0.0], [0.0, 2.0], [0.0, 3.0]])
     found = peers.quality(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-9.0, 0.0]]), held_out)
@@ -254,28 +381,3 @@ def test_dead_units_come_alive():
     images[:, 30:] = 0
     row = next(row for row in peers.revival(images, images[:200], 3, 16) if row["contestant"] == "bcl")
     assert row["dead"] == 4 and row["revived"] > 0
-
-
-# --- The check for a GPU ----------------------------------------------------------------------------------------------
-
-
-def gpu_check(*words, **environment):
-    command = [sys.executable, "bench/gpu_check.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="rehearsed in Triton's interpreter")
-def test_gpu_check_rehearsed(tmp_path):
-    done = gpu_check("--out", tmp_path / "found.json", "--rehearse")
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    report = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert {"environment", "ceilings", "contract", "tests", "timed"} <= report.keys()
-    assert report["contract"][0]["errors"] and report["tests"]["exit"] == 0
-    assert {row.get("stage") for row in report["timed"]["stages"]} >= {"competition", "selection"}
-    assert all(row["floor_ms"] for row in report["timed"]["steps"] if row["ms"])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_says_that_there_is_no_gpu(tmp_path):
-    done = gpu_check("--out", tmp_path / "found.json", TRITON_INTERPRET="0")
-    assert done.returncode == 2 and "torch sees no GPU" in done.stderr and not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops, reference
 from ..layer import BCLLayer
 from ..spec import BCLConfig
+from .precisions import forward
 
 Step = Callable[[], None]
 CONFIG = BCLConfig()
@@ -70,10 +71,13 @@ def backends(device: str = "cpu") -> list[str]:
     return [name for name in serving(device) if name in ops.BACKENDS]
 
 
-def build(name: str, size: Size, weight: Tensor | None = None, device: str = "cpu") -> Contestant:
+def build(
+    name: str, size: Size, weight: Tensor | None = None, device: str = "cpu", precision: str = "fp32"
+) -> Contestant:
     """A contestant with this weight [D, N], or None for one drawn by `nn.Linear`: the same numbers for everybody.
 
-    Raises ValueError where a backend of this name cannot serve on the device.
+    Its forward is one of this precision (see `precisions`); `compiled` knows fp32 and tf32. Raises ValueError where a
+    backend of this name cannot serve on the device.
     """
     torch.manual_seed(0)
     options = {} if name in ("linear", "compiled") else dict(backend=name, recompute_every=NEVER)
@@ -83,32 +87,35 @@ def build(name: str, size: Size, weight: Tensor | None = None, device: str = "cp
     if name == "compiled":
         return _compiled(layer, size)
     if name == "linear":
-        return Contestant(layer.weight, training_step(layer, size), None)
+        return Contestant(layer.weight, training_step(layer, size, precision), None)
 
     def refresh() -> None:
         layer.neighbors.copy_(ops.stage("neighbours", name)(layer.weight.detach(), layer.neighbors.shape[1]))
 
     layer.step.fill_(1)  # not a multiple of recompute_every: no step refreshes by itself
-    return Contestant(layer.weight, training_step(layer, size), refresh)
+    return Contestant(layer.weight, training_step(layer, size, precision), refresh)
 
 
-def training_step(layer: nn.Linear, size: Size) -> Step:
+def training_step(layer: nn.Linear, size: Size, precision: str = "fp32") -> Step:
     """A function that runs one training step on a fixed random batch whose gradient is needed too."""
     x, grad_output = batch(size, layer.weight.device)
+    grad_output = grad_output.bfloat16() if precision == "bf16" else grad_output
     x.requires_grad_()
 
     def step() -> None:
-        layer(x).backward(grad_output)
+        with forward(precision, x.device.type):
+            output = layer(x)
+        output.backward(grad_output)
         x.grad = layer.weight.grad = layer.bias.grad = None
 
     return step
 
 
 def batch(size: Size, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """x [B, N] in [0, 1] and the gradient of an output [B, D]: the same numbers at every call."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(size.B, size.N, generator=generator)
-    return x.to(device), (torch.randn(size.B, size.D, generator=generator) / size.B).to(device)
+    """x [B, N] in [0, 1] and the gradient of an output [B, D], drawn on the device: the same numbers at every call."""
+    meta = torch.device(device).type == "meta"
+    kinds = dict(device=device, generator=None if meta else torch.Generator(device).manual_seed(0))
+    return torch.rand(size.B, size.N, **kinds), torch.randn(size.B, size.D, **kinds) / size.B
 
 
 def whole_step(x: Tensor, weight: Tensor, bias: Tensor, neighbors: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
@@ -141,10 +148,13 @@ def _compiled(layer: nn.Linear, size: Size) -> Contestant:
     return Contestant(weight, step, refresh)
 
 
-def trained_weight(size: Size, steps: int = 60) -> Tensor:
-    """A weight [D, N] after strong pulls on random data: features have become alike, and few win."""
+def trained_weight(size: Size, steps: int = 60, device: str = "cpu", backend: str | None = None) -> Tensor:
+    """A weight [D, N] after strong pulls on random data: features have become alike, and few win.
+
+    `backend` trains it, None: the fastest of the device.
+    """
     torch.manual_seed(0)
-    layer = BCLLayer(size.N, size.D, som_lr=0.05)
+    layer = BCLLayer(size.N, size.D, som_lr=0.05, backend=backend, device=device)
     step = training_step(layer, size)
     for _ in range(steps):
         step()

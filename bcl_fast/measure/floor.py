@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .clocks import median_ms
+from .clocks import captured, median_ms, window
 from .contestants import CONFIG, Size
+from .precisions import PRECISIONS, multiplying
 
 
 @dataclass(frozen=True)
@@ -51,31 +52,61 @@ class Ceilings:
     copy_gbs: float  # GB/s read and written, of a copy that no cache holds
     cache_gbs: float  # the same of one that a cache holds
     tflops: float  # of a float32 product, in the precision torch's settings allow it
+    tf32_tflops: float | None = None  # of other precisions, on a GPU
+    bf16_tflops: float | None = None
 
-    def ms(self, needed: Work) -> float:
-        """The least milliseconds this work takes."""
+    def ms(self, needed: Work, precision: str = "fp32") -> float:
+        """The least milliseconds this work takes; only products know a precision."""
         moving = needed.moved / self.copy_gbs + needed.gathered / self.cache_gbs
-        return moving / 1e6 + needed.operations / self.tflops / 1e9
+        return moving / 1e6 + needed.operations / self._rate(precision) / 1e9
 
-    def floor_ms(self, size: Size) -> dict[str, float]:
-        """The least milliseconds of every stage."""
-        return {stage: self.ms(needed) for stage, needed in work(size).items()}
+    def _rate(self, precision: str) -> float:
+        rate = {"fp32": self.tflops, "tf32": self.tf32_tflops, "bf16": self.bf16_tflops}[precision]
+        if rate is None:
+            raise ValueError(f"the rate of {precision} products was not measured")
+        return rate
 
-    def step_ms(self, size: Size) -> float:
+    def floor_ms(self, size: Size, precision: str = "fp32") -> dict[str, float]:
+        """The least milliseconds of every stage; neighbours are found in float32 whatever the layer multiplies in."""
+        return {
+            stage: self.ms(needed, precision if stage == "products" else "fp32") for stage, needed in work(size).items()
+        }
+
+    def step_ms(self, size: Size, precision: str = "fp32") -> float:
         """The least milliseconds of a whole training step, its share of a refresh included."""
-        floor = self.floor_ms(size)
+        floor = self.floor_ms(size, precision)
         return sum(floor[stage] for stage in STEP) + floor["neighbours"] / CONFIG.recompute_every
 
 
 def ceilings(device: str = "cpu") -> Ceilings:
-    """Measure the two bandwidths and the product rate of a device."""
-    large, small, side = (1 << 28, 1 << 21, 8192) if device == "cuda" else (1 << 26, 1 << 14, 1024)
-    source = torch.rand(large, device=device)
-    target, a, b = torch.empty_like(source), *torch.rand(2, side, side, device=device)
+    """Measure the two bandwidths and the product rates of a device."""
+    if device == "cuda":
+        return _of_gpu()
+    large, small, side = 1 << 26, 1 << 14, 1024
+    source = torch.rand(large)
+    target, a, b = torch.empty_like(source), *torch.rand(2, side, side)
     rates = []
     for count in (large, small):
         one, other = source[:count], target[:count]
         repeats = max(1, (1 << 22) // count)  # a call takes longer than it takes to launch
-        ms = median_ms(lambda one=one, other=other, n=repeats: [other.copy_(one) for _ in range(n)], device)
+        ms = median_ms(lambda one=one, other=other, n=repeats: [other.copy_(one) for _ in range(n)])
         rates.append(8 * count * repeats / ms / 1e6)
-    return Ceilings(*rates, 2 * side**3 / median_ms(lambda: a @ b, device) / 1e9)
+    return Ceilings(*rates, 2 * side**3 / median_ms(lambda: a @ b) / 1e9)
+
+
+def _of_gpu() -> Ceilings:
+    large, side, repeats = 1 << 28, 8192, 100
+    small = torch.cuda.get_device_properties("cuda").L2_cache_size * 2 // 5 // 8  # both copies are 0.4 of the cache
+    source = torch.rand(large, device="cuda")
+    target, a, b = torch.empty_like(source), *torch.rand(2, side, side, device="cuda")
+    copy_gbs = 8 * large / median_ms(lambda: target.copy_(source), "cuda") / 1e6
+    one, other = source[:small], target[:small]
+    many = captured(lambda: [other.copy_(one) for _ in range(repeats)])  # one by one they wait for their launches
+    cache_gbs = 8 * small * repeats / window(many, 0.1, "cuda") / 1e6
+    rates = {}
+    for precision in PRECISIONS:
+        if precision == "bf16":
+            a, b = a.bfloat16(), b.bfloat16()
+        with multiplying(precision):
+            rates[precision] = 2 * side**3 / median_ms(lambda a=a, b=b: a @ b, "cuda") / 1e9
+    return Ceilings(copy_gbs, cache_gbs, rates["fp32"], rates["tf32"], rates["bf16"])

@@ -9,17 +9,17 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import cuda, ops
 from ..layer import BCLLayer
 from .clocks import medians
-from .contestants import Size, backends, reasons
+from .contestants import Size, backends, batch, reasons
 from .rows import Row, absent, row
 from .stages import WHOLE, stage_calls
 
@@ -68,10 +68,36 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
         assert samples.equal(chosen["reference"]), f"{name} at {size} chooses other samples than the reference"
     ms = medians(calls, device, **amount)
     rows = [
-        row("selection", name, size, device=device, ms=taken, ratio_to_reference=taken / ms["reference"])
+        row("selection", name, size, device=device, ms=taken.ms, ratio_to_reference=taken.ms / ms["reference"].ms)
         for name, taken in ms.items()
     ]
     return rows + absent("selection", size, reasons(device, compiled=WHOLE), device=device)
+
+
+# --- Ranks ------------------------------------------------------------------------------------------------------------
+
+
+def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = None, **amount: Any) -> list[Row]:
+    """The ranks of whole columns [B, D] by torch's own sorts beside those of backends, None: of all that serve.
+
+    Equal ranks first, then times. CUB's sort alone, which is no rank yet, stands for what can be reached.
+    """
+    key = batch(size, device)[1]
+    calls: dict[str, Callable[[], Any]] = {
+        "argsort of argsort": lambda: key.argsort(dim=0, stable=True).argsort(dim=0, stable=True),
+        "torch.sort": lambda: key.sort(dim=0, stable=True),
+    }
+    expected = calls["argsort of argsort"]()
+    for backend in backends(device) if names is None else names:
+        calls[backend] = partial(ops.stage("rank", backend), key)
+        assert calls[backend]().equal(expected), f"{backend} at {size}: ranks differ"
+    if "cuda" in calls:
+        columns = key.T.contiguous().view(torch.int32)
+        calls["CUB segmented sort"] = lambda: cuda.sort_segments(columns)
+    return [
+        row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6)
+        for name, (ms, _) in medians(calls, device, **amount).items()
+    ]
 
 
 # --- A SOM's epoch ----------------------------------------------------------------------------------------------------

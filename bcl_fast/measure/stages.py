@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,30 @@ STAGES = ("neighbours", "competition", "inverse_norm", "selection", "targets_pul
 WHOLE = "compiled as a whole step alone"  # why there is no stage of `compiled`
 
 
+class Expected(NamedTuple):
+    """A stage, its arguments, and what the reference makes of them."""
+
+    stage: str
+    arguments: tuple[Any, ...]
+    own: tuple[Tensor, ...]  # in float32
+    truth: tuple[Tensor, ...]  # in float64
+
+
 def stage_calls(
-    size: Size, device: str = "cpu", like: str = "portable", weight: Tensor | None = None
+    size: Size, device: str = "cpu", like: str = "portable", weight: Tensor | None = None, drawn: bool = False
 ) -> dict[str, tuple[Any, ...]]:
     """Stage -> its arguments in one training step on random numbers, formed by the backend `like`.
 
-    weight [D, N] is that of a layer, None: one drawn by `nn.Linear`.
+    weight [D, N] is that of a layer, None: one drawn by `nn.Linear`. The neighbours are found, or `drawn` where there
+    are too many features for that.
     """
     x, grad_output = batch(size, device)
     torch.manual_seed(0)
-    linear = nn.Linear(size.N, size.D)
-    weight = (linear.weight.detach() if weight is None else weight).to(device)
-    bias = linear.bias.detach().to(device)
+    linear = nn.Linear(size.N, size.D, device=device)
+    weight = linear.weight.detach() if weight is None else weight.to(device)
+    bias = linear.bias.detach()
     activation = F.linear(x, weight, bias)
-    neighbors = ops.stage("neighbours", like)(weight, CONFIG.neighborhood_k)
+    neighbors = _drawn(size, device) if drawn else ops.stage("neighbours", like)(weight, CONFIG.neighborhood_k)
     competing = activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
     R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = ops.stage("competition", like)(*competing)
     chosen = activation, bias, rinv, None, need, "rank", "hard", CONFIG.rescue_k
@@ -50,6 +60,12 @@ def stage_calls(
     }
 
 
+def _drawn(size: Size, device: str) -> Tensor:
+    """Neighbours [D, k] near and far, none of them the feature itself."""
+    away = torch.arange(min(CONFIG.neighborhood_k, size.D - 1), device=device) ** 5 % (size.D - 1)
+    return (torch.arange(size.D, device=device)[:, None] + 1 + away) % size.D
+
+
 # --- Equality ---------------------------------------------------------------------------------------------------------
 
 
@@ -59,24 +75,44 @@ def check_stages(
     device: str = "cpu",
     stages: Sequence[str] = STAGES,
     weight: Tensor | None = None,
+    drawn: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Raise AssertionError unless every stage keeps the exactness contract at this size, given the reference's inputs.
 
     Choices are equal bit by bit; returns, by backend, stage and result, the relative error of everything else, judged
     by float64 and held to the larger of 1e-5 and twice the reference's own. Neighbours are held to a float64 regret of
-    1e-6.
+    1e-6; `drawn` ones are not looked for.
     """
     errors: dict[str, dict[str, float]] = {backend: {} for backend in names}
-    calls = stage_calls(size, device, "reference" if set(stages) - {"neighbours", "rank"} else "portable", weight)
+    for one in expected(size, device, [stage for stage in stages if not drawn or stage != "neighbours"], weight, drawn):
+        for backend in names:
+            errors[backend] |= check_stage(one, backend, size)
+    return errors
+
+
+def expected(
+    size: Size,
+    device: str = "cpu",
+    stages: Sequence[str] = STAGES,
+    weight: Tensor | None = None,
+    drawn: bool = False,
+) -> Iterator[Expected]:
+    """What the reference makes of every stage, one at a time: two at once may not fit the memory."""
+    like = "reference" if set(stages) - {"neighbours", "rank"} else "portable"
+    calls = stage_calls(size, device, like, weight, drawn)
     for stage in stages:
         own, truth = (_results(stage, "reference", calls[stage], dtype) for dtype in (torch.float32, torch.float64))
-        for backend in names:
-            got = _results(stage, backend, calls[stage], torch.float32)
-            try:
-                errors[backend] |= _check_stage(stage, calls[stage], got, own, truth)
-            except AssertionError as error:
-                raise AssertionError(f"{backend} at {size}: {error}") from None
-    return errors
+        yield Expected(stage, calls[stage], own, truth)
+        del own, truth
+
+
+def check_stage(one: Expected, backend: str, size: Size) -> dict[str, float]:
+    """The errors of a stage of a backend; AssertionError where they break the contract."""
+    got = _results(one.stage, backend, one.arguments, torch.float32)
+    try:
+        return _errors(one.stage, one.arguments, got, one.own, one.truth)
+    except AssertionError as error:
+        raise AssertionError(f"{backend} at {size}: {error}") from None
 
 
 def _results(stage: str, backend: str, taken: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -89,7 +125,7 @@ def _results(stage: str, backend: str, taken: tuple[Any, ...], dtype: torch.dtyp
     return result if isinstance(result, tuple) else (result,)
 
 
-def _check_stage(
+def _errors(
     stage: str, taken: tuple[Any, ...], got: tuple[Tensor, ...], own: tuple[Tensor, ...], truth: tuple[Tensor, ...]
 ) -> dict[str, float]:
     """The errors of one stage of one backend beside the reference's results in float32 and in float64."""
@@ -143,12 +179,12 @@ def stage_times(
     """
     serving = backends(device)
     check_stages(size, serving[1:], device, stages)
-    taken = stage_calls(size, device)
+    given = stage_calls(size, device)
     calls = {
-        (stage, backend): partial(ops.stage(stage, backend), *taken[stage]) for stage in stages for backend in serving
+        (stage, backend): partial(ops.stage(stage, backend), *given[stage]) for stage in stages for backend in serving
     }
     calls["products", "linear"] = build("linear", size, device=device).step
-    ms = medians(calls, device, **amount)
+    taken = medians(calls, device, **amount)
     needed, floor = work(size), roof.floor_ms(size)
     rows = [
         row(
@@ -156,14 +192,15 @@ def stage_times(
             name,
             size,
             device=device,
-            ms=taken_ms,
-            ratio_to_linear=taken_ms / ms["products", "linear"],
+            ms=ms,
+            ratio_to_linear=ms / taken["products", "linear"].ms,
             stage=stage,
-            ratio_to_reference=taken_ms / ms[stage, "reference"] if name != "linear" else None,
-            gbs=(needed[stage].moved + needed[stage].gathered) / taken_ms / 1e6 or None,
-            tflops=needed[stage].operations / taken_ms / 1e9 or None,
-            fraction_of_roof=floor[stage] / taken_ms,
+            ratio_to_reference=ms / taken[stage, "reference"].ms if name != "linear" else None,
+            gbs=(needed[stage].moved + needed[stage].gathered) / ms / 1e6 or None,
+            tflops=needed[stage].operations / ms / 1e9 or None,
+            fraction_of_roof=floor[stage] / ms,
+            captured=captured if device == "cuda" else None,
         )
-        for (stage, name), taken_ms in ms.items()
+        for (stage, name), (ms, captured) in taken.items()
     ]
     return rows + absent(question, size, reasons(device, compiled=WHOLE), device=device)

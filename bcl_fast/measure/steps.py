@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..testing import relative_error
+from .. import ops
+from .choices import check_choices
 from .clocks import interleaved, median_ms
 from .contestants import CONFIG, Contestant, Size, backends, build, reasons, serving
 from .floor import Ceilings
@@ -29,15 +30,24 @@ def begin(running: dict[str, Contestant], device: str = "cpu") -> tuple[dict[str
     return refresh_ms, moved
 
 
-def check_equal(moved: dict[str, Tensor], size: Size) -> None:
+def check_equal(moved: dict[str, Tensor], size: Size, device: str = "cpu") -> None:
     """AssertionError unless the first pull of every contestant is the reference's.
 
-    Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum.
+    Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum. One
+    feature in a thousand may still choose otherwise, if its choice is as good.
     """
+    scale = moved["reference"].abs().max()
     for name, move in moved.items():
-        if name != "linear":
-            error = relative_error(move, moved["reference"])
-            assert error <= 1e-4, f"{name} at {size}: the first pull differs from the reference's by {error:.1e}"
+        if name == "linear":
+            continue
+        errors = (move - moved["reference"]).abs().amax(dim=1) / scale
+        others = int((~(errors <= 1e-4)).sum())  # NaN too
+        assert others <= size.D // 1000, (
+            f"{name} at {size}: the first pull differs from the reference's by {float(errors.max()):.1e}, in {others} "
+            "features by more than 1e-4"
+        )
+        if others and name in ops.BACKENDS:
+            check_choices(name, size, device=device)
 
 
 def race(
@@ -74,7 +84,7 @@ def step_times(
     running = {name: build(name, size, weight, device) for name in serving(device)}
     refresh_ms, moved = begin(running, device)
     if weight is None:
-        check_equal(moved, size)
+        check_equal(moved, size, device)
     else:
         check_stages(size, backends(device)[1:], device, weight=weight)
     labels = {"device": device, "weights": "init" if weight is None else "trained"}

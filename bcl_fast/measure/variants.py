@@ -1,0 +1,63 @@
+"""Variants: the launch sizes that stand, and their rivals, one changed at a time."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from .. import cuda, ops
+
+# Stage of Triton -> constant of its file in kernels/ -> what to try instead.
+RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "competition": {"PROGRAMS": (128, 512), "BLOCK_B": (4, 16), "BLOCK_D": (32, 128)},
+    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2, 8)},
+    "targets_pull_": {"GATHER": (8, 32), "MAX_BLOCK_N": (64, 256), "CHUNK_ROWS": (64,)},
+    "gradient": {"TILE": (1024, 4096), "PROGRAMS": (512, 2048)},
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A stage of a backend, with some of its launch sizes changed."""
+
+    backend: str
+    stage: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.changes.items()) or "as it stands"
+
+
+def variants(backend: str, stage: str) -> list[Variant]:
+    """What stands, first, and every rival of it; for `cuda` these are all forms that are compiled."""
+    if backend == "triton":
+        changes = [{name: value} for name, values in RIVALS.get(stage, {}).items() for value in values]
+    else:
+        standing = sizes(backend, stage)
+        changes = [form for form in cuda.FORMS[stage] if {**standing, **form} != standing]
+    return [Variant(backend, stage, change) for change in [{}, *changes]]
+
+
+def stages(backend: str) -> tuple[str, ...]:
+    """The stages of a backend that have rivals."""
+    return tuple(RIVALS) if backend == "triton" else tuple(getattr(cuda, "FORMS", ()))
+
+
+def sizes(backend: str, stage: str) -> dict[str, Any]:
+    """The table that the launcher of a stage reads at every call."""
+    return cuda.LAUNCH[stage] if backend == "cuda" else vars(sys.modules[ops.stage(stage, "triton").__module__])
+
+
+@contextmanager
+def applied(variant: Variant) -> Iterator[None]:
+    """Within this block the stage is launched so."""
+    table = sizes(variant.backend, variant.stage)
+    before = {name: table[name] for name in variant.changes}
+    table.update(variant.changes)
+    try:
+        yield
+    finally:
+        table.update(before)
