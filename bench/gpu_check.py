@@ -15,6 +15,7 @@ import io
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,16 +29,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bcl_fast import native, ops  # noqa: E402
+from bcl_fast import BCLLayer, graphed, native, ops  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.measure import peers, prebuilt, variants, verdicts  # noqa: E402
 from bcl_fast.measure.choices import check_choices  # noqa: E402
-from bcl_fast.measure.clocks import captured, median_ms, window  # noqa: E402
-from bcl_fast.measure.contestants import Contestant, Size, build, trained_weight  # noqa: E402
+from bcl_fast.measure.clocks import captured, interleaved, median_ms, window  # noqa: E402
+from bcl_fast.measure.contestants import Contestant, Size, batch, build, trained_weight  # noqa: E402
 from bcl_fast.measure.floor import ceilings  # noqa: E402
 from bcl_fast.measure.launches import kernels  # noqa: E402
 from bcl_fast.measure.precisions import PRECISIONS, multiplying  # noqa: E402
@@ -278,6 +280,7 @@ def steps(plan: Plan) -> Iterator[Unit]:
             for precision in PRECISIONS:
                 call = partial(_steps, plan, backend, size, precision)
                 yield Unit("steps", f"{backend} {size} {precision}", planned(size), call)
+            yield Unit("steps", f"{backend} {size} graphed", planned(size), partial(_graphed, plan, backend, size))
     if "steps" in plan.benches:
         yield Unit("steps", "bench", 60, partial(_bench, plan, plan.benches["steps"]))
 
@@ -304,6 +307,35 @@ def _captured(plan: Plan, running: dict[str, Contestant]) -> dict[str, Contestan
     if plan.device == "cpu":
         return running
     return {name: replace(contestant, step=captured(contestant.step)) for name, contestant in running.items()}
+
+
+def _graphed(plan: Plan, backend: str, size: Size) -> Iterator[Row]:
+    """What a user gets from bcl_fast.graphed, for a loss and SGD, the copied batch and the refresh included."""
+    require(backend, plan)
+    x, grad_output = batch(size, plan.device)
+    layers = {
+        "linear": nn.Linear(size.N, size.D, device=plan.device),
+        backend: BCLLayer(size.N, size.D, backend=backend, device=plan.device),
+    }
+    steps = {name: _whole(plan, layer, grad_output, x) for name, layer in layers.items()}
+    calls = {name: partial(step, x) for name, step in steps.items()}
+    taken = interleaved(calls, plan.rounds, plan.seconds, 3.0, plan.device)
+    ms = {name: statistics.median(windows) for name, windows in taken.items()}
+    labels = {"contestant": backend, **asdict(size), "weights": "init", "precision": "fp32", "mode": "graphed"}
+    yield labels | {"ms": ms[backend], "linear_ms": ms["linear"], "ratio_to_linear": ms[backend] / ms["linear"]}
+
+
+def _whole(plan: Plan, layer: nn.Linear, grad_output: torch.Tensor, x: torch.Tensor) -> Callable[..., Any]:
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (model(x) * grad_output).sum()
+
+    def eager(x: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss(layer, x).backward()
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    return eager if plan.device == "cpu" else graphed(layer, loss, optimizer, x)
 
 
 def variants_(plan: Plan) -> Iterator[Unit]:

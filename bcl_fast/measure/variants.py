@@ -43,7 +43,10 @@ def variants(backend: str, stage: str) -> list[Variant]:
 
 def stages(backend: str) -> tuple[str, ...]:
     """The stages of a backend that have rivals."""
-    return tuple(RIVALS) if backend == "triton" else tuple(getattr(cuda, "FORMS", ()))
+    if backend == "triton":
+        return tuple(RIVALS)
+    # Of the two, only until both are there: FORMS comes with the forms themselves.
+    return tuple(stage for stage, forms in getattr(cuda, "FORMS", {}).items() if len(forms) > 1)
 
 
 def sizes(backend: str, stage: str) -> dict[str, Any]:

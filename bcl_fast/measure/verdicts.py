@@ -16,6 +16,7 @@ from .units import FAILED, TIMED_OUT
 BAD = (FAILED, TIMED_OUT)
 OF_FLOOR, OF_READ, OF_ARGSORT, OF_LINEAR = 1.5, 1.5, 5.0, 3.0  # the goals
 LAUNCH_BOUND = 10**6  # elements [B, D] below which a step is a matter of launches
+GRAPHED = "graphed"  # the mode of a user's whole step, with a loss and an optimizer
 LONGEST = 5  # kernels that are shown of each step
 
 
@@ -50,9 +51,9 @@ def roof(rows: Sequence[Row]) -> Ceilings | None:
 
 
 def floor_of(row: Row, ceilings: Ceilings | None) -> float | None:
-    """The floor of the step that a row timed, in its precision, where that was measured."""
+    """The floor of the step that a row timed, in its precision, where that was measured; a user's step has more."""
     try:
-        return ceilings and ceilings.step_ms(size_of(row), row["precision"])
+        return None if row["mode"] == GRAPHED else ceilings and ceilings.step_ms(size_of(row), row["precision"])
     except ValueError:
         return None
 
@@ -69,6 +70,7 @@ def goals(rows: Sequence[Row], sizes: Sequence[Size]) -> Iterator[tuple[str, flo
             own = [
                 row for row in steps
                 if size_of(row) == size and (row["weights"], row["precision"]) == (weights, "fp32")
+                and row["mode"] != GRAPHED
             ]  # fmt: skip
             if size.B * size.D >= LAUNCH_BOUND and own and ceilings:
                 best = min(row["ms"] for row in own)
