@@ -13,7 +13,14 @@ EPS = tl.constexpr(1e-8)
 MOST = 32  # so many samples are chosen in registers; beyond, scores are sorted
 PROGRAMS = 264  # each holds the sorted runs of its columns, in twice their memory: together less than one large [B, D]
 COLUMNS = 4  # half a sector of float32 of every row: more would spill where a run is sorted
+SHORT, RUN = 128, 1024  # elements of a run: of the only one, where it holds the batch, and of all others
 BLOCK = 128  # elements of a run, or samples, that are looked at together
+WARPS = 8
+# Beyond so many runs torch sorts whole columns. Of the samples that could be chosen a fraction of one run is looked up,
+# however many there are (0.16 for each element at 8 runs, 0.30 at 64), but the runs of 65,536 samples take half a
+# gigabyte; where all ranks are asked for, every run is a search for every element.
+MOST_RUNS, MOST_RUNS_OF_RANK = 64, 8
+SORTED = 1 << 23  # elements sorted at once: half a gigabyte with its copies, places and torch's own scratch memory
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
@@ -51,18 +58,39 @@ def _keys(activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, strid
 
 
 @triton.jit
-def _rank(packed, able, place, own, run_ptr, runs, RUN: tl.constexpr):
-    """How many elements of all runs are smaller than these, which stand at `place` in the run `own`."""
+def _promising(most, need, b, worst, HAS_NEED: tl.constexpr):
+    """Whether samples of at most this rank could still be chosen; a negative need does best at rank 0."""
+    reach = most.to(tl.float32)
+    if HAS_NEED:
+        reach = tl.where(need > 0, reach * need, 0.0)
+    return _packed(reach, b ^ SAMPLE) > worst
+
+
+@triton.jit
+def _rank(packed, able, place, own, most, need, b, worst, run_ptr, B, runs, HAS_NEED: tl.constexpr,
+          RANKS: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
+    """How many elements of all runs are smaller than these, which stand at `place` in the run `own`; and who is `able`.
+
+    `most`, the largest rank still possible, falls with every run that is looked at: whoever can no longer be chosen is
+    looked up no further, and has no rank.
+    """
     rank = place + tl.zeros_like(packed).to(tl.int32)
-    for run in range(runs):
+    run, going = 0, tl.max(able.to(tl.int32))
+    while (run < runs) & (going > 0):
         if run != own:
             below, step = tl.zeros_like(rank), RUN // 2
             while step > 0:  # bit by bit
                 probe = tl.load(run_ptr + run * RUN + below + step - 1, able, other=LAST)
                 below += tl.where(probe < packed, step, 0)
                 step //= 2
-            rank += below + (tl.load(run_ptr + run * RUN + below, able, other=LAST) < packed).to(tl.int32)
-    return rank
+            below += (tl.load(run_ptr + run * RUN + below, able, other=LAST) < packed).to(tl.int32)
+            rank += below
+            if not RANKS:
+                most -= tl.minimum(RUN, B - run * RUN) - below
+                able = able & _promising(most, need, b, worst, HAS_NEED)
+                going = tl.max(able.to(tl.int32))
+        run += 1
+    return rank, able
 
 
 @triton.jit
@@ -129,13 +157,15 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
                 packed = tl.load(run_ptr + own * RUN + place)
                 inside = packed != LAST
                 b = tl.where(inside, (packed & SAMPLE).to(tl.int32), 0)
-                able = inside
-                if HAS_NEED:  # at the highest rank; a negative need does best at rank 0
+                need = packed
+                if HAS_NEED:
                     need = tl.load(need_ptr + b, inside, other=0.0)
-                    reach = tl.where(need > 0, need * (B - 1).to(tl.float32), 0.0)
-                    able = inside & (_packed(reach, b ^ SAMPLE) > tl.min(kept, 1, keep_dims=True))
+                most = B - tl.minimum(RUN, B - own * RUN) + place  # the rank of whoever nobody else's run stands above
+                worst = tl.min(kept, 1, keep_dims=True)
+                able = inside if RANKS else inside & _promising(most, need, b, worst, HAS_NEED)
                 if tl.max(able.to(tl.int32)) > 0:
-                    rank = _rank(packed, able, place, own, run_ptr, runs, RUN)
+                    rank, able = _rank(packed, able, place, own, most + tl.zeros_like(b), need, b, worst, run_ptr, B,
+                                       runs, HAS_NEED, RANKS, RUN)  # fmt: skip
                     if RANKS:
                         tl.store(rank_ptr + b.to(tl.int64) * D + d, rank.to(tl.int64), able & there)
                     else:
@@ -154,41 +184,66 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
             _write(row_ptr, share_ptr, kept, scale, d, there, r, SOFT)
 
 
-def _launch(activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares, ranks, rule, r, soft):
-    (B, D), device = activation.shape, activation.device
-    RUN = 128 if B <= 128 else 1024
-    runs, programs = triton.cdiv(B, RUN), min(triton.cdiv(D, COLUMNS), PROGRAMS)
-    run = torch.empty(programs * COLUMNS * runs * RUN if rule == "rank" else 0, dtype=torch.int64, device=device)
-    scale = 1 / r if not soft else 1 / max(B - 1, 1) if rule == "rank" else 1.0
+def _launch(activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares, ranks, rule, r, soft, scale):
+    B, D = activation.shape
+    run_length = SHORT if B <= SHORT else RUN
+    runs, programs = -(-B // run_length), min(-(-D // COLUMNS), PROGRAMS)
+    places = programs * COLUMNS * runs * run_length if rule == "rank" else 0
+    run = activation.new_empty(places, dtype=torch.int64)
     _selection_kernel[(programs,)](
         activation, bias, x_inverse_norm, weight_inverse_norm, need, run, rows, shares, ranks, B, D, r, runs,
         *activation.stride(), scale, rule, bias is not None, x_inverse_norm is not None, need is not None, soft,
-        ranks is not None, triton.next_power_of_2(max(r, 2)), RUN, BLOCK, COLUMNS, num_warps=8, **REGISTERS,
+        ranks is not None, 1 << max(r - 1, 1).bit_length(), run_length, BLOCK, COLUMNS, num_warps=WARPS, **REGISTERS,
     )  # fmt: skip
+
+
+def _parts(B: int, D: int) -> list[slice]:
+    """The columns in parts of at most SORTED elements, or of one column."""
+    columns = max(SORTED // B, 1)
+    return [slice(first, first + columns) for first in range(0, D, columns)]
 
 
 def rank(key: torch.Tensor) -> torch.Tensor:
     """key [B, D] any strides -> stable rank of each element within its column [B, D] int64; NaN last, -0 equals +0."""
-    ranks = torch.empty(key.shape, dtype=torch.int64, device=key.device)
-    _launch(key, None, None, None, None, None, None, ranks, "rank", 1, False)
+    B, D = key.shape
+    ranks = key.new_empty(B, D, dtype=torch.int64)
+    if B <= MOST_RUNS_OF_RANK * RUN:
+        _launch(key, None, None, None, None, None, None, ranks, "rank", 1, False, 1.0)
+        return ranks
+    place = torch.arange(B, device=key.device)[:, None]
+    for columns in _parts(B, D):
+        part = key[:, columns]
+        part = torch.where(part == part, part + 0.0, torch.nan)  # one zero and one NaN: a radix sort looks at signs
+        order = part.sort(dim=0, stable=True).indices
+        ranks[:, columns].scatter_(0, order, place.expand_as(order))
     return ranks
 
 
-def _by_sorting(key, weight_inverse_norm, need, affinity_rule, soft, r):
-    """Any number of samples: key [B, D] -> rescue_rows, shares [D, r]."""
-    if affinity_rule == "rank":
-        affinity = rank(key).to(torch.float32)
-    else:
-        affinity = key * weight_inverse_norm
-        affinity = affinity.clamp_(min=0) if affinity_rule == "clamped_cosine" else affinity
-    score = affinity if need is None else affinity * need[:, None]
-    score = score.masked_fill(key.isnan() | score.isnan(), -torch.inf)
-    rows = score.sort(dim=0, descending=True, stable=True).indices[:r].T.contiguous()
-    if not soft:
-        return rows, torch.full(rows.shape, 1 / r, dtype=torch.float32, device=key.device)
-    value = score.T.gather(1, rows).clamp_(min=0)
-    value = value / (len(key) - 1) if affinity_rule == "rank" else value
-    return rows, value / (value.sum(dim=1, keepdim=True) + EPS.value)
+def _by_sorting(
+    activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares, affinity_rule, r, soft, scale
+):
+    """Any number of samples, and of runs, by parts of the columns: writes rescue_rows and shares [D, r]."""
+    for columns in _parts(*activation.shape):
+        key = activation[:, columns] if bias is None else activation[:, columns] - bias[columns]
+        key = key * x_inverse_norm[:, None]
+        if affinity_rule == "rank":
+            affinity = rank(key).to(torch.float32)
+        else:
+            affinity = key * weight_inverse_norm[columns]
+            affinity = affinity.clamp_(min=0) if affinity_rule == "clamped_cosine" else affinity
+        affinity.masked_fill_(key.isnan(), torch.nan)
+        if r <= MOST:  # the ranks as cosines of features of norm 1
+            one = torch.ones_like(affinity[0])
+            given = affinity, None, None, one, need, rows[columns], shares[columns]
+            _launch(*given, None, "cosine", r, soft, scale)
+            continue
+        score = affinity if need is None else affinity * need[:, None]
+        score = score.masked_fill(score.isnan(), -torch.inf)
+        rows[columns] = score.sort(dim=0, descending=True, stable=True).indices[:r].T
+        shares[columns] = scale
+        if soft:
+            value = score.T.gather(1, rows[columns]).clamp_(min=0) * scale
+            shares[columns] = value / (value.sum(dim=1, keepdim=True) + EPS.value)
 
 
 def selection(
@@ -205,13 +260,13 @@ def selection(
 
     -> rescue_rows [D, r] int64, r = min(rescue_k or B, B), and their shares [D, r] float32.
     """
-    (B, D), device = activation.shape, activation.device
-    r, soft = min(rescue_k or B, B), rescue_weighting == "soft"
-    if r > MOST:
-        key = activation if bias is None else activation - bias
-        return _by_sorting(key * x_inverse_norm[:, None], weight_inverse_norm, need, affinity_rule, soft, r)
-    rows = torch.empty(D, r, dtype=torch.int64, device=device)
-    shares = torch.empty(D, r, dtype=torch.float32, device=device)
-    arguments = activation, bias, x_inverse_norm, weight_inverse_norm, need
-    _launch(*arguments, rows, shares, None, affinity_rule, r, soft)
+    B, D = activation.shape
+    r, ranked, soft = min(rescue_k or B, B), affinity_rule == "rank", rescue_weighting == "soft"
+    rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
+    scale = 1 / r if not soft else 1 / max(B - 1, 1) if ranked else 1.0
+    arguments = activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares
+    if r > MOST or (ranked and B > MOST_RUNS * RUN):
+        _by_sorting(*arguments, affinity_rule, r, soft, scale)
+    else:
+        _launch(*arguments, None, affinity_rule, r, soft, scale)
     return rows, shares

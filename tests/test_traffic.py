@@ -80,7 +80,7 @@ RANKED = Row(
         ("x_inverse_norm_ptr", "load"): lambda B, D, N, k, r: B * D / 4,
         ("need_ptr", "load"): lambda B, D, N, k, r: 2 * B * D,
     },
-    own=RUNS | {("run_ptr", "load"): lambda B, D, N, k, r: 2.5 * B * D},  # few could still be chosen
+    own=RUNS | {("run_ptr", "load"): lambda B, D, N, k, r: 1.8 * B * D},  # few could still be chosen
 )
 ROWS: dict[tuple[str, str], Row] = {
     ("inverse_norm", "x"): Row(lambda B, D, N, k, r: B * N + B),
@@ -94,7 +94,7 @@ ROWS: dict[tuple[str, str], Row] = {
     ("selection", "clamped"): STREAM,
     ("selection", "cosine-soft"): STREAM,
     ("selection", "rank-bare"): Row(
-        STREAM.least, {("x_inverse_norm_ptr", "load"): RANKED.again["x_inverse_norm_ptr", "load"]}, RUNS
+        STREAM.least, {("x_inverse_norm_ptr", "load"): RANKED.again["x_inverse_norm_ptr", "load"]}, RANKED.own
     ),
     ("selection", "ranks"): Row(lambda B, D, N, k, r: 2 * B * D, {}, RUNS),
     ("targets_pull", "targets"): PULL,

@@ -9,7 +9,7 @@ import mmap
 import pytest
 import torch
 from backends import INTERPRETED
-from interpreter import Launches
+from interpreter import Launches, Place, Traffic
 from test_layer import N, batch, check_one_step, make, same, state
 from test_ops import pending, statistics_arguments
 from test_stages import check_selection, needs
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from bcl_fast import BCLConfig, BCLLayer, ops, reference
 from bcl_fast.measure.contestants import Size, trained_weight
 from bcl_fast.measure.stages import check_stages, stage_calls
-from bcl_fast.testing import VARIANTS, columns, compete, neighbours_of
+from bcl_fast.testing import COLUMNS, VARIANTS, columns, compete, neighbours_of
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for a GPU here, or is not installed")
 MOST_LAUNCHES = 8
@@ -232,6 +232,64 @@ def test_selection_by_several_runs(kind, need):
 def test_ranks_by_several_runs():
     key = columns("quantised", 2100, 3)
     assert ops.stage("rank", "triton")(key).equal(ops.stage("rank", "reference")(key))
+
+
+class Largest(TorchDispatchMode):
+    """The most elements of a tensor that a torch operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        for tensor in made if isinstance(made, tuple) else (made,):
+            if torch.is_tensor(tensor) and not tensor._is_view():
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.fixture
+def few_runs(monkeypatch):
+    """More than one run is too many, and two columns of 1,100 samples are sorted at once."""
+    from bcl_fast.kernels import selection
+
+    for name, value in dict(MOST_RUNS=1, MOST_RUNS_OF_RANK=1, SORTED=2500).items():
+        monkeypatch.setattr(selection, name, value)
+    return selection
+
+
+@pytest.mark.parametrize("kind", ["random", "quantised", "signed_zeros", "with nan"])
+@pytest.mark.parametrize("need", ["flat", "log-uniform", "with nan", "negative"])
+def test_selection_by_sorting_whole_columns(few_runs, kind, need):
+    B, D = 1100, 5
+    activation = columns(kind if kind in COLUMNS else "random", B, D)
+    if kind == "with nan":
+        activation[::3, 1], activation[::2, 2], activation[:, 3] = torch.nan, -torch.tensor(torch.nan), torch.nan
+    weights = -needs("log-uniform", B) if need == "negative" else needs(need, B)
+    rinv, bias = torch.linspace(0.5, 1.5, B), torch.linspace(-1, 1, D)
+    soft = "hard" if kind == "with nan" else "soft"  # what a column of nothing but NaN shares out, nobody says
+    for rescue_k, weighting in ((5, "hard"), (5, soft), (40, soft)):
+        check_selection("triton", activation, bias, rinv, torch.ones(D), weights, "rank", weighting, rescue_k)
+    assert few_runs.rank(activation).equal(reference.rank(activation))
+
+
+def test_sorting_needs_no_more_memory_than_its_parts(few_runs):
+    activation, ones = columns("random", 1100, 50), torch.ones(1100)
+    with Largest() as largest, Launches(execute=False):
+        few_runs.selection(activation, None, ones, None, ones, "rank", "hard", 5)
+    assert 1100 < largest.elements <= 2500
+
+
+@pytest.mark.parametrize("need", ["flat", "log-uniform", None])
+def test_few_runs_are_looked_through(need):
+    """Of the 7 other runs each element is looked up in less than a fifth of one: what could be chosen has few above."""
+    from bcl_fast.kernels import selection
+
+    B, D = 8192, 4
+    given = columns("random", B, D), None, torch.ones(B), None, None if need is None else needs(need, B)
+    with Traffic() as traffic:
+        selection.selection(*given, "rank", "hard", 5)
+    probes = traffic.lanes[Place("_selection_kernel", "run_ptr", "load")] - B * D  # less the walk down every run
+    assert probes / 11 <= 0.2 * B * D
 
 
 def test_more_samples_and_features_than_a_tile():
