@@ -54,40 +54,32 @@ def missing(device_type: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def _scratch(stage: str, device: int | None, form: tuple[int, ...], *sizes: int) -> ctypes.c_size_t:
-    """The bytes of scratch memory that a stage wants for these sizes on a device; 0 where it was not yet asked."""
+def _bytes(stage: str, index: int | None, sizes: tuple[int, ...], form: tuple[int, ...]) -> ctypes.c_size_t:
+    """The scratch memory of a stage for these sizes, device and form; 0 until the library was asked."""
     return ctypes.c_size_t()
 
 
-def _call(
-    stage: str, like: Tensor, sizes: tuple[int, ...], *arguments: int | float | None, floats: tuple[int, ...] = ()
-) -> tuple[Tensor, ...]:
-    """Run a stage on the device of `like`, in its current stream; returns vectors of these many floats.
+def _call(stage: str, like: Tensor, sizes: tuple[int, ...], *arguments: int | float | None) -> Tensor:
+    """Run a stage on the device of `like`, in its current stream; returns its scratch memory, float32.
 
-    They share one buffer with the scratch memory of the stage, whose bytes depend on `sizes` alone, and are their
-    pointers the arguments that are `...`, in turn.
+    How much that is depends on `sizes` alone: only the first call for them asks.
     """
     library, form, index = native.cuda(), tuple(LAUNCH[stage].values()), like.device.index
-    function, place = getattr(library, f"bcl_cuda_{stage}"), (0, None)
-    if like.device.type == "cuda":
-        place = index, torch._C._cuda_getCurrentRawStream(index)  # a tenth of the time of current_stream()
-    wanted = _scratch(stage, index, form, *sizes)
+    function, stream = getattr(library, f"bcl_cuda_{stage}"), None
+    if like.is_cuda:
+        stream = torch._C._cuda_getCurrentRawStream(index)  # a tenth of the time of current_stream()
+    wanted = _bytes(stage, index, sizes, form)
     error = 0
     if not wanted.value:
-        nothing = [None if argument is ... else argument for argument in arguments]
-        error = function(*nothing, *form, None, ctypes.byref(wanted), *place)
-        wanted.value = max(-(-wanted.value // 4) * 4, 4)
+        error = function(*arguments, *form, None, ctypes.byref(wanted), index or 0, stream)
+        wanted.value += -wanted.value % 4 or 4 * (wanted.value == 0)
     if not error:
-        buffer = torch.empty(wanted.value // 4 + sum(floats), dtype=torch.float32, device=like.device)
-        vectors = buffer.split((wanted.value // 4, *floats))
-        pointers = iter([vector.data_ptr() for vector in vectors])
-        scratch = next(pointers)
-        arguments = [next(pointers) if argument is ... else argument for argument in arguments]
-        error = function(*arguments, *form, scratch, ctypes.byref(wanted), *place)
+        scratch = torch.empty(wanted.value // 4, dtype=torch.float32, device=like.device)
+        error = function(*arguments, *form, scratch.data_ptr(), ctypes.byref(wanted), index or 0, stream)
     if error:
-        _scratch.cache_clear()
+        _bytes.cache_clear()
         raise RuntimeError(f"the CUDA stage {stage} failed: {library.bcl_cuda_error(error).decode()} ({error})")
-    return vectors[1:]
+    return scratch
 
 
 def competition(
@@ -101,19 +93,19 @@ def competition(
 ) -> tuple[Tensor, ...]:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
 
-    What no operator returns, such as coverage and need, lies in one storage with the scratch memory.
+    What no operator returns, such as coverage and need, lies where the scratch memory begins.
     """
     x, neighbors = x.float(), neighbors.contiguous()
     (B, D), k = activation.shape, neighbors.shape[1]
     real, whole = activation.new_empty, neighbors.new_empty
     rank_score, winner, pair_feature, pair_pull = real(B, D), whole(B), whole(B, k), real(B, k)
     winner_share, som_strength = real(D), real(D)
-    coverage, novelty, win_rate, x_inverse_norm, need = _call(
-        "competition", activation, (B, D, k), activation.data_ptr(), *activation.stride(), B, D, neighbors.data_ptr(),
-        k, temperature, x.data_ptr(), *x.stride(), x.shape[1], forces == "coupled", rescue_onset, pull_onset,
-        rank_score.data_ptr(), ..., ..., ..., winner.data_ptr(), pair_feature.data_ptr(), pair_pull.data_ptr(),
-        ..., ..., winner_share.data_ptr(), som_strength.data_ptr(), floats=(B, D, D, B, B),
-    )  # fmt: skip
+    scratch = _call("competition", activation, (B, D, k), activation.data_ptr(), *activation.stride(), B, D,
+                    neighbors.data_ptr(), k, temperature, x.data_ptr(), *x.stride(), x.shape[1], forces == "coupled",
+                    rescue_onset, pull_onset, rank_score.data_ptr(), winner.data_ptr(), pair_feature.data_ptr(),
+                    pair_pull.data_ptr(), winner_share.data_ptr(), som_strength.data_ptr())  # fmt: skip
+    rest = scratch.numel() - 3 * B - 2 * D
+    coverage, novelty, win_rate, x_inverse_norm, need, _ = scratch.split_with_sizes((B, D, D, B, B, rest))
     return (rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need,
             winner_share, som_strength)  # fmt: skip
 

@@ -37,7 +37,7 @@ def pointer(tensor: Any) -> int | None:
 _SCRATCH_AND_STREAM = [c_void_p, POINTER(c_size_t), c_int, c_void_p]
 _CUDA_ARGUMENTS = {
     "competition": [c_void_p, *[c_int64] * 4, c_void_p, c_int64, c_float, c_void_p, *[c_int64] * 3, c_int,
-                    *[c_float] * 2, *[c_void_p] * 11, *[c_int] * 3, *_SCRATCH_AND_STREAM],
+                    *[c_float] * 2, *[c_void_p] * 6, *[c_int] * 3, *_SCRATCH_AND_STREAM],
     "selection": [c_void_p, *[c_int64] * 4, *[c_void_p] * 3, c_int64, c_int, *[c_void_p] * 2, *[c_int] * 4,
                   *_SCRATCH_AND_STREAM],
     "rank": [c_void_p, *[c_int64] * 4, c_void_p, c_int, *_SCRATCH_AND_STREAM],

@@ -46,7 +46,7 @@ def device(
     set_device = ctypes.CDLL(os.environ["BCL_FAST_CUDA"]).bcl_host_device
     set_device.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
     set_device(multiprocessors, shared_bytes, clusters, clusters_at_once)
-    cuda._scratch.cache_clear()  # of the device before
+    cuda._bytes.cache_clear()  # of the device before
 
 
 def _plan(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
@@ -58,7 +58,7 @@ PLANS = {
     "competition": _plan(
         "CompetitionPlan", ("where", INT), ("rows", INT), ("near", INT), ("threads", INT), ("owned", INT),
         ("cluster", LONG), ("slice", LONG), ("sums_shared", ctypes.c_bool), ("groups", LONG), ("shared", LONG),
-        ("partial", LONG), ("strengths", LONG), ("ids", LONG),
+        ("results", LONG), ("partial", LONG), ("strengths", LONG), ("ids", LONG),
     ),
     "selection": _plan(
         "SelectionPlan", ("blocks", LONG), ("shared", LONG), ("bins", LONG), ("order", LONG), ("counting", LONG),

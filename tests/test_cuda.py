@@ -13,7 +13,7 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
-from backends import stage
+from backends import DEVICE, stage
 from test_layer import batch, make
 from test_stages import by_row, check_competition, vectors
 
@@ -29,6 +29,7 @@ IN_REGISTERS, EIGHT_AT_ONCE, ONE_BY_ONE = range(3)
 A100, H100 = (108, 163 << 10, 0), (132, 227 << 10, 15)
 SERVED = ops.why_not("cuda", "cuda" if torch.cuda.is_available() else "cpu") is None
 
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; less shared memory leads here on the host")
 on_host = pytest.mark.skipif("BCL_FAST_CUDA" not in os.environ, reason="a GPU, or no C++ compiler")
 served = pytest.mark.skipif(not SERVED, reason="the CUDA library is not built")
 
@@ -95,8 +96,8 @@ def test_competition_plans_fit_and_cover(D, device, form):
             assert plan.slice % 32 == 0 and plan.slice * plan.cluster >= D and (plan.cluster == 1 or plan.slice >= 32)
             assert 1 <= plan.groups <= max(1, device[0] // plan.cluster) and plan.groups * plan.rows < B + plan.rows
             assert plan.cluster == 1 or plan.groups <= device[2]
-            assert plan.partial >= 8 * plan.groups * D
-            assert all(n % 256 == 0 for n in (plan.partial, plan.strengths, plan.ids))
+            assert plan.partial >= 8 * plan.groups * D and plan.results >= 4 * (3 * B + 2 * D)
+            assert all(n % 256 == 0 for n in (plan.results, plan.partial, plan.strengths, plan.ids))
             assert plan.strengths >= (16 * plan.groups * D if plan.where == MEMORY else 0)
             assert (plan.near == ONE_BY_ONE) == (k > 8 or D > 1 << 16 or plan.where == MEMORY)
             if plan.near == IN_REGISTERS:
@@ -165,7 +166,7 @@ def test_competition_wherever_the_strengths_lie(monkeypatch, host, where, rows, 
         torch.testing.assert_close(won[0], ref.rank_score(margin, 5.0), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@on_host
+@served
 @over_forms("competition")
 def test_competition_in_every_form(monkeypatch, form):
     monkeypatch.setitem(cuda.LAUNCH, "competition", form)
@@ -176,7 +177,7 @@ def test_competition_in_every_form(monkeypatch, form):
     check_competition("cuda", strided.T.contiguous().T, neighbours_of(413, 5), temperature=0.5)
 
 
-@on_host
+@served
 def test_a_form_that_is_not_compiled_is_an_error(monkeypatch):
     activation, ones = columns("random", 5, 4), torch.ones(5)
     monkeypatch.setitem(cuda.LAUNCH, "competition", {"near": 0, "threads": 1024, "cluster": 0})
@@ -219,10 +220,27 @@ def test_scratch_that_is_too_small_is_an_error(host):
     activation, ones = columns("random", 40, 33), torch.ones(40)
     arguments = activation, None, ones, None, ones, "rank", "hard", 2
     stage("selection", "cuda")(*arguments)
-    cuda._scratch("selection", None, tuple(cuda.LAUNCH["selection"].values()), 40, 33).value = 64
+    cuda._bytes("selection", None, (40, 33), tuple(cuda.LAUNCH["selection"].values())).value = 64
     with pytest.raises(RuntimeError, match="too little scratch memory"):
         stage("selection", "cuda")(*arguments)
     stage("selection", "cuda")(*arguments)  # it asks again
+
+
+@on_gpu
+@served
+@pytest.mark.parametrize(
+    "D, form",
+    [(D, form) for D in (16384, 50000, 65536) for form in cuda.FORMS["competition"]]
+    + [(100000, cuda.LAUNCH["competition"]), (1 << 20, cuda.LAUNCH["competition"])],
+    ids=lambda value: str(value) if isinstance(value, int) else " ".join(map(str, value.values())),
+)
+def test_competition_of_very_many_features(monkeypatch, D, form):
+    """On an H100: two rows or a cluster of two, one row or a cluster of four, a cluster of eight, and memory."""
+    monkeypatch.setitem(cuda.LAUNCH, "competition", form)
+    for k in (8, 9):
+        steps = torch.randint(1, D, (1, k), generator=torch.Generator().manual_seed(0))
+        neighbors = (torch.arange(D)[:, None] + steps) % D
+        check_competition("cuda", columns("random", 9, D), neighbors, x=columns("random", 9, 3, seed=1))
 
 
 @served
@@ -291,7 +309,7 @@ def check_choices(*arguments):
     torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-6 * scale, equal_nan=True)
 
 
-@on_host
+@served
 @over_forms("selection")
 def test_selection_in_every_form(monkeypatch, form):
     monkeypatch.setitem(cuda.LAUNCH, "selection", form)
@@ -316,7 +334,7 @@ ODD_NEEDS = {
 }
 
 
-@on_host
+@served
 @pytest.mark.parametrize("need", ODD_NEEDS.values(), ids=ODD_NEEDS)
 def test_selection_by_any_needs(need):
     B = 1500
@@ -326,7 +344,7 @@ def test_selection_by_any_needs(need):
         check_choices(activation, None, torch.ones(B), None, need, "rank", weighting, r)
 
 
-@on_host
+@served
 @pytest.mark.parametrize("B", [65535, 65536, 131072])
 def test_counts_of_keys_in_16_bits_do_not_overflow(B):
     """All of a column in one bin, and in two that share a word; with and without NaN."""
@@ -369,10 +387,10 @@ def test_rank_by_every_path(B):
 def test_one_step_is_that_of_the_reference(name):
     moved = {}
     for backend in ("reference", "cuda"):
-        torch.manual_seed(0)
-        layer = make(backend, som_lr=0.1, **VARIANTS[name])
+        layer = make(backend, device=DEVICE["cuda"], som_lr=0.1, **VARIANTS[name])
+        layer.load_state_dict(make("reference", som_lr=0.1, **VARIANTS[name]).state_dict())
         start = layer.weight.detach().clone()
-        layer(batch()).square().mean().backward()
+        layer(batch().to(DEVICE["cuda"])).square().mean().backward()
         destination = layer.weight - start if layer.som_offset is None else layer.som_offset
         moved[backend] = destination.detach(), layer.weight.grad, layer.bias.grad
         assert layer.backend == backend and int(layer.step) == 1
@@ -425,18 +443,26 @@ def sanitized(chosen, *flags):
 
 
 @on_host
-def test_every_kernel_once(host):
+def test_every_kernel_once(monkeypatch, host):
     """Few samples and features through every kernel: what ThreadSanitizer is run on."""
-    for device in ((1, 8 << 10, 0), (1, 2600, 0), (8, 2600, 1)):
+    for device, *form in (
+        ((1, 8 << 10, 0), 1, 1024, 0),
+        ((1, 8 << 10, 0), 0, 384, 0),
+        ((1, 2600, 0), 1, 768, 0),
+        ((8, 2600, 1), 0, 384, 0),
+        ((2, 3600, 1), 1, 768, 1),
+    ):
         host(*device)
-        check_competition("cuda", columns("random", 5, 161), neighbours_of(161, 8))
+        monkeypatch.setitem(cuda.LAUNCH, "competition", dict(zip(("near", "threads", "cluster"), form, strict=True)))
+        check_competition("cuda", columns("random", 5, 161), neighbours_of(161, 8))  # two tiles, one block or cluster
     host()
     check_competition("cuda", columns("random", 3, 40), neighbours_of(40, 9))
     need = torch.linspace(0.2, 0.1, 90)
     for activation in (columns("random", 90, 5), columns("quantised", 90, 5)):
         activation[7, 2] = torch.nan
-        arguments = activation, None, torch.ones(90), None, need, "rank", "soft", 4
-        assert by_row(*stage("selection", "cuda")(*arguments))[0].equal(by_row(*ref.selection(*arguments))[0])
+        for form in (cuda.FORMS["selection"][0], cuda.FORMS["selection"][-1]):
+            monkeypatch.setitem(cuda.LAUNCH, "selection", form)
+            check_choices(activation, None, torch.ones(90), None, need, "rank", "soft", 4)
     for B in (9, 129, 8193):
         key = columns("quantised", B, 3)
         assert cuda.rank(key).equal(ref.rank(key))

@@ -73,6 +73,12 @@ int competition(Competition c, Forces f, CompetitionForm form, char* memory, siz
     if (plan.where == CLUSTER) plan = plan_for(device.clusters_at_once(grid_of(plan), competition_kernel_of(plan)));
     int error;
     if (over(&error, device, plan.scratch(), memory, bytes)) return error;
+    c.coverage = reinterpret_cast<float*>(memory);
+    f.novelty = c.coverage + c.B;
+    f.win_rate = f.novelty + c.D;
+    c.x_inverse_norm = f.win_rate + c.D;
+    c.need = c.x_inverse_norm + c.B;
+    memory += plan.results;
     c.partial = reinterpret_cast<float*>(memory);
     c.strengths = memory + plan.partial;
     void* ids = memory + plan.partial + plan.strengths;
@@ -205,19 +211,23 @@ API const char* bcl_cuda_error(int error) {
     return error == bcl::TOO_LITTLE ? "too little scratch memory" : bcl::explain(error);
 }
 
+// The scratch memory begins with results: coverage [B], novelty [D], win_rate [D], 1 / |X_b| [B], need [B].
 API int bcl_cuda_competition(const float* activation, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D,
                              const int64_t* neighbors, int64_t k, float temperature, const float* x, int64_t x_stride_b,
                              int64_t x_stride_n, int64_t N, int coupled, float rescue_onset, float pull_onset,
-                             float* rank_score, float* coverage, float* novelty, float* win_rate, int64_t* winner,
-                             int64_t* pair_feature, float* pair_pull, float* x_inverse_norm, float* need,
+                             float* rank_score, int64_t* winner, int64_t* pair_feature, float* pair_pull,
                              float* winner_share, float* som_strength, int near, int threads, int cluster, void* memory,
                              size_t* bytes, int device, void* stream) {
-    return bcl::competition({activation, stride_b, stride_d, B, D, neighbors, k, temperature, x, x_stride_b, x_stride_n,
-                             N, rank_score, coverage, winner, pair_feature, pair_pull, x_inverse_norm, need, nullptr,
-                             nullptr, nullptr, 0, 0, 0},
-                            {nullptr, 0, B, D, coupled, rescue_onset, pull_onset, novelty, win_rate, winner_share,
-                             som_strength},
-                            {near, threads, cluster}, static_cast<char*>(memory), bytes, device, stream);
+    bcl::Competition task = {};
+    task.activation = activation, task.stride_b = stride_b, task.stride_d = stride_d, task.B = B, task.D = D;
+    task.neighbors = neighbors, task.k = k, task.temperature = temperature;
+    task.x = x, task.x_stride_b = x_stride_b, task.x_stride_n = x_stride_n, task.N = N;
+    task.rank_score = rank_score, task.winner = winner, task.pair_feature = pair_feature, task.pair_pull = pair_pull;
+    bcl::Forces forces = {};
+    forces.B = B, forces.D = D, forces.coupled = coupled;
+    forces.rescue_onset = rescue_onset, forces.pull_onset = pull_onset;
+    forces.winner_share = winner_share, forces.som_strength = som_strength;
+    return bcl::competition(task, forces, {near, threads, cluster}, static_cast<char*>(memory), bytes, device, stream);
 }
 
 API int bcl_cuda_selection(const float* activation, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D,

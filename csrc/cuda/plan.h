@@ -36,8 +36,9 @@ struct CompetitionPlan {
     bool sums_shared;        // the sums over the batch fit beside the strengths
     int64_t groups;          // clusters, each of which takes every groups-th tile
     int64_t shared;          // bytes of a block
-    int64_t partial, strengths, ids;  // bytes of scratch: sums of the groups; tiles, where MEMORY; packed neighbours
-    int64_t scratch() const { return partial + strengths + ids; }
+    // Bytes of scratch: results; sums of the groups; tiles, where MEMORY; packed neighbours.
+    int64_t results, partial, strengths, ids;
+    int64_t scratch() const { return results + partial + strengths + ids; }
 };
 
 // Features go to the blocks of a cluster in chunks of 32, so that every block reads whole cache lines.
@@ -46,7 +47,7 @@ constexpr int64_t slice_of(int64_t D, int64_t cluster) { return ceil_div(D, 32 *
 // clusters: how many the device runs at once, ANY before it was asked, 0 where it knows none.
 inline CompetitionPlan competition_plan(int64_t B, int64_t D, int64_t k, int64_t multiprocessors, int64_t shared,
                                         int64_t clusters, CompetitionForm form) {
-    CompetitionPlan plan = {MEMORY, 4, ONE_BY_ONE, READING_THREADS, 0, 1, 0, false, 0, HEAD, 0, 0, 0};
+    CompetitionPlan plan = {MEMORY, 4, ONE_BY_ONE, READING_THREADS, 0, 1, 0, false, 0, HEAD, 0, 0, 0, 0};
     const bool few = D <= 1 << 16;  // a feature's number takes two bytes
     auto fits = [&](int64_t rows, int64_t cluster) { return HEAD + slice_of(D, cluster) * rows * 4 <= shared; };
     for (int rows : {1, 2, 4})
@@ -68,11 +69,12 @@ inline CompetitionPlan competition_plan(int64_t B, int64_t D, int64_t k, int64_t
     }
     const int64_t at_once = plan.where == CLUSTER ? least(clusters, multiprocessors / plan.cluster) : multiprocessors;
     plan.groups = least(ceil_div(B, plan.rows), most(at_once, 1));
+    plan.results = (3 * B + 2 * D) * 4;
     plan.partial = plan.groups * 2 * D * 4;
     if (plan.where == MEMORY) plan.strengths = plan.groups * D * plan.rows * 4;
     if (plan.near == EIGHT_AT_ONCE) plan.ids = D * HELD * 2;
     if (plan.near == ONE_BY_ONE) plan.ids = D * k * (plan.where == ONE_BLOCK ? 2 : 4);
-    for (int64_t* bytes : {&plan.partial, &plan.strengths, &plan.ids}) *bytes = aligned(*bytes);
+    for (int64_t* bytes : {&plan.results, &plan.partial, &plan.strengths, &plan.ids}) *bytes = aligned(*bytes);
     return plan;
 }
 

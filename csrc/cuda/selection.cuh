@@ -431,8 +431,8 @@ __global__ void __launch_bounds__(WARPS * 32, 32 / WARPS) selection_kernel(const
 }
 
 // Adds to what lies below the survivors' bins what lies below them within. A block takes a segment of 32 columns, a
-// lane each, and looks closely only at keys in a bin with survivors. Lanes with nothing to count read what another reads:
-// no sector without an open column is read, and none twice.
+// lane each, and looks closely only at keys in a bin with survivors. Lanes with nothing to count read what another
+// reads: no sector without an open column is read, and none twice.
 __global__ void __launch_bounds__(FIX_THREADS) selection_counting_kernel(const Selection s) {
     __shared__ uint32_t wanted[MOST_BINS / 32][COLUMNS];  // a bit for each bin
     __shared__ float key[SURVIVORS][COLUMNS];
