@@ -9,9 +9,6 @@ over several runs; `--prebuilt` takes what bench/prebuild.py has compiled; `--re
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
-import io
 import os
 import re
 import shutil
@@ -20,13 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
 from torch import nn
@@ -36,9 +31,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from bcl_fast import BCLLayer, graphed, native, ops  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
-from bcl_fast.measure import peers, prebuilt, variants, verdicts  # noqa: E402
+from bcl_fast.measure import peers, prebuilt, tools, variants, verdicts  # noqa: E402
 from bcl_fast.measure.choices import check_choices  # noqa: E402
-from bcl_fast.measure.clocks import captured, interleaved, median_ms, window  # noqa: E402
+from bcl_fast.measure.clocks import captured, interleaved, taken, window  # noqa: E402
 from bcl_fast.measure.contestants import Contestant, Size, batch, build, trained_weight  # noqa: E402
 from bcl_fast.measure.floor import ceilings  # noqa: E402
 from bcl_fast.measure.launches import kernels  # noqa: E402
@@ -63,6 +58,7 @@ class Plan:
     training: int  # steps that make a weight a trained one
     seconds: float  # of a timed window
     rounds: int  # of windows; on a CPU also how often a stage is timed
+    weights: tuple[str, ...]  # of stages
     tests: dict[str, tuple[str, ...]]  # what pytest gets
     benches: dict[str, tuple[str, ...]]  # part -> one of its benches
     backends: tuple[str, ...] = ops.ON_GPU
@@ -87,6 +83,7 @@ GPU = Plan(
     training=60,
     seconds=0.2,
     rounds=3,
+    weights=("init", "trained"),
     tests={
         "layer": ("tests/test_gpu.py", "-k", "not contract"),  # which has a part of its own
         "stages": ("tests/test_stages.py", "-k", "triton or cuda"),
@@ -110,6 +107,7 @@ REHEARSAL = Plan(
     training=2,
     seconds=0,
     rounds=1,
+    weights=("trained",),
     tests={"layer": ("tests/test_gpu.py",), "stages": ("tests/test_stages.py", "-k", "equal_margins or zero_rows")},
     benches={"ranks": ("bench/bench_rank.py", "--quick"), "large": ("bench/bench_memory.py", "--quick")},
 )
@@ -127,11 +125,11 @@ def weight_of(weights: str, size: Size, plan: Plan) -> torch.Tensor | None:
     return trained_weight(size, plan.training, plan.device, "triton" if plan.device == "cuda" else None)
 
 
-def alone(plan: Plan, backend: str, stage: str, given: tuple[Any, ...]) -> float:
-    """Milliseconds of a stage; one that works in place does so on a copy, for others want what was given too."""
+def alone(plan: Plan, backend: str, stage: str, given: tuple[Any, ...]) -> Row:
+    """What a stage takes, and whether captured; one that works in place does so on a copy of what others want too."""
     first, *rest = given
     first = first.clone() if stage.endswith("_") else first
-    return median_ms(partial(ops.stage(stage, backend), first, *rest), plan.device, plan.rounds)
+    return taken(partial(ops.stage(stage, backend), first, *rest), plan.device, plan.rounds)._asdict()
 
 
 def planned(size: Size) -> float:
@@ -217,35 +215,14 @@ def _held(plan: Plan, backend: str, size: Size, weights: str) -> Iterator[Row]:
 
 def tests(plan: Plan) -> Iterator[Unit]:
     for name, words in plan.tests.items():
-        yield Unit("tests", name, 60, partial(_pytest, plan, *words))
-
-
-def _pytest(plan: Plan, *words: str, prefix: tuple[str, ...] = (), workers: bool = True) -> Iterator[Row]:
-    """A row for every test that fails, and one of all."""
-    many = ("-n", "8") if workers and plan.device == "cuda" and importlib.util.find_spec("xdist") else ()
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder, "report.xml")
-        command = [*prefix, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        code = subprocess.run([*command, *many, *words], cwd=ROOT).returncode
-        if not report.exists():
-            raise RuntimeError(f"pytest ended with {code} and no report")
-        cases = list(ElementTree.parse(report).iter("testcase"))
-    counts: Counter[str] = Counter()
-    for case in cases:
-        wrong = next((case.find(kind) for kind in ("failure", "error") if case.find(kind) is not None), None)
-        counts["failed" if wrong is not None else "passed" if case.find("skipped") is None else "skipped"] += 1
-        if wrong is not None:
-            test = f"{case.get('classname')}::{case.get('name')}"
-            yield {"status": FAILED, "test": test, "message": wrong.get("message", "")[:500]}
-    works = code == 0 and (counts["passed"] or plan.device == "cpu")
-    yield {"status": OK if works else FAILED, "exit": code, **counts}
+        yield Unit("tests", name, 60, partial(tools.pytest, words, 8 if plan.device == "cuda" else 0))
 
 
 def _bench(plan: Plan, words: tuple[str, ...]) -> Iterator[Row]:
     """The rows that a bench saves."""
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder, "rows.json")
-        yield from _pytest(plan, *words, "--device", plan.device, "--save", str(saved), workers=False)
+        yield from tools.pytest((*words, "--device", plan.device, "--save", str(saved)))
         yield from verdicts.saved(saved)
 
 
@@ -255,7 +232,7 @@ def _bench(plan: Plan, words: tuple[str, ...]) -> Iterator[Row]:
 def kernels_(plan: Plan) -> Iterator[Unit]:
     for size in plan.sizes:
         for name in ("linear", *plan.backends):
-            for weights in ("init",) if name == "linear" else ("init", "trained"):
+            for weights in ("init",) if name == "linear" else plan.weights:
                 call = partial(_kernels, plan, name, size, weights)
                 yield Unit("kernels", f"{name} {size} {weights}", planned(size), call)
 
@@ -269,7 +246,7 @@ def _kernels(plan: Plan, name: str, size: Size, weights: str) -> Iterator[Row]:
     if contestant.refresh is not None:
         contestant.refresh()
         for stage, given in stage_calls(size, plan.device, name, weight).items():
-            yield labels | {"stage": stage, "ms": alone(plan, name, stage, given)}
+            yield labels | {"stage": stage} | alone(plan, name, stage, given)
     for kernel, (ms, launches) in kernels(contestant.step, plan.device).items():
         yield labels | {"kernel": kernel[:120], "ms": ms, "launches": launches}
 
@@ -319,8 +296,8 @@ def _graphed(plan: Plan, backend: str, size: Size) -> Iterator[Row]:
     }
     steps = {name: _whole(plan, layer, grad_output, x) for name, layer in layers.items()}
     calls = {name: partial(step, x) for name, step in steps.items()}
-    taken = interleaved(calls, plan.rounds, plan.seconds, 3.0, plan.device)
-    ms = {name: statistics.median(windows) for name, windows in taken.items()}
+    windows = interleaved(calls, plan.rounds, plan.seconds, 3.0, plan.device)
+    ms = {name: statistics.median(own) for name, own in windows.items()}
     labels = {"contestant": backend, **asdict(size), "weights": "init", "precision": "fp32", "mode": "graphed"}
     yield labels | {"ms": ms[backend], "linear_ms": ms["linear"], "ratio_to_linear": ms[backend] / ms["linear"]}
 
@@ -349,14 +326,14 @@ def variants_(plan: Plan) -> Iterator[Unit]:
 def _variants(plan: Plan, backend: str, stage: str, size: Size) -> Iterator[Row]:
     """What stands and every rival of it, held to the contract and then timed."""
     require(backend, plan)
-    for weights in ("init", "trained"):
+    for weights in plan.weights:
         (one,) = expected(size, plan.device, [stage], weight_of(weights, size, plan))
         for variant in variants.variants(backend, stage):
             row = {"contestant": backend, **asdict(size), "weights": weights, "stage": stage, "variant": str(variant)}
             with variants.applied(variant):
                 try:
                     check_stage(one, backend, size)
-                    ms = alone(plan, backend, stage, one.arguments)
+                    found = alone(plan, backend, stage, one.arguments)
                 except AssertionError as error:
                     yield row | {"status": FAILED, "message": str(error)}
                 except Exception as error:
@@ -364,7 +341,7 @@ def _variants(plan: Plan, backend: str, stage: str, size: Size) -> Iterator[Row]
                         raise
                     yield row | {"status": REFUSED, "message": str(error)}
                 else:
-                    yield row | {"ms": ms}
+                    yield row | found
 
 
 def ranks(plan: Plan) -> Iterator[Unit]:
@@ -422,12 +399,6 @@ COUNTED = {
     "triton": ("_competition_kernel", "_selection_kernel", "_pull_kernel", "_gradient_kernel"),
     "cuda": ("competition_kernel", "selection_kernel", "selection_counting_kernel"),
 }
-SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "WarpStateStats")
-METRICS = re.compile(
-    r"gpu__time_duration\.sum|(dram|lts|l1tex)__throughput\.avg\.pct_of_peak_sustained_elapsed"
-    r"|sm__warps_active\.avg\.pct_of_peak_sustained_active|launch__registers_per_thread|launch__occupancy_limit_\w+"
-    r"|smsp__average_warps?_\w*stall\w*_per_issue_active\.ratio"
-)
 
 
 def ncu(plan: Plan) -> Iterator[Unit]:
@@ -440,31 +411,8 @@ def _ncu(plan: Plan, backend: str, kernel: str, size: Size) -> Iterator[Row]:
     if plan.device == "cpu":
         raise Refused("there is no GPU")
     require(backend, plan)
-    sections = [word for section in SECTIONS for word in ("--section", section)]
-    command = ["ncu", "--clock-control", "none", "--profile-from-start", "off", "--launch-count", "1", "--kernel-name"]
-    command += [f"regex:^{kernel}$", *sections, "--page", "raw", "--csv", sys.executable, __file__, "--step", backend]
-    done = subprocess.run([*command, *map(str, astuple(size))], capture_output=True, text=True, cwd=ROOT)
-    said = done.stdout + done.stderr
-    print(said)
-    found = _metrics(done.stdout)
-    if not found and "==ERROR==" in said and "application returned an error" not in said:
-        raise Refused(" ".join(line for line in said.splitlines() if "==ERROR==" in line)[:500])
-    if not found:
-        raise RuntimeError(f"ncu counted nothing (exit {done.returncode}): {said[-500:]}")
-    yield {"contestant": backend, **asdict(size), "kernel": kernel, **found}
-
-
-def _metrics(printed: str) -> dict[str, float]:
-    """Metrics of the first kernel in what `ncu --page raw --csv` printed: names, units, and a line for each kernel."""
-    lines = [line for line in printed.splitlines() if line.startswith('"')]
-    if len(lines) < 3:
-        return {}
-    names, _, values = csv.reader(io.StringIO("\n".join(lines[:3])))
-    return {
-        name: float(value.replace(",", ""))
-        for name, value in zip(names, values, strict=False)
-        if METRICS.fullmatch(name) and re.fullmatch(r"[\d.,]+(e[+-]?\d+)?", value)
-    }
+    program = sys.executable, __file__, "--step", backend, *map(str, astuple(size))
+    yield {"contestant": backend, **asdict(size), "kernel": kernel} | tools.ncu(kernel, program)
 
 
 def one_step(backend: str, *size: str) -> None:
@@ -487,7 +435,6 @@ SANITIZED = {
 }
 OF_ONE_KIND = ("gradient", "targets_and", "neighbours_by")
 TOOLS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
-UNABLE = re.compile(r".*(?:not supported|Unable to|Internal Sanitizer Error|Failed to initialize).*")
 
 
 def sanitizer(plan: Plan) -> Iterator[Unit]:
@@ -509,17 +456,7 @@ def _sanitized(plan: Plan, backend: str, tool: str, stage: str) -> Iterator[Row]
         raise Refused("there is no GPU")
     require(backend, plan)
     tests = "tests/test_stages.py", "-k", " and ".join(sanitized_words(backend, stage))
-    pytest = sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *pytest]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-    said = done.stdout + done.stderr
-    print(said)
-    if done.returncode != 0 and (unable := UNABLE.search(said)):
-        raise Refused(unable[0][:500])
-    own = [line for line in said.splitlines() if line.startswith("=========")]
-    row = {"contestant": backend, "tool": tool, "stage": stage, "exit": done.returncode, "message": " ".join(own)[:500]}
-    yield row if done.returncode == 0 else row | {"status": FAILED}
+    yield {"contestant": backend, "tool": tool, "stage": stage} | tools.sanitizer(tool, tests)
 
 
 # --- All of it --------------------------------------------------------------------------------------------------------

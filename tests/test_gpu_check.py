@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from backends import INTERPRETED
 
-from bcl_fast.measure import prebuilt, verdicts
+from bcl_fast.measure import prebuilt, tools, verdicts
 from bcl_fast.measure.contestants import Size
 from bcl_fast.measure.floor import Ceilings
 from bcl_fast.measure.units import Record, Refused, Unit, run, run_all
@@ -246,8 +246,28 @@ def test_what_ncu_prints_is_read():
 "0","_competition_kernel","1,234","56.7","132"
 """
     found = {"gpu__time_duration.sum": 1234.0, "dram__throughput.avg.pct_of_peak_sustained_elapsed": 56.7}
-    assert gpu_check._metrics(printed) == found
-    assert gpu_check._metrics("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n") == {}
+    assert tools.metrics(printed) == found
+    assert tools.metrics("==ERROR== Failed to initialize the profiler: LibraryNotLoaded\n") == {}
+
+
+def test_what_a_sanitizer_says_is_judged():
+    clean = "1 passed\n========= ERROR SUMMARY: 0 errors\n"
+    assert tools.judged(0, clean) == {"status": "ok", "exit": 0, "message": "========= ERROR SUMMARY: 0 errors"}
+    found = tools.judged(9, "========= Invalid __global__ write of size 4 bytes\n========= ERROR SUMMARY: 1 error\n")
+    assert found["status"] == "failed" and "Invalid __global__ write" in found["message"]
+    assert tools.judged(5, "no tests ran")["status"] == "failed"
+    with pytest.raises(Refused, match="Device not supported"):
+        tools.judged(1, "========= Error: Device not supported. Please refer to the supported devices\n")
+
+
+def test_failing_tests_are_rows(tmp_path):
+    path = tmp_path / "test_it.py"
+    path.write_text("def test_right(): pass\ndef test_wrong(): assert 1 == 2\n", encoding="utf-8")
+    wrong, all_ = tools.pytest([str(path)])
+    assert wrong["status"] == all_["status"] == "failed" and wrong["test"].endswith("test_wrong")
+    assert "assert 1 == 2" in wrong["message"] and (all_["passed"], all_["failed"]) == (1, 1)
+    (all_,) = tools.pytest([str(path), "-k", "right"])
+    assert all_["status"] == "ok"
 
 
 # --- What it comes to -------------------------------------------------------------------------------------------------

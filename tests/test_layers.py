@@ -41,7 +41,10 @@ ALLOWED = {
 }
 ALLOWED_IN_FUNCTIONS = {"ops": BACKENDS}
 # Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
-ONLY_IN = {"matplotlib": {"experiments.plots"}, "importlib": {"__init__", "environment", "ops", "measure.peers"}}
+ONLY_IN = {
+    "matplotlib": {"experiments.plots"},
+    "importlib": {"__init__", "environment", "ops", "measure.peers", "measure.tools"},
+}
 DRAWING = {"experiments.plots", "experiments.report"}
 NEVER = {"kernels", "tests", "bench"}
 

@@ -42,6 +42,7 @@ def work(size: Size) -> dict[str, Work]:
     }
 
 
+LARGE, SIDE = 1 << 28, 8192  # elements of a copy and sides of a product that fill a GPU
 STEP = ("competition", "selection", "targets_pull_", "gradient", "products")  # norms are part of the competition
 
 
@@ -95,7 +96,7 @@ def ceilings(device: str = "cpu") -> Ceilings:
 
 
 def _of_gpu() -> Ceilings:
-    large, side, repeats = 1 << 28, 8192, 100
+    large, side, repeats = LARGE, SIDE, 100
     small = torch.cuda.get_device_properties("cuda").L2_cache_size * 2 // 5 // 8  # both copies are 0.4 of the cache
     source = torch.rand(large, device="cuda")
     target, a, b = torch.empty_like(source), *torch.rand(2, side, side, device="cuda")

@@ -99,7 +99,7 @@ def reached(found: float, limit: float) -> bool:
 
 def summary(rows: Sequence[Row], sizes: Sequence[Size]) -> str:
     lines = [*_ceilings(rows), *_kernels(rows), *_variants(rows), *_steps(rows), *_ranks(rows), *_large(rows)]
-    lines += [*_strayed(rows), *_failures(rows), *_counts(rows)]
+    lines += [*_strayed(rows), *_compiled(rows), *_failures(rows), *_counts(rows)]
     for goal, found, limit in goals(rows, sizes):
         sign = ">=" if limit == OF_ARGSORT else "<="
         lines.append(f"{'reached' if reached(found, limit) else 'MISSED ':8} {goal}: {found:.2f} ({sign} {limit:g})")
@@ -165,6 +165,11 @@ def _large(rows: Sequence[Row]) -> Iterator[str]:
         row = own[-1]
         peak = f", {row['peak_mb']:.0f} MB" if row["peak_mb"] else ""
         yield f"large {unit}: {size_of(row)} {row['ms']:.3f} ms{peak}"
+
+
+def _compiled(rows: Sequence[Row]) -> Iterator[str]:
+    if held := of(rows, "contract", "compiled"):
+        yield f"contract: {sum(row['compiled'] for row in held)} kernels compiled, with a warm cache none"
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:
