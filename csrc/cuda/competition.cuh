@@ -93,6 +93,12 @@ template <int WHERE, int ROWS, int THREADS, int OWN, class Ids>
 __global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competition c) {
     SHARED(memory);
     constexpr int WARPS = THREADS / 32;
+    // Registers are short: a missing row is left out, though behind a branch each row waits for the one before.
+#if __CUDA_ARCH__ >= 1000
+    constexpr bool SHORT = OWN > 0 || THREADS > READING_THREADS;
+#else
+    constexpr bool SHORT = OWN > 0;
+#endif
     static_assert(sizeof(Head<ROWS, WARPS>) <= HEAD, "the strengths follow the head");
     Head<ROWS, WARPS>& head = *reinterpret_cast<Head<ROWS, WARPS>*>(memory);
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
@@ -187,11 +193,17 @@ __global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competiti
                 for (int64_t i = 0; i < k; i++) meet(ids[i * c.D + d]);
             }
             const Row<ROWS> own = strength[place];
+            float* score_of = c.rank_score + b * D + d;
             for (int i = 0; i < ROWS; i++) {
-                if (i >= rows) continue;
+                if (SHORT && i >= rows) continue;
                 const float margin = fabsf(own.of[i]) - rival[i];
                 const float score = sigmoid(c.temperature * margin);
-                c.rank_score[(b + i) * D + d] = score;
+                if constexpr (SHORT) {
+                    c.rank_score[(b + i) * D + d] = score;
+                } else {  // a missing row is the last again
+                    *score_of = score;
+                    if (i + 1 < rows) score_of += D;
+                }
                 covered[i] += score;
                 const uint64_t here = packed(margin, d);  // NaN wins, as argmax has it
                 best[i] = here > best[i] ? here : best[i];
