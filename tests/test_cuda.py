@@ -345,15 +345,29 @@ def test_selection_by_any_needs(need):
 
 
 @served
-@pytest.mark.parametrize("B", [65535, 65536, 131072])
+def test_no_need_of_a_bin_is_taken_for_the_largest():
+    """A small need first in its bin must not end the visits: a larger one may follow."""
+    B = 200
+    activation = torch.linspace(-1, 1, B)[:, None].repeat(1, 3)
+    activation[3], activation[40] = 3.0, 2.0
+    need = torch.full((B,), 1e-30)  # far below: a bin goes from 0.99 to 0.87
+    need[:16], need[16:40], need[40] = 0.9, 0.88, 0.99
+    for r in (1, 2):
+        check_choices(activation, None, torch.ones(B), None, need, "rank", "hard", r)
+    assert stage("selection", "cuda")(activation, None, torch.ones(B), None, need, "rank", "hard", 1)[0].unique() == 40
+
+
+@served
+@pytest.mark.parametrize("B", [65535, 65536, 120000, 131072])
 def test_counts_of_keys_in_16_bits_do_not_overflow(B):
-    """All of a column in one bin, and in two that share a word; with and without NaN."""
-    activation = torch.full((B, 4), 0.3)
-    activation[:, 1] = torch.where(torch.arange(B) < 5, 0.1, 0.3)
+    """All of a column in one bin; more than 16 bits count, above others that would seem better; NaN."""
+    place, activation = torch.arange(B), torch.full((B, 4), 0.3)
+    activation[:, 1] = torch.where(place < 30000, place / 30000 - 2, 0.3)
+    activation[29990:30000, 1] = -0.5
     activation[::7, 2] = torch.nan
     activation[:, 3] = columns("random", B, 1)[:, 0]
     activation[B - 1, 3] = torch.nan
-    (need,) = vectors(3, B, dtype=torch.float32)
+    need = torch.where(place < 30000, 0.9, 0.4)
     check_choices(activation, None, torch.ones(B), None, need, "rank", "hard", 5)
     if B == 65535:  # the largest counts that 16 bits hold
         check_choices(activation, None, torch.ones(B), None, None, "rank", "soft", 5)
