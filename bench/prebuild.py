@@ -103,7 +103,6 @@ def main() -> None:
     prebuilt.relocated(folder / "triton")
     description = {
         "triton_key": prebuilt.triton_key(),
-        "sources": prebuilt.sources_key(ROOT),
         "capability": options.capability,
         "library_seconds": round(built, 1),
         "cache_seconds": round(time.monotonic() - started - built, 1),

@@ -23,14 +23,6 @@ def triton_key() -> str:
     return hashlib.sha256(triton_key().encode()).hexdigest()[:16]
 
 
-def sources_key(root: Path) -> str:
-    """The sources of the CUDA library, and how it is built."""
-    digest = hashlib.sha256()
-    for path in [root / "setup.py", *sorted((root / "csrc" / "cuda").iterdir())]:
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 # --- Made -------------------------------------------------------------------------------------------------------------
 
 

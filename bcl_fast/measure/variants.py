@@ -12,8 +12,13 @@ from .. import cuda, ops
 
 # Stage of Triton -> constant of its file in kernels/ -> what to try instead.
 RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "competition": {"PROGRAMS": (128, 512), "BLOCK_B": (4, 16), "BLOCK_D": (32, 128)},
+    # Wide programs serve every size that is timed here; without a limit to the cache the usual ones do.
+    "competition": {"WIDE": ((132, 128, 8), (132, 256, 8), (264, 128, 16)), "CACHE": (1 << 40,), "STAGES": (2, 4)},
     "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2, 8)},
+    "neighbours": {
+        "FEW": ((16, 64, 32, 4), (32, 128, 32, 8), (64, 64, 16, 8)),
+        "MANY": ((32, 128, 32, 8), (64, 128, 16, 8), (128, 64, 16, 8)),
+    },
     "targets_pull_": {"GATHER": (8, 32), "MAX_BLOCK_N": (64, 256), "CHUNK_ROWS": (64,)},
     "gradient": {"TILE": (1024, 4096), "PROGRAMS": (512, 2048)},
 }
@@ -43,10 +48,7 @@ def variants(backend: str, stage: str) -> list[Variant]:
 
 def stages(backend: str) -> tuple[str, ...]:
     """The stages of a backend that have rivals."""
-    if backend == "triton":
-        return tuple(RIVALS)
-    # Of the two, only until both are there: FORMS comes with the forms themselves.
-    return tuple(stage for stage, forms in getattr(cuda, "FORMS", {}).items() if len(forms) > 1)
+    return tuple(RIVALS if backend == "triton" else (name for name, forms in cuda.FORMS.items() if len(forms) > 1))
 
 
 def sizes(backend: str, stage: str) -> dict[str, Any]:
