@@ -307,6 +307,18 @@ def test_goals():
     assert "tf32 eager" in text and "/ floor -, / linear 1.70" in text  # no floor where no rate was measured
 
 
+def test_every_failure_is_told_once():
+    common = {"part": "contract", "seconds": 1}
+    rows = [common | {"unit": name, "status": "failed", "message": "no driver"} for name in "abc"]
+    rows += [common | {"unit": "d", "status": "refused", "message": "not here"}]
+    rows += [common | {"unit": "e", "status": "timeout", "closing": True, "message": "ended after 40 s"}]
+    told = [line for line in verdicts.summary(rows, ()).splitlines() if line.startswith("failed")]
+    assert told == [
+        "failed contract, a and 2 others: 'no driver'",
+        "failed contract, e: 'ended after 40 s'",
+    ]
+
+
 def test_the_last_run_of_a_unit_counts():
     def row(**values):
         return {"part": "ranks", "unit": "one", "status": "ok"} | values

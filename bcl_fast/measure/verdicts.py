@@ -173,10 +173,14 @@ def _compiled(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:
+    """Every failure once, with how many others say the same."""
+    said: dict[tuple[str, str], list[str]] = {}
     for part in dict.fromkeys(row["part"] for row in rows):
         for row in of(rows, part, "message"):
             if row["status"] in BAD:
-                yield f"{row['status']} {part} {row['unit']} {row.get('test', '')}: {row['message'][:160]!r}"
+                said.setdefault((part, row["message"][:160]), []).append(f"{row['unit']} {row.get('test', '')}".strip())
+    for (part, message), (first, *others) in said.items():
+        yield f"failed {part}, {first}{f' and {len(others)} others' if others else ''}: {message!r}"
 
 
 def _counts(rows: Sequence[Row]) -> Iterator[str]:
