@@ -14,7 +14,7 @@ from .. import cuda, ops
 RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
     # Wide programs serve every size that is timed here; without a limit to the cache the usual ones do.
     "competition": {"WIDE": ((132, 128, 8), (132, 256, 8), (264, 128, 16)), "CACHE": (1 << 40,), "STAGES": (2, 4)},
-    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2, 8)},
+    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2, 8), "RUN": (512, 2048), "WARPS": (4, 16), "MOST_RUNS": (4,)},
     "neighbours": {
         "FEW": ((16, 64, 32, 4), (32, 128, 32, 8), (64, 64, 16, 8)),
         "MANY": ((32, 128, 32, 8), (64, 128, 16, 8), (128, 64, 16, 8)),
