@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_check import GPU, REHEARSAL, ROOT, Plan
+from gpu_parts import GPU, REHEARSAL, ROOT, Plan
 
 from bcl_fast import ops
 from bcl_fast.measure import prebuilt, variants

@@ -21,7 +21,7 @@ from bcl_fast.measure.units import Record, Refused, Unit, run, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "bench"))
-import gpu_check  # noqa: E402
+import gpu_parts  # noqa: E402
 
 TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 REHEARSED = pytest.mark.skipif(not INTERPRETED, reason="rehearsed in Triton's interpreter")
@@ -139,7 +139,7 @@ def test_only_skip_and_resume(tmp_path):
     assert check(tmp_path, "--only", "versions,ncu", "--resume").returncode == 0
     closing = [row for row in rows_of(tmp_path) if "closing" in row]
     assert sum(row["part"] == "versions" for row in closing) == 1
-    assert sum(row["part"] == "ncu" for row in closing) == 2 * len(gpu_check.units(gpu_check.REHEARSAL, ["ncu"]))
+    assert sum(row["part"] == "ncu" for row in closing) == 2 * len(gpu_parts.units(gpu_parts.REHEARSAL, ["ncu"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["check.jsonl", "check.log"]
     done = check(tmp_path, "--only", "nothing")
     assert done.returncode == 2 and "parts are versions, ceilings" in done.stderr
@@ -150,7 +150,7 @@ def test_without_minutes_everything_is_skipped(tmp_path):
     done = check(tmp_path, "--minutes", "0")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path)
-    assert {row["part"] for row in rows} == set(gpu_check.PARTS)
+    assert {row["part"] for row in rows} == set(gpu_parts.PARTS)
     assert {row["status"] for row in rows} == {"skipped"}
 
 
@@ -196,16 +196,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_every_unit_has_a_name_of_its_own():
-    for plan in (gpu_check.GPU, gpu_check.REHEARSAL):
-        found = [(unit.part, unit.name) for unit in gpu_check.units(plan, gpu_check.PARTS)]
-        assert len(found) == len(set(found)) and {part for part, _ in found} == set(gpu_check.PARTS)
+    for plan in (gpu_parts.GPU, gpu_parts.REHEARSAL):
+        found = [(unit.part, unit.name) for unit in gpu_parts.units(plan, gpu_parts.PARTS)]
+        assert len(found) == len(set(found)) and {part for part, _ in found} == set(gpu_parts.PARTS)
 
 
 def test_the_kernels_that_are_counted_are_there():
     triton = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
     cuda = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
-    assert set(gpu_check.COUNTED["triton"]) <= set(re.findall(r"def (\w+_kernel)\(", triton))
-    assert set(gpu_check.COUNTED["cuda"]) <= set(re.findall(r"\b(\w+_kernel)\(", cuda))
+    assert set(gpu_parts.COUNTED["triton"]) <= set(re.findall(r"def (\w+_kernel)\(", triton))
+    assert set(gpu_parts.COUNTED["cuda"]) <= set(re.findall(r"\b(\w+_kernel)\(", cuda))
 
 
 def collected(*words):
@@ -218,20 +218,20 @@ def collected(*words):
 @REHEARSED
 def test_what_is_sanitized_is_there_and_little():
     nodes = collected("tests/test_stages.py")
-    for backend, stages in gpu_check.SANITIZED.items():
+    for backend, stages in gpu_parts.SANITIZED.items():
         for stage in stages:
-            words = gpu_check.sanitized_words(backend, stage)
+            words = gpu_parts.sanitized_words(backend, stage)
             own = [node for node in nodes if all(word in node for word in words)]
             assert own and all(backend in node for node in own) and len(own) <= 3, (words, own)
 
 
 def test_the_benches_it_runs_are_there():
-    nodes = [words[0] for words in gpu_check.GPU.benches.values()]
+    nodes = [words[0] for words in gpu_parts.GPU.benches.values()]
     assert len(collected(*nodes)) == len(nodes)
 
 
 def test_the_tests_it_runs_are_there():
-    for words in gpu_check.GPU.tests.values():
+    for words in gpu_parts.GPU.tests.values():
         assert (ROOT / words[0]).is_file()
         for excluded in re.findall(r"not (\w+)", " ".join(words)):
             names = [node.name for node in ast.walk(ast.parse((ROOT / words[0]).read_text(encoding="utf-8")))

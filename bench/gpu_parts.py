@@ -1,0 +1,479 @@
+"""The parts of bench/gpu_check.py: each is units of one backend and size, and a unit yields rows."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from bcl_fast import BCLLayer, graphed, native, ops  # noqa: E402
+from bcl_fast.environment import environment  # noqa: E402
+from bcl_fast.measure import peers, prebuilt, tools, variants, verdicts  # noqa: E402
+from bcl_fast.measure.choices import check_choices  # noqa: E402
+from bcl_fast.measure.clocks import captured, interleaved, taken, window  # noqa: E402
+from bcl_fast.measure.contestants import Contestant, Size, batch, build, trained_weight  # noqa: E402
+from bcl_fast.measure.floor import ceilings  # noqa: E402
+from bcl_fast.measure.launches import kernels  # noqa: E402
+from bcl_fast.measure.precisions import PRECISIONS, multiplying  # noqa: E402
+from bcl_fast.measure.rows import OUT_OF_MEMORY, Row  # noqa: E402
+from bcl_fast.measure.stages import check_stage, check_stages, expected, stage_calls  # noqa: E402
+from bcl_fast.measure.steps import begin, race  # noqa: E402
+from bcl_fast.measure.units import FAILED, REFUSED, Refused, Unit  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is checked and measured, and where."""
+
+    device: str
+    sizes: tuple[Size, ...]  # timed
+    odd: tuple[Size, ...]  # checked too
+    deep: tuple[Size, ...]  # so many features that the competition goes other ways; neighbours are drawn
+    ranked: tuple[Size, ...]
+    large: tuple[Size, ...]
+    growing: dict[str, tuple[Size, ...]]  # axis -> larger and larger, until the memory ends
+    training: int  # steps that make a weight a trained one
+    seconds: float  # of a timed window
+    rounds: int  # of windows; on a CPU also how often a stage is timed
+    weights: tuple[str, ...]  # of stages
+    tests: dict[str, tuple[str, ...]]  # what pytest gets
+    benches: dict[str, tuple[str, ...]]  # part -> one of its benches
+    backends: tuple[str, ...] = ops.ON_GPU
+    prebuilt: Path | None = None
+
+
+def _growing(B: int, D: int, N: int, times: int) -> dict[str, tuple[Size, ...]]:
+    return {
+        "D": tuple(Size(1024, D << i, N) for i in range(times)),
+        "B": tuple(Size(B << i, 1024, N) for i in range(times)),
+    }
+
+
+GPU = Plan(
+    device="cuda",
+    sizes=(Size(128, 64, 784), Size(1024, 4096, 784), Size(8192, 8192, 784)),
+    odd=(Size(1000, 777, 501),),
+    deep=(Size(600, 16384, 64), Size(300, 50000, 32), Size(300, 65536, 32), Size(40, 1 << 20, 16)),
+    ranked=(Size(128, 8192, 1), Size(4096, 4096, 1), Size(65536, 1024, 1)),
+    large=(Size(65536, 16384, 784), Size(16384, 65536, 1024)),
+    growing=_growing(1 << 17, 1 << 17, 784, 6),
+    training=60,
+    seconds=0.2,
+    rounds=3,
+    weights=("init", "trained"),
+    tests={
+        "layer": ("tests/test_gpu.py", "-k", "not contract"),  # which has a part of its own
+        "stages": ("tests/test_stages.py", "-k", "triton or cuda"),
+        # Without those that compile it again and look at what came of it, for which nobody needs a GPU.
+        "cuda": ("tests/test_cuda.py", "-k", "not spills and not built_library and not in_flight and not asynchronous"),
+    },
+    benches={
+        "steps": ("bench/bench_step.py::test_step[(1024, 4096, 784)]",),
+        "ranks": ("bench/bench_rank.py::test_rank[(4096, 1024, 16)]",),
+        "large": ("bench/bench_memory.py::test_memory[(2048, 8192, 784)]",),
+    },
+)
+TINY = Size(16, 8, 12)
+REHEARSAL = Plan(
+    device="cpu",
+    sizes=(TINY,),
+    odd=(),
+    deep=(Size(5, 40, 9),),
+    ranked=(Size(16, 8, 1),),
+    large=(),
+    growing={"D": (TINY, TINY)},
+    training=2,
+    seconds=0,
+    rounds=1,
+    weights=("trained",),
+    tests={"layer": ("tests/test_gpu.py",), "stages": ("tests/test_stages.py", "-k", "equal_margins or zero_rows")},
+    benches={"ranks": ("bench/bench_rank.py", "--quick"), "large": ("bench/bench_memory.py", "--quick")},
+)
+
+
+def require(backend: str, plan: Plan) -> None:
+    if reason := ops.why_not(backend, plan.device) if backend in ops.BACKENDS else None:
+        raise RuntimeError(f"{backend!r} cannot serve: {reason}")
+
+
+def weight_of(weights: str, size: Size, plan: Plan) -> torch.Tensor | None:
+    """None for fresh weights; trained ones are the same for every backend."""
+    if weights == "init":
+        return None
+    return trained_weight(size, plan.training, plan.device, "triton" if plan.device == "cuda" else None)
+
+
+def alone(plan: Plan, backend: str, stage: str, given: tuple[Any, ...]) -> Row:
+    """What a stage takes, and whether captured; one that works in place does so on a copy of what others want too."""
+    first, *rest = given
+    first = first.clone() if stage.endswith("_") else first
+    return taken(partial(ops.stage(stage, backend), first, *rest), plan.device, plan.rounds)._asdict()
+
+
+def planned(size: Size) -> float:
+    """Seconds for a unit at this size: to begin, and to check or time it."""
+    return 6 + size.B * size.D / 1e7
+
+
+# --- What is here -----------------------------------------------------------------------------------------------------
+
+
+def versions(plan: Plan) -> Iterator[Unit]:
+    yield Unit("versions", "all", 10, partial(_versions, plan))
+
+
+def _versions(plan: Plan) -> Iterator[Row]:
+    def said(*command: str) -> str | None:
+        if shutil.which(command[0]) is None:
+            return None
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+    card = said("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
+    nvcc = said("nvcc", "--version")
+    names = {key: value for key, value in environment().items() if isinstance(value, (str, int))}
+    yield names | {
+        "card": card,
+        "cuda": torch.version.cuda,
+        "nvcc": nvcc and nvcc.splitlines()[-1],
+        "commit": said("git", "rev-parse", "HEAD"),
+        "triton_key": prebuilt.triton_key(),
+        "prebuilt_key": plan.prebuilt and prebuilt.described(plan.prebuilt)["triton_key"],  # where it differs: no use
+    }
+    if plan.device == "cuda":
+        for name, found in (("nvidia-smi", card), ("nvcc", nvcc)):
+            if not found:
+                yield {"status": FAILED, "message": f"{name} is missing"}
+    if "cuda" in plan.backends:
+        require("cuda", plan)
+        yield _library(plan)
+
+
+def _library(plan: Plan) -> Row:
+    """Where the CUDA library is, for which GPUs, and whether it is of the sources that lie here."""
+    path = Path(native.cuda()._name)
+    row = {"library": str(path)}
+    if plan.device == "cpu":
+        return row
+    os.chdir(ROOT)  # for setup.py, in a process of its own
+    with mock.patch("setuptools.setup"):
+        script = runpy.run_path("setup.py")
+    name = re.search(rb"bcl_cuda_build \w+_for_(\w+)\0", path.read_bytes())
+    row |= {"architectures": name and name[1].decode(), "fresh": script["is_fresh"](path, script["CUDA"])}
+    return row if row["fresh"] else row | {"status": FAILED, "message": "the CUDA library is of other sources"}
+
+
+def ceilings_(plan: Plan) -> Iterator[Unit]:
+    yield Unit("ceilings", "all", 15, lambda: [asdict(ceilings(plan.device))])
+
+
+# --- What is right ----------------------------------------------------------------------------------------------------
+
+
+def contract(plan: Plan) -> Iterator[Unit]:
+    for size in (*plan.sizes, *plan.odd, *plan.deep):
+        for backend in plan.backends:
+            yield Unit("contract", f"{backend} {size}", planned(size), partial(_held, plan, backend, size, "init"))
+    for backend in plan.backends:
+        size = plan.sizes[min(1, len(plan.sizes) - 1)]
+        yield Unit(
+            "contract", f"{backend} {size} trained", planned(size), partial(_held, plan, backend, size, "trained")
+        )
+
+
+def _held(plan: Plan, backend: str, size: Size, weights: str) -> Iterator[Row]:
+    require(backend, plan)
+    counts = prebuilt.counted()
+    weight, drawn = weight_of(weights, size, plan), size in plan.deep
+    errors = check_stages(size, [backend], plan.device, weight=weight, drawn=drawn)[backend]
+    worst = max(errors, key=errors.__getitem__)
+    found = {"contestant": backend, **asdict(size), "weights": weights, "worst": worst, "error": errors[worst]}
+    yield found | {"compiled": counts["compiled"]}
+
+
+def tests(plan: Plan) -> Iterator[Unit]:
+    for name, words in plan.tests.items():
+        yield Unit("tests", name, 60, partial(tools.pytest, words, 8 if plan.device == "cuda" else 0))
+
+
+def _bench(plan: Plan, words: tuple[str, ...]) -> Iterator[Row]:
+    """The rows that a bench saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder, "rows.json")
+        yield from tools.pytest((*words, "--device", plan.device, "--save", str(saved)))
+        if saved.exists():
+            yield from verdicts.saved(saved)
+
+
+# --- What it takes ----------------------------------------------------------------------------------------------------
+
+
+def kernels_(plan: Plan) -> Iterator[Unit]:
+    for size in plan.sizes:
+        for name in ("linear", *plan.backends):
+            for weights in ("init",) if name == "linear" else plan.weights:
+                call = partial(_kernels, plan, name, size, weights)
+                yield Unit("kernels", f"{name} {size} {weights}", planned(size), call)
+
+
+def _kernels(plan: Plan, name: str, size: Size, weights: str) -> Iterator[Row]:
+    """Every stage alone, with a cold cache, then every kernel of a step."""
+    require(name, plan)
+    labels = {"contestant": name, **asdict(size), "weights": weights}
+    weight = weight_of(weights, size, plan)
+    contestant = build(name, size, weight, plan.device)
+    if contestant.refresh is not None:
+        contestant.refresh()
+        for stage, given in stage_calls(size, plan.device, name, weight).items():
+            yield labels | {"stage": stage} | alone(plan, name, stage, given)
+    for kernel, (ms, launches) in kernels(contestant.step, plan.device).items():
+        yield labels | {"kernel": kernel[:120], "ms": ms, "launches": launches}
+
+
+def steps(plan: Plan) -> Iterator[Unit]:
+    for size in plan.sizes:
+        for backend in plan.backends:
+            for precision in PRECISIONS:
+                call = partial(_steps, plan, backend, size, precision)
+                yield Unit("steps", f"{backend} {size} {precision}", planned(size), call)
+            yield Unit("steps", f"{backend} {size} graphed", planned(size), partial(_graphed, plan, backend, size))
+    if "steps" in plan.benches:
+        yield Unit("steps", "bench", 60, partial(_bench, plan, plan.benches["steps"]))
+
+
+def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row]:
+    """Eager and captured steps beside those of `nn.Linear`, after what they choose was found right."""
+    require(backend, plan)
+    amount = dict(rounds=plan.rounds, seconds=plan.seconds, most_seconds=3.0)
+    for weights in ("init", "trained") if precision == "fp32" else ("init",):
+        weight = weight_of(weights, size, plan)
+        labels = {"contestant": backend, **asdict(size), "weights": weights, "precision": precision}
+        yield labels | asdict(check_choices(backend, size, precision, plan.device, weight))
+        with multiplying(precision):
+            running = {name: build(name, size, weight, plan.device, precision) for name in ("linear", backend)}
+            refresh_ms, _ = begin(running, plan.device)
+            for mode, contestants in (("eager", running), ("captured", _captured(plan, running))):
+                on_cpu = mode == "captured" and plan.device == "cpu"
+                found = race(contestants, refresh_ms, plan.device, **amount)
+                mode = "eager (no graphs on a CPU)" if on_cpu else mode
+                yield labels | {"mode": mode, "linear_ms": found["linear"]["ms"]} | found[backend]
+
+
+def _captured(plan: Plan, running: dict[str, Contestant]) -> dict[str, Contestant]:
+    if plan.device == "cpu":
+        return running
+    return {name: replace(contestant, step=captured(contestant.step)) for name, contestant in running.items()}
+
+
+def _graphed(plan: Plan, backend: str, size: Size) -> Iterator[Row]:
+    """What a user gets from bcl_fast.graphed, for a loss and SGD, the copied batch and the refresh included."""
+    require(backend, plan)
+    x, grad_output = batch(size, plan.device)
+    layers = {
+        "linear": nn.Linear(size.N, size.D, device=plan.device),
+        backend: BCLLayer(size.N, size.D, backend=backend, device=plan.device),
+    }
+    steps = {name: _whole(plan, layer, grad_output, x) for name, layer in layers.items()}
+    calls = {name: partial(step, x) for name, step in steps.items()}
+    windows = interleaved(calls, plan.rounds, plan.seconds, 3.0, plan.device)
+    ms = {name: statistics.median(own) for name, own in windows.items()}
+    labels = {"contestant": backend, **asdict(size), "weights": "init", "precision": "fp32", "mode": "graphed"}
+    yield labels | {"ms": ms[backend], "linear_ms": ms["linear"], "ratio_to_linear": ms[backend] / ms["linear"]}
+
+
+def _whole(plan: Plan, layer: nn.Linear, grad_output: torch.Tensor, x: torch.Tensor) -> Callable[..., Any]:
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return (model(x) * grad_output).sum()
+
+    def eager(x: torch.Tensor) -> None:
+        optimizer.zero_grad()
+        loss(layer, x).backward()
+        optimizer.step()
+
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-3)
+    return eager if plan.device == "cpu" else graphed(layer, loss, optimizer, x)
+
+
+def variants_(plan: Plan) -> Iterator[Unit]:
+    for size in plan.sizes[-2:]:  # a small one is a matter of launches
+        for backend in plan.backends:
+            for stage in variants.stages(backend):
+                call = partial(_variants, plan, backend, stage, size)
+                yield Unit("variants", f"{backend} {stage} {size}", planned(size), call)
+
+
+def _variants(plan: Plan, backend: str, stage: str, size: Size) -> Iterator[Row]:
+    """What stands and every rival of it, held to the contract and then timed."""
+    require(backend, plan)
+    for weights in plan.weights:
+        (one,) = expected(size, plan.device, [stage], weight_of(weights, size, plan))
+        for variant in variants.variants(backend, stage):
+            row = {"contestant": backend, **asdict(size), "weights": weights, "stage": stage, "variant": str(variant)}
+            with variants.applied(variant):
+                try:
+                    check_stage(one, backend, size)
+                    found = alone(plan, backend, stage, one.arguments)
+                except AssertionError as error:
+                    yield row | {"status": FAILED, "message": str(error)}
+                except Exception as error:
+                    if type(error).__name__ != "OutOfResources" and "too many resources" not in str(error):
+                        raise  # those are Triton's and CUDA's, of a rival that does not fit
+                    yield row | {"status": REFUSED, "message": str(error)}
+                else:
+                    yield row | found
+
+
+def ranks(plan: Plan) -> Iterator[Unit]:
+    for size in plan.ranked:
+        yield Unit("ranks", str(size), 10, partial(_ranks, plan, size))
+    yield Unit("ranks", "bench", 40, partial(_bench, plan, plan.benches["ranks"]))
+
+
+def _ranks(plan: Plan, size: Size) -> Iterable[Row]:
+    for backend in plan.backends:
+        require(backend, plan)
+    return peers.rank_times(size, plan.device, plan.backends)
+
+
+SLOW = 2000.0  # ms of a step: a larger one would take what time there is
+
+
+def large(plan: Plan) -> Iterator[Unit]:
+    for size in plan.large:
+        for name in ("linear", *plan.backends):
+            yield Unit("large", f"{name} {size}", 15, partial(_large, plan, name, (size,)))
+    for axis, sizes in plan.growing.items():
+        for name in ("linear", *plan.backends):
+            yield Unit("large", f"{name} growing {axis}", 15, partial(_large, plan, name, sizes, refresh=False))
+    yield Unit("large", "bench", 40, partial(_bench, plan, plan.benches["large"]))
+
+
+def _large(plan: Plan, name: str, sizes: tuple[Size, ...], refresh: bool = True) -> Iterator[Row]:
+    """Time and peak memory of a step at one size after the other, until it does not fit or is SLOW."""
+    require(name, plan)
+    on_gpu = plan.device == "cuda"
+    for size in sizes:
+        row = {"contestant": name, **asdict(size)}
+        try:
+            if on_gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            contestant = build(name, size, device=plan.device)
+            if refresh and contestant.refresh is not None:
+                contestant.refresh()
+            contestant.step()
+            ms = window(contestant.step, plan.seconds, plan.device)
+        except torch.OutOfMemoryError:
+            yield row | {"status": REFUSED, "message": OUT_OF_MEMORY}
+            return
+        yield row | {"ms": ms, "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
+        if ms > SLOW:
+            return
+        contestant = None
+
+
+# --- What the tools say -----------------------------------------------------------------------------------------------
+
+COUNTED = {
+    "triton": ("_competition_kernel", "_selection_kernel", "_pull_kernel", "_gradient_kernel"),
+    "cuda": ("competition_kernel", "selection_kernel", "selection_counting_kernel"),
+}
+
+
+def ncu(plan: Plan) -> Iterator[Unit]:
+    for backend in plan.backends:
+        for kernel in COUNTED[backend]:
+            yield Unit("ncu", f"{backend} {kernel}", 25, partial(_ncu, plan, backend, kernel, plan.sizes[-1]))
+
+
+def _ncu(plan: Plan, backend: str, kernel: str, size: Size) -> Iterator[Row]:
+    if plan.device == "cpu":
+        raise Refused("there is no GPU")
+    require(backend, plan)
+    program = sys.executable, __file__, backend, *map(str, astuple(size))
+    yield {"contestant": backend, **asdict(size), "kernel": kernel} | tools.ncu(kernel, program)
+
+
+def one_step(backend: str, *size: str) -> None:
+    """What ncu looks at, this file as a program: the second step of a layer."""
+    contestant = build(backend, Size(*map(int, size)), device="cuda")
+    contestant.refresh()
+    contestant.step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    contestant.step()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+# Tests of a stage at a small size, for the sanitizers are a hundred times slower, and of one kind of numbers.
+SMALL, KIND = "37-64", "quantised"
+SANITIZED = {
+    "triton": ("competition", "selection_is", "rank_is", "gradient", "targets_and", "neighbours_by"),
+    "cuda": ("competition", "selection_is", "rank_is"),
+}
+OF_ONE_KIND = ("gradient", "targets_and", "neighbours_by")
+TOOLS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
+
+
+def sanitizer(plan: Plan) -> Iterator[Unit]:
+    for backend in plan.backends:
+        for tool in TOOLS[backend]:
+            for stage in SANITIZED[backend]:
+                yield Unit(
+                    "sanitizer", f"{tool} {backend} {stage}", 40, partial(_sanitized, plan, backend, tool, stage)
+                )
+
+
+def sanitized_words(backend: str, stage: str) -> list[str]:
+    """What the names of those tests contain."""
+    return [f"test_{stage}", backend, SMALL] + [KIND] * (stage not in OF_ONE_KIND)
+
+
+def _sanitized(plan: Plan, backend: str, tool: str, stage: str) -> Iterator[Row]:
+    if plan.device == "cpu":
+        raise Refused("there is no GPU")
+    require(backend, plan)
+    tests = "tests/test_stages.py", "-k", " and ".join(sanitized_words(backend, stage))
+    yield {"contestant": backend, "tool": tool, "stage": stage} | tools.sanitizer(tool, tests)
+
+
+# --- All of it --------------------------------------------------------------------------------------------------------
+
+PARTS: dict[str, Callable[[Plan], Iterator[Unit]]] = {
+    "versions": versions,
+    "ceilings": ceilings_,
+    "contract": contract,
+    "tests": tests,
+    "kernels": kernels_,
+    "steps": steps,
+    "variants": variants_,
+    "ranks": ranks,
+    "large": large,
+    "ncu": ncu,
+    "sanitizer": sanitizer,
+}
+
+
+def units(plan: Plan, parts: Iterable[str]) -> list[Unit]:
+    return [unit for part in parts for unit in PARTS[part](plan)]
+
+
+if __name__ == "__main__":
+    one_step(*sys.argv[1:])
