@@ -64,7 +64,7 @@ def _call(stage: str, like: Tensor, sizes: tuple[int, ...], *arguments: int | fl
 
     How much that is depends on `sizes` alone: only the first call for them asks.
     """
-    library, form, index = native.cuda(), tuple(LAUNCH[stage].values()), like.device.index
+    library, form, index = native.cuda(), tuple(map(LAUNCH[stage].__getitem__, FORMS[stage][0])), like.device.index
     function, stream = getattr(library, f"bcl_cuda_{stage}"), None
     if like.is_cuda:
         stream = torch._C._cuda_getCurrentRawStream(index)  # a tenth of the time of current_stream()
