@@ -15,7 +15,7 @@ ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the
 PRODUCT = "ieee" if torch.version.hip else "tf32x3"
 # BLOCK_R, BLOCK_C, BLOCK_N and warps, below FROM features and from there on. Every program reads every feature: a few
 # rows each keep a GPU busy while there are few features; later, more rows each read less. Larger tiles spill somewhere.
-FEW, MANY, FROM = (16, 128, 32, 8), (64, 64, 16, 8), 8192
+FEW, MANY, FROM = (16, 128, 16, 8), (64, 64, 16, 8), 8192
 NEAREST = 16, 64  # BLOCK_R and BLOCK_C where the similarities are given
 MOST_KEPT = 32  # neighbours that a pass finds: a longer list spills registers
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
