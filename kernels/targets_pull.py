@@ -10,8 +10,10 @@ CHUNK_ROWS = 16  # fewest samples of a chunk
 STREAM = 4096  # features or pairs of a tile that is only streamed
 TILE = 256  # pairs placed at once, each compared with all the others
 COMPARE = 32  # of them at a time: all at once would not fit the registers
-GATHER = 16  # rows of x gathered at once; a common list is eight winner pairs and five rescued rows
+GATHER = 8  # rows of x gathered at once, of a common list of eight winner pairs and five rescued rows: 16 may spill
 MAX_BLOCK_N = 128  # one warp's width: a narrow block of a large x stays in the level-2 cache while all features read it
+# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 DENSE_ROWS = 16  # a larger whole batch is rescued by a product: a gather would read all of x for every feature
 
 
@@ -143,7 +145,7 @@ def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair
     pull = torch.empty(B * k, dtype=torch.float32, device=x.device)
     _pairs_kernel[(chunks,)](
         pair_feature.contiguous(), pair_pull.contiguous(), cursor, start, row, pull, B * k, chunk, chunks, D,
-        k, STREAM, TILE, COMPARE, num_warps=8, num_stages=1)  # fmt: skip
+        k, STREAM, TILE, COMPARE, num_warps=8, num_stages=1, **REGISTERS)  # fmt: skip
     BLOCK_N = min(MAX_BLOCK_N, 1 << (N - 1).bit_length())
     weight_stride = (0, 0) if weight is None else weight.stride()
     _pull_kernel[D, -(-N // BLOCK_N)](

@@ -82,12 +82,13 @@ def test_operators_are_what_they_declare(config):
     check = torch.library.opcheck
     check(torch.ops.bcl_fast.statistics_.default, statistics_arguments("triton", config))
     (_, weight, *_), mask, winner, left = pending("triton", config)
-    check(torch.ops.bcl_fast.masked_gradient.default,
-          (torch.ones(9, 5), mask, winner, config.gradient_mask, left, False, False, "triton"))  # fmt: skip
+    masked = torch.ones(9, 5), mask, winner, config.gradient_mask, torch.float32, left, False, False, "triton"
+    check(torch.ops.bcl_fast.masked_gradient.default, masked)
     _, x, *choices, strength = left
     for offset in (None, torch.zeros_like(weight)):
         tail = x, *choices, config.target_projection, "triton"
-        check(torch.ops.bcl_fast.targets_pull_.default, (weight, offset, torch.tensor(3), strength, 0.1, *tail))
+        pull = weight, offset, torch.tensor(3), strength, torch.tensor(0.1), *tail
+        check(torch.ops.bcl_fast.targets_pull_.default, pull)
         check(torch.ops.bcl_fast.som_increment.default, (weight, offset, strength, *tail))
 
 

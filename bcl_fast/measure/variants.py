@@ -13,13 +13,15 @@ from .. import cuda, ops
 # Stage of Triton -> constant of its file in kernels/ -> what to try instead.
 RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
     # Wide programs serve every size that is timed here; without a limit to the cache the usual ones do.
-    "competition": {"WIDE": ((132, 128, 8), (132, 256, 8), (264, 128, 16)), "CACHE": (1 << 40,), "STAGES": (2, 4)},
-    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2, 8), "RUN": (512, 2048), "WARPS": (4, 16), "MOST_RUNS": (4,)},
-    "neighbours": {
-        "FEW": ((16, 64, 32, 4), (32, 128, 32, 8), (64, 64, 16, 8)),
-        "MANY": ((32, 128, 32, 8), (64, 128, 16, 8), (128, 64, 16, 8)),
+    "competition": {
+        "WIDE": ((132, 128, 16), (264, 64, 8)),
+        "CACHE": (1 << 40,),
+        "STAGES": (1, 2),
+        "FORCES": ((32, 64),),
     },
-    "targets_pull_": {"GATHER": (8, 32), "MAX_BLOCK_N": (64, 256), "CHUNK_ROWS": (64,)},
+    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2,), "RUN": (512,), "BLOCK": (256,), "MOST_RUNS": (4,)},
+    "neighbours": {"FEW": ((16, 64, 32, 8), (64, 64, 16, 8)), "MANY": ((16, 128, 16, 8), (128, 64, 16, 8))},
+    "targets_pull_": {"GATHER": (4, 16), "MAX_BLOCK_N": (64, 256), "CHUNK_ROWS": (64,)},
     "gradient": {"TILE": (1024, 4096), "PROGRAMS": (512, 2048)},
 }
 
