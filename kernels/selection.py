@@ -193,7 +193,8 @@ def _launch(activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, s
     _selection_kernel[(programs,)](
         activation, bias, x_inverse_norm, weight_inverse_norm, need, run, rows, shares, ranks, B, D, r, runs,
         *activation.stride(), scale, rule, bias is not None, x_inverse_norm is not None, need is not None, soft,
-        ranks is not None, 1 << max(r - 1, 1).bit_length(), run_length, BLOCK, COLUMNS, num_warps=WARPS, **REGISTERS,
+        ranks is not None, 1 << max(r - 1, 1).bit_length(), run_length, min(BLOCK, run_length), COLUMNS,
+        num_warps=WARPS, **REGISTERS,
     )  # fmt: skip
 
 
