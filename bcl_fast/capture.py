@@ -17,8 +17,8 @@ Loss = Callable[..., Tensor]
 DEVICE_TYPE = "cuda"
 
 AGAIN = (
-    "call bcl_fast.graphed again (a learning rate that is to change must be a tensor on the device, with "
-    "capturable=True where the optimizer has that)"
+    "call bcl_fast.graphed again (a learning rate that is to change must be a tensor on the device, as "
+    "Adam(capturable=True) and SGD(fused=True) take it)"
 )
 EVERY_STEP = "a step changes it on the host, where no replay would: neither can a CUDA graph hold such a step"
 
@@ -30,8 +30,8 @@ def graphed(
 
     Args:
         model: on one CUDA device; its BCLLayers served by `triton` or `cuda`, and unbound or bound to `optimizer`.
-        loss_function: `loss_function(model, *inputs)` returns the loss, a scalar. Its Python runs for the capture and
-            never again; autocast belongs inside it. What it trains is in `model` or in `optimizer`.
+        loss_function: `loss_function(model, *inputs)` returns the loss, a scalar. No replay runs its Python; autocast
+            belongs inside it. What it trains is in `model` or in `optimizer`.
         optimizer: one that a CUDA graph can replay, such as SGD or Adam(capturable=True).
         examples: tensors on that device such as every call will bring: shapes and dtypes hold for good.
         warmup: eager steps before the capture (>= 1), which compile what there is to compile.
@@ -39,7 +39,9 @@ def graphed(
     Returns `step`: `step(*inputs) -> loss` does what `optimizer.zero_grad()`, `loss_function`, `backward()` and
     `optimizer.step()` would do. Inputs, from any device, are copied to where the graph reads them; the loss is a copy.
     Warm-up and capture leave parameters, buffers, the optimizer and torch's random numbers as they were: n calls are n
-    eager steps. Every replay reads the layers' `som_lr`, and a learning rate that is a tensor on the device.
+    eager steps, of which the first is one where the optimizer has no state yet. Let go of earlier losses and outputs of
+    the model before: as long as one lives, so do the nodes that tie its parameters to another stream. Every replay
+    reads the layers' `som_lr`, and a learning rate that is a tensor on the device.
 
     Raises TypeError or ValueError that names the argument, and RuntimeError for what no graph can hold: several ranks,
     observers, an optimizer that counts on the host or replaces its tensors. A later step raises RuntimeError where
@@ -65,6 +67,7 @@ class GraphedStep:
         self._inputs = [example.clone() for example in examples]
         before, snapshot = self._host_side(), _Snapshot(model, optimizer)
         try:
+            self._warm_up(True)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 _aside(device, lambda: [self._train() for _ in range(warmup)])
                 optimizer.zero_grad(set_to_none=True)  # the graph's gradients shall lie in memory of its own
@@ -72,11 +75,14 @@ class GraphedStep:
                 self._replay, self._loss = _record(device, self._train)
             self._require(self._expected, EVERY_STEP)
             self._gradients = [(p, p.grad) for p in snapshot.parameters if p.grad is not None]
+            self._adding = [(p, p.grad) for p, _ in snapshot.gradients if p.grad is not None]
+            self._written = [*snapshot.parameters, *model.buffers()]
             # How its state begins only an optimizer's own first step knows. Where there is none yet that step is taken
             # eagerly, and the tensors on which the graph works take the state over.
             self._begun = not (self._expected.keys() - before.keys())
             self._state = {p: dict(state) for p, state in optimizer.state.items()}
         finally:
+            self._warm_up(False)
             snapshot.restore()
         self._before = before
 
@@ -87,17 +93,29 @@ class GraphedStep:
             place.copy_(given)
         if not self._begun:
             return self._begin()
+        with torch.no_grad():
+            for parameter, gradient in self._adding:  # what the optimizer does not know adds up, from where it stands
+                if parameter.grad is not gradient:
+                    gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
         self._replay()
+        torch.autograd.graph.increment_version(self._written)  # autograd, and counters read on the host, must see it
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
         return self._loss.clone()
+
+    def _warm_up(self, begins: bool) -> None:
+        for module in self._model.modules():
+            if isinstance(module, BCLLayer):
+                module.warming_up = begins
 
     @torch.enable_grad()
     def _train(self) -> Tensor:
         """One step on the inputs that lie there, whatever the mode of who asks for it."""
         self._optimizer.zero_grad(set_to_none=True)
+        torch.clear_autocast_cache()  # around us may be an autocast that keeps the casts of the step before
         with ops.no_autocast(self._device.type):
             loss = self._loss_function(self._model, *self._inputs)
+        torch.clear_autocast_cache()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
             got = f"{list(loss.shape)} without a gradient" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss_function must return a scalar tensor that needs a gradient, got {got}")
@@ -152,12 +170,13 @@ class GraphedStep:
                 found[f"{name}.{key}"] = self._seen(tensor)
             if isinstance(module, BCLLayer):
                 found[f"{name}.frozen"] = module.frozen
+                found[f"{name}.som_lr's place"] = self._seen(module._som_lr_cell)
                 found[f"{name}'s number of observers"] = len(module._observers)
                 found[f"{name}'s being bound to the optimizer"] = module.bound_optimizer is self._optimizer
         for g, group in enumerate(self._optimizer.param_groups):
             name = f"optimizer.param_groups[{g}]"
             for key, value in group.items():
-                if key != "params":
+                if key not in ("params", "initial_lr"):  # the latter is a scheduler's own
                     found[f"{name}[{key!r}]"] = self._seen(value)
             for i, parameter in enumerate(group["params"]):
                 found[f"{name}['params'][{i}]"] = self._seen(parameter)
@@ -169,7 +188,9 @@ class GraphedStep:
         if not isinstance(value, Tensor):
             return value
         on_device = value.device == self._device
-        return _Place(value.data_ptr(), value.requires_grad) if on_device else value.tolist()
+        if not on_device:
+            return value.tolist()
+        return _Place(value.data_ptr(), value.requires_grad, value.dtype, value.shape, value.stride())
 
 
 class _Place(NamedTuple):
@@ -177,6 +198,9 @@ class _Place(NamedTuple):
 
     pointer: int
     requires_grad: bool
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
 
 
 class _Snapshot:
@@ -189,7 +213,7 @@ class _Snapshot:
         self._tensors = [(t, t.detach().clone()) for t in (*self.parameters, *model.buffers())]
         # Those that the optimizer does not know keep adding up their gradients.
         rest = set(self.parameters) - set(trained)
-        self._gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self.parameters if p in rest]
+        self.gradients = [(p, None if p.grad is None else p.grad.clone()) for p in self.parameters if p in rest]
         self._numbers = [
             {key: copy(value) for key, value in group.items() if key != "params" and not isinstance(value, Tensor)}
             for group in optimizer.param_groups
@@ -203,7 +227,7 @@ class _Snapshot:
     def restore(self) -> None:
         for tensor, value in self._tensors:
             tensor.copy_(value)
-        for parameter, gradient in self._gradients:
+        for parameter, gradient in self.gradients:
             if parameter.grad is not None:
                 parameter.grad.zero_() if gradient is None else parameter.grad.copy_(gradient)
         for group, numbers in zip(self._optimizer.param_groups, self._numbers, strict=True):
@@ -280,7 +304,11 @@ def _aside(device: torch.device, function: Callable[[], Any]) -> None:
 
 def _record(device: torch.device, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     """What replays a function, and the tensor that it leaves its result in."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
-        result = function()
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    with torch.cuda.device(device):
+        try:
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
+                result = function()
+        finally:
+            torch.cuda.set_stream(current)  # where torch leaves the capture's, after one that failed
     return graph.replay, result

@@ -178,15 +178,18 @@ class BCLLayer(nn.Linear):
         self._observers: tuple[Callable[[Any], None], ...] = ()
         self._hook: tuple[Callable[[], Tensor | None], Any] | None = None
         self._warned_of_drift = False
+        self.warming_up = False  # for a capture, which must find everything compiled
         self._attach_hook()
 
     def _choose_backend(self) -> None:
         weight = self.weight
         self._backend = ops.resolve_backend(*self._requested, weight.device.type, weight.dtype)
-        # som_lr where the pull reads it: a CUDA graph then follows a schedule.
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        with torch.inference_mode(False):  # else nobody could set it later
-            self._som_lr_cell = torch.tensor(self._som_lr, dtype=dtype, device=weight.device)
+        # som_lr where the pull reads it: a CUDA graph then follows a schedule, as long as the tensor is the same one.
+        kind = dict(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32, device=weight.device)
+        cell = self.__dict__.get("_som_lr_cell")
+        if cell is None or dict(dtype=cell.dtype, device=cell.device) != kind:
+            with torch.inference_mode(False):  # else nobody could set it later
+                self._som_lr_cell = torch.tensor(self._som_lr, **kind)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
@@ -195,7 +198,7 @@ class BCLLayer(nn.Linear):
         return self
 
     _RUNTIME = ("_backend", "_som_lr_cell", "_owner", "_due", "_kept", "_binding", "_observers", "_hook",
-                "_warned_of_drift")  # fmt: skip
+                "_warned_of_drift", "warming_up")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -387,7 +390,7 @@ class BCLLayer(nn.Linear):
     @property
     def _pulls(self) -> bool:
         # A graph reads som_lr in every replay, so that 0 at its capture decides nothing.
-        return not self.frozen and (self._som_lr > 0 or ops.capturing(self.weight.device))
+        return not self.frozen and (self._som_lr > 0 or self.warming_up or ops.capturing(self.weight.device))
 
     def _pull(self, pulls: list[PendingPull]) -> None:
         """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""

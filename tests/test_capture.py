@@ -4,6 +4,7 @@ tests/test_gpu.py captures in earnest.
 """
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -180,6 +181,94 @@ def test_a_bound_optimizer_pulls_in_its_step():
     assert int(model[0].step) == 1 and not model[0].weight.equal(before)
 
 
+def test_the_tensor_of_som_lr_outlives_what_leaves_the_others_in_place():
+    """A graph goes on reading it after load_state_dict(), float() and to()."""
+    layer = make(som_lr=0.1)
+    cell = layer._som_lr_cell
+    layer.load_state_dict(layer.state_dict())
+    layer.float().to("cpu")
+    layer.som_lr = 0.3
+    assert layer._som_lr_cell is cell and float(cell) == pytest.approx(0.3)
+    assert layer.double()._som_lr_cell.dtype == torch.float64 and float(layer._som_lr_cell) == 0.3
+
+
+def test_som_lr_of_zero_is_warmed_up_too(monkeypatch):
+    """Nothing may be compiled during a capture: the pull must have run before."""
+    from bcl_fast import portable
+
+    pulled, stock = [], portable.targets_pull_
+    monkeypatch.setattr(portable, "targets_pull_", lambda *arguments: pulled.append(1) or stock(*arguments))
+    model, inputs = network(som_lr=0.0), examples()
+    before = state(model)
+    step = graphed(model, loss_function, torch.optim.SGD(model.parameters(), lr=0.1), *inputs, warmup=2)
+    assert len(pulled) == 3 and same(before, state(model)) and not model[0].warming_up
+    step(*inputs)
+
+
+def test_an_autocast_around_graphed_keeps_no_casts_of_the_warm_up():
+    """torch keeps the casts of weights until its outermost autocast ends."""
+
+    def loss_function(model, x, y):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (model(x).float() - y).square().mean()
+
+    model, inputs = network(), examples()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.5) for each in (model, twin)]
+    with torch.autocast("cpu", torch.bfloat16):
+        step = graphed(model, loss_function, optimizers[0], *inputs)
+        losses = [step(*inputs) for _ in range(3)]
+    for loss in losses:
+        optimizers[1].zero_grad()
+        expected = loss_function(twin, *inputs)
+        expected.backward()
+        optimizers[1].step()
+        assert loss.equal(expected)
+    assert same(state(model), state(twin))
+
+
+def test_what_nobody_drops_adds_up_from_where_it_stands():
+    """A graph adds to the tensor of its capture; who takes another one, or none, is followed."""
+    model, inputs = network(), examples()
+    added = []
+
+    def loss_function(model, x, y):
+        return (model(x) - y).square().mean()
+
+    step = graphed(model, loss_function, torch.optim.SGD(model[0].parameters(), lr=0.0), *inputs)
+    model[0].som_lr = 0.0
+    weight = model[3].weight
+    for start in (None, torch.ones_like(weight)):
+        weight.grad = None if start is None else start.clone()
+        (place,) = (gradient for parameter, gradient in step._adding if parameter is weight)
+        step._replay = partial(lambda place: added.append(place.clone()), place)
+        step(*inputs)
+        assert added[-1].equal(torch.zeros_like(weight) if start is None else start) and weight.grad is place
+
+
+def test_autograd_sees_what_a_replay_writes():
+    """A backward over an older forward would use weights that are new: it raises, as after an eager step."""
+    model, inputs = network(), examples()
+    step = graphed(model, loss_function, torch.optim.SGD(model.parameters(), lr=0.1), *inputs)
+    older = model[3](torch.ones(2, 11, requires_grad=True)).sum()
+    step._replay = lambda: None  # a graph tells autograd nothing
+    step(*inputs)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        older.backward()
+
+
+def test_a_scheduler_may_come_later():
+    model, inputs = network(), examples()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = graphed(model, loss_function, optimizer, *inputs)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    for _ in range(2):
+        step(*inputs)
+        scheduler.step()
+    with pytest.raises(RuntimeError, match=r"\['lr'\] is 0\.01.* and was 0\.1"):
+        step(*inputs)
+
+
 CHANGES = {
     "frozen": (lambda m, o: setattr(m[0], "frozen", True), r"model\.0\.frozen is True and was False"),
     "mode": (lambda m, o: m[2].eval(), r"model\.2\.training is False and was True"),
@@ -188,9 +277,10 @@ CHANGES = {
     "weight decay": (lambda m, o: o.param_groups[0].update(weight_decay=1), r"\['weight_decay'\] is 1 and was 0"),
     "parameter": (lambda m, o: setattr(m[3], "bias", nn.Parameter(torch.ones(3))), r"model\.3\.bias is another tensor"),
     "buffer": (lambda m, o: m[0].register_buffer("step", torch.tensor(0)), r"model\.0\.step is another tensor"),
+    "transposed": (lambda m, o: setattr(m[3].weight, "data", m[3].weight.data.T), r"model\.3\.weight is .* and was"),
     "frozen weight": (
         lambda m, o: m[3].weight.requires_grad_(False),
-        r"model\.3\.weight is .*requires_grad=False\) and was",
+        r"model\.3\.weight is .*requires_grad=False.* and was",
     ),
     "optimizer's state": (
         lambda m, o: o.load_state_dict(copy.deepcopy(o.state_dict())),

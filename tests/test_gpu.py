@@ -78,12 +78,13 @@ def test_other_dtypes_train(dtype):
     assert int(steps(layer, 3, dtype=dtype).step) == 3
 
 
+@pytest.mark.parametrize("B, D, N", [(257, 129, 784), (1, 2, 1), (1, 64, 784), (128, 2, 1), (8192, 64, 13)])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_low_precision_product_is_summed_and_kept_in_float32(dtype, bias):
+def test_a_low_precision_product_is_summed_and_kept_in_float32(dtype, bias, B, D, N):
     """It errs by the roundings of float32, a thousandth of those of its operands' own dtype."""
-    x, weight = (torch.randn(n, 784, device="cuda") for n in (257, 129))
-    c = torch.randn(129, device="cuda") if bias else None
+    x, weight = torch.randn(N, 2 * B, device="cuda").T[::2], torch.randn(D, N, device="cuda")
+    c = torch.randn(D, device="cuda") if bias else None
     product = torch.ops.bcl_fast.product(x, weight, c, dtype)
     exact = nn.functional.linear(*(None if t is None else t.to(dtype).double() for t in (x, weight, c)))
     assert product.dtype == torch.float32 and relative_error(product, exact) <= 1e-5
@@ -109,7 +110,8 @@ def test_compiled_training_is_bit_equal_across_the_refresh(backend, mode):
     compiled = torch.compile(other, fullgraph=True, mode=mode)
     for seed in range(8):
         torch.compiler.cudagraph_mark_step_begin()
-        for call in (plain, compiled):
+        for layer, call in ((plain, plain), (other, compiled)):
+            layer.weight.grad = layer.bias.grad = None  # may lie in a graph's memory (pytorch#169545)
             call(batch(seed=seed).cuda()).square().mean().backward()
     assert int(other.step) == 8 and same(state(plain), state(other))
 
@@ -198,6 +200,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_captured_steps_are_eager_ones_bit_by_bit(backend, make_optimizer, bind):
     model = nn.Sequential(on_gpu(backend, recompute_every=2), nn.ReLU(), nn.Dropout(0.3), nn.Linear(11, 13)).cuda()
+    model[0].som_lr = 0.0
     twin = copy.deepcopy(model)
     optimizer, twin_optimizer = (make_optimizer(each.parameters()) for each in (model, twin))
     if bind:
@@ -211,7 +214,7 @@ def test_captured_steps_are_eager_ones_bit_by_bit(backend, make_optimizer, bind)
     assert same(state(model), state(twin))
     generator = torch.cuda.get_rng_state()
     losses = []
-    for seed in range(6):
+    for seed in range(6):  # 0 first: the capture must hold a pull all the same
         model[0].som_lr = 0.01 * seed
         losses.append(step(batch(seed=seed).cuda()))
     torch.cuda.set_rng_state(generator)
