@@ -106,7 +106,7 @@ class GraphedStep:
     def _warm_up(self, begins: bool) -> None:
         for module in self._model.modules():
             if isinstance(module, BCLLayer):
-                module.warming_up = begins
+                module._warming_up = begins
 
     @torch.enable_grad()
     def _train(self) -> Tensor:

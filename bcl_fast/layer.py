@@ -178,7 +178,7 @@ class BCLLayer(nn.Linear):
         self._observers: tuple[Callable[[Any], None], ...] = ()
         self._hook: tuple[Callable[[], Tensor | None], Any] | None = None
         self._warned_of_drift = False
-        self.warming_up = False  # for a capture, which must find everything compiled
+        self._warming_up = False  # for a capture, which must find everything compiled
         self._attach_hook()
 
     def _choose_backend(self) -> None:
@@ -198,7 +198,7 @@ class BCLLayer(nn.Linear):
         return self
 
     _RUNTIME = ("_backend", "_som_lr_cell", "_owner", "_due", "_kept", "_binding", "_observers", "_hook",
-                "_warned_of_drift", "warming_up")  # fmt: skip
+                "_warned_of_drift", "_warming_up")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -390,7 +390,7 @@ class BCLLayer(nn.Linear):
     @property
     def _pulls(self) -> bool:
         # A graph reads som_lr in every replay, so that 0 at its capture decides nothing.
-        return not self.frozen and (self._som_lr > 0 or self.warming_up or ops.capturing(self.weight.device))
+        return not self.frozen and (self._som_lr > 0 or self._warming_up or ops.capturing(self.weight.device))
 
     def _pull(self, pulls: list[PendingPull]) -> None:
         """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""

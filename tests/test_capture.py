@@ -201,7 +201,7 @@ def test_som_lr_of_zero_is_warmed_up_too(monkeypatch):
     model, inputs = network(som_lr=0.0), examples()
     before = state(model)
     step = graphed(model, loss_function, torch.optim.SGD(model.parameters(), lr=0.1), *inputs, warmup=2)
-    assert len(pulled) == 3 and same(before, state(model)) and not model[0].warming_up
+    assert len(pulled) == 3 and same(before, state(model)) and not model[0]._warming_up
     step(*inputs)
 
 
