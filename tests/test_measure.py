@@ -144,6 +144,21 @@ def test_choices_end_to_end(monkeypatch):
         check_choices("portable", size, "bf16")
 
 
+def test_winners_end_to_end(monkeypatch):
+    """Another winner may be one whose margin roundings can make the largest, and no other."""
+    size = Size(2000, 400, 64)
+    assert check_choices("portable", size).margin_lost <= 0.01
+    rounded = check_choices("portable", size, "bf16")
+    assert rounded.samples > 0 and 0 < rounded.margin_lost < 1
+
+    def next_one(R, coverage, novelty, win_rate, winner, *rest):
+        return R, coverage, novelty, win_rate, (winner + 1) % size.D, *rest
+
+    spoil_stage(monkeypatch, "competition", next_one)
+    with pytest.raises(AssertionError, match="portable at .*, bf16: a winner's margin is .* times as far"):
+        check_choices("portable", size, "bf16")
+
+
 # --- Contestants and clocks -------------------------------------------------------------------------------------------
 
 

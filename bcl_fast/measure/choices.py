@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..layer import BCLLayer, PendingPull
 from .contestants import CONFIG, Size, batch
-from .precisions import PRECISIONS, forward, multiplying
+from .precisions import PRECISIONS, ROUNDING, forward, multiplying
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Strayed:
     features: int  # that are rescued to other samples
     samples: int  # that have another winner
     regret: float  # at most, of a feature's chosen scores, best with best; scores are within 0 and 1
+    margin_lost: float  # at most, by another winner, over what the roundings of the product can do to two margins
 
 
 def choices(
@@ -33,15 +34,24 @@ def choices(
         layer.weight.data.copy_(weight)
     received: list[PendingPull] = []
     layer.receive = lambda pending, compiled: received.append(PendingPull(*pending))
+    winners: list[Tensor] = []
+    statistics = layer._statistics
+
+    def watched(*arguments: Tensor) -> tuple[Tensor, ...]:
+        mask, winner, *rest = statistics(*arguments)
+        winners.append(winner)
+        return mask, winner, *rest
+
+    layer._statistics = watched
     x, grad_output = batch(size, device)
     with multiplying(precision), forward(precision, device):
         output = layer(x)
     output.backward(grad_output.to(output.dtype))
-    return _judged(received[0], layer)
+    return _judged(received[0], winners[0], layer, precision)
 
 
 @torch.no_grad()
-def _judged(pull: PendingPull, layer: BCLLayer) -> Strayed:
+def _judged(pull: PendingPull, winner: Tensor, layer: BCLLayer, precision: str) -> Strayed:
     x, weight, bias = (tensor.double() for tensor in (pull.x, layer.weight, layer.bias))
     activation, B = F.linear(x, weight, bias), x.shape[0]
     found = dict(
@@ -56,16 +66,32 @@ def _judged(pull: PendingPull, layer: BCLLayer) -> Strayed:
     best, rows = score.topk(pull.rescue_rows.shape[1], dim=0)
     chosen = score.gather(0, pull.rescue_rows.T).sort(dim=0, descending=True).values
     others = (pull.rescue_rows.T.sort(dim=0).values != rows.sort(dim=0).values).any(dim=0)
-    samples = (pull.pair_feature != found["pair_feature"]).any(dim=1)
-    return Strayed(int(others.sum()), int(samples.sum()), float((best - chosen).max()))
+    samples = winner != found["winner"]
+    lost = _margin(activation, found["winner"], layer.neighbors) - _margin(activation, winner, layer.neighbors)
+    # Of an activation: of both operands, and of a sum of N; two of each margin, and two margins are compared.
+    rounding = 2 * ROUNDING[precision] + x.shape[1] * 2.0**-24
+    error = rounding * (x.norm(dim=1) * weight.norm(dim=1).max() + bias.abs().max())
+    return Strayed(
+        int(others.sum()), int(samples.sum()), float((best - chosen).max()), float((lost / (4 * error)).max())
+    )
+
+
+def _margin(activation: Tensor, feature: Tensor, neighbors: Tensor) -> Tensor:
+    """By how much this feature of each sample beats its strongest neighbour: [B, D], [B], [D, k] -> [B]."""
+    strength = activation.abs()
+    return strength.gather(1, feature[:, None])[:, 0] - strength.gather(1, neighbors[feature]).amax(dim=1)
 
 
 def check_choices(
     backend: str, size: Size, precision: str = "fp32", device: str = "cpu", weight: Tensor | None = None
 ) -> Strayed:
-    """The choices, or AssertionError where those of samples cost more than this precision may."""
+    """The choices, or AssertionError where they cost more than this precision may."""
     strayed = choices(backend, size, precision, device, weight)
     assert strayed.regret <= PRECISIONS[precision], (
         f"{backend} at {size}, {precision}: the samples chosen end to end score {strayed.regret:.1e} less than the best"
+    )
+    assert strayed.margin_lost <= 1, (
+        f"{backend} at {size}, {precision}: a winner's margin is {strayed.margin_lost:.1f} times as far from the "
+        "largest as roundings can bring it"
     )
     return strayed

@@ -9,6 +9,7 @@ import torch
 
 # Name -> float64 regret of the samples chosen end to end, at most: a sum rounded otherwise chooses otherwise.
 PRECISIONS = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
+ROUNDING = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}  # of an operand, relative; float32 takes it as it is
 
 
 @contextmanager
