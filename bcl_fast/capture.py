@@ -69,10 +69,10 @@ class GraphedStep:
         try:
             self._warm_up(True)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
-                _aside(device, lambda: [self._train() for _ in range(warmup)])
+                aside(device, lambda: [self._train() for _ in range(warmup)])
                 optimizer.zero_grad(set_to_none=True)  # the graph's gradients shall lie in memory of its own
                 self._expected = self._host_side()
-                self._replay, self._loss = _record(device, self._train)
+                self._replay, self._loss = record(device, self._train)
             self._require(self._expected, EVERY_STEP)
             self._gradients = [(p, p.grad) for p in snapshot.parameters if p.grad is not None]
             self._adding = [(p, p.grad) for p, _ in snapshot.gradients if p.grad is not None]
@@ -293,7 +293,7 @@ def _check_layer(path: str, layer: BCLLayer, optimizer: torch.optim.Optimizer) -
 # --- The graph -------------------------------------------------------------------------------------------------------
 
 
-def _aside(device: torch.device, function: Callable[[], Any]) -> None:
+def aside(device: torch.device, function: Callable[[], Any]) -> None:
     """Run a function in a stream of its own, as the first use of libraries before a capture must."""
     own, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     own.wait_stream(current)
@@ -302,8 +302,8 @@ def _aside(device: torch.device, function: Callable[[], Any]) -> None:
     current.wait_stream(own)
 
 
-def _record(device: torch.device, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What replays a function, and the tensor that it leaves its result in."""
+def record(device: torch.device, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """What replays a function, and its result, whose tensors every replay writes anew."""
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     with torch.cuda.device(device):
         try:

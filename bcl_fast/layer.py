@@ -185,7 +185,7 @@ class BCLLayer(nn.Linear):
         weight = self.weight
         self._backend = ops.resolve_backend(*self._requested, weight.device.type, weight.dtype)
         # som_lr where the pull reads it: a CUDA graph then follows a schedule, as long as the tensor is the same one.
-        kind = dict(dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32, device=weight.device)
+        kind = dict(dtype=ops.exact(weight.dtype), device=weight.device)
         cell = self.__dict__.get("_som_lr_cell")
         if cell is None or dict(dtype=cell.dtype, device=cell.device) != kind:
             with torch.inference_mode(False):  # else nobody could set it later

@@ -300,13 +300,13 @@ def require_finite(**tensors: Tensor) -> None:
             raise ValueError(f"{name} must be finite (check_finite=True), got {bad} NaN or Inf of {tensor.numel()}")
 
 
-def _exact(dtype: torch.dtype) -> torch.dtype:
+def exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and pull: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _float(tensor: Tensor) -> Tensor:
-    return tensor.to(_exact(tensor.dtype))
+    return tensor.to(exact(tensor.dtype))
 
 
 @_operator("(Tensor x, Tensor weight, Tensor? bias, ScalarType dtype) -> Tensor")
@@ -317,18 +317,18 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
     compute other numbers. NVIDIA's tensor cores multiply float16 and bfloat16 and add up in float32; elsewhere the
     rounded operands are multiplied as float32, to the same effect.
     """
-    exact = _exact(dtype)
+    wide = exact(dtype)
     x, weight = x.to(dtype), weight.to(dtype)
-    bias = None if bias is None else bias.to(dtype).to(exact)
-    if x.is_cuda and x.dtype != exact and torch.version.hip is None:
+    bias = None if bias is None else bias.to(dtype).to(wide)
+    if x.is_cuda and x.dtype != wide and torch.version.hip is None:
         factors = x, weight.T
-        return torch.mm(*factors, out_dtype=exact) if bias is None else torch.addmm(bias, *factors, out_dtype=exact)
-    return F.linear(x.to(exact), weight.to(exact), bias)
+        return torch.mm(*factors, out_dtype=wide) if bias is None else torch.addmm(bias, *factors, out_dtype=wide)
+    return F.linear(x.to(wide), weight.to(wide), bias)
 
 
 @_fake
 def product_fake(x, weight, bias, dtype):
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=_exact(dtype))
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=exact(dtype))
 
 
 def _refresh_neighbours_(
@@ -464,7 +464,7 @@ def masked_gradient(
 @_fake
 def masked_gradient_fake(grad_output, mask, winner, gradient_mask, dtype, pending, compiled, reuse, backend):
     masked = torch.empty_like(grad_output, dtype=dtype, memory_format=torch.contiguous_format)
-    return masked, masked.new_empty(grad_output.shape[1], dtype=_exact(grad_output.dtype))
+    return masked, masked.new_empty(grad_output.shape[1], dtype=exact(grad_output.dtype))
 
 
 _CHOICES = (

@@ -44,8 +44,8 @@ def stand_in(monkeypatch):
 
         return replay, loss
 
-    monkeypatch.setattr(capture, "_aside", lambda device, function: function())
-    monkeypatch.setattr(capture, "_record", record)
+    monkeypatch.setattr(capture, "aside", lambda device, function: function())
+    monkeypatch.setattr(capture, "record", record)
     monkeypatch.setattr(capture, "DEVICE_TYPE", "cpu")
     monkeypatch.setattr(ops, "REFRESH", {**ops.REFRESH, "portable": "portable"})
     stage = ops.stage.__wrapped__

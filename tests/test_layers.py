@@ -33,7 +33,7 @@ ALLOWED = {
     "capture": {"spec", "ops", "layer"},
     "diagnostics": {"spec", "reference"},
     "testing": {"spec", "reference"},
-    "measure": {"spec", "reference", "cuda", "ops", "layer", "testing", "measure"},
+    "measure": {"spec", "reference", "capture", "cuda", "ops", "layer", "testing", "measure"},
     "experiments": {"__init__", "spec", "environment", "layer", "losses", "diagnostics", "experiments", "records"},
     "cli": {"__init__", "environment"},
     "cli_bench": {"cli", "spec", "environment", "records", "measure", "experiments"},

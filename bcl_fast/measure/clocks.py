@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..capture import aside, record
+
 Call = Callable[[], Any]
 LAUNCH_BOUND = 1.0  # ms: a shorter call may have waited for its launches, so it is timed as a CUDA graph
 MOST_QUEUED = 1000  # launches of a window that the host may run ahead of the device
@@ -77,18 +79,9 @@ def captured(call: Call, warm: int = 3) -> Call:
 
     Nothing can be captured that waits for the device or asks it for a number.
     """
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and allocates what lasts
-        for _ in range(warm):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream()):  # comes back to it where the capture fails
-        with torch.cuda.graph(graph):
-            call()
-    return graph.replay
+    device = torch.device("cuda", torch.cuda.current_device())
+    aside(device, lambda: [call() for _ in range(warm)])  # compiles, and allocates what lasts
+    return record(device, call)[0]
 
 
 def taken(call: Call, device: str = "cpu", repeats: int = 5, most_seconds: float = 3.0) -> Taken:
