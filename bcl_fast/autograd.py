@@ -14,7 +14,8 @@ class MaskedLinear(torch.autograd.Function):
 
     x [B, N], weight [D, N], bias [D] or None receive gradients. shifted is W + O [D, N] in offset space, else None;
     activation [B, D] is the product, mask and winner are G (see `ops.statistics_`), dtype is that of output and
-    gradients' products, and pending is what the backward hands to the layer for its pull: ticket, then all but x.
+    gradients' products, moves is how often the weight had moved, and pending is what the backward hands to the layer
+    for its pull: ticket, then all but x.
     """
 
     @staticmethod
@@ -30,6 +31,7 @@ class MaskedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         gradient_mask: str,
         backend: str,
+        moves: int,
         *pending: Tensor,
     ) -> Tensor:
         # The weight is needed for dX alone; without it a second backward works after the pull changed it.
@@ -37,6 +39,8 @@ class MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, kept, mask, winner, *pending)
         ctx.dtype, ctx.gradient_mask, ctx.backend = dtype, gradient_mask, backend
         ctx.weight_dtype, ctx.compiled = weight.dtype, torch.compiler.is_compiling()
+        # What is saved may come back copied (save_on_cpu) or made anew (checkpoint); this forward's own ticket may not.
+        ctx.ticket, ctx.moves = (None, 0) if ctx.compiled else (pending[0], moves)
         return activation.to(dtype) if activation.dtype != dtype else activation.detach()
 
     @staticmethod
@@ -44,6 +48,9 @@ class MaskedLinear(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor):
         x, weight, mask, winner, *pending = ctx.saved_tensors
         ticket, *choices = pending
+        if ctx.ticket is not None and ticket is not ctx.ticket:
+            ops.require_still(ticket, ctx.ticket, ctx.moves)
+            ticket = ctx.ticket
         direct = not ctx.compiled and ops.direct(grad_output)
         # With retain_graph=True the mask is read again.
         reuse = direct and not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -55,4 +62,4 @@ class MaskedLinear(torch.autograd.Function):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
             weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)
         bias_gradient = bias_gradient.to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
-        return x_gradient, weight_gradient, bias_gradient, *[None] * (7 + len(pending))
+        return x_gradient, weight_gradient, bias_gradient, *[None] * (8 + len(pending))

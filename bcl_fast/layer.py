@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,39 +16,22 @@ from torch import Tensor, nn
 
 from . import ops
 from .autograd import MaskedLinear
-from .rounding import add_rounded_
+from .pulls import LOW_PRECISION, Pulls, ranks
 from .spec import BCLConfig, check_number
 
-LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 @dataclass
-class PendingPull:
-    """What one forward leaves for its pull: the input, the choices, and the marks that go with them."""
+class _Written:
+    """Tensors of a layer's state, and their versions, as the layer itself left them: what it need not look at again."""
 
-    ticket: Tensor  # int64 scalar on the host, shared with the graph: 0 once consumed, so that it happens once
-    x: Tensor  # [B, N]
-    pair_feature: Tensor  # [B, k]
-    pair_pull: Tensor  # [B, k]
-    rescue_rows: Tensor  # [D, r]
-    rescue_weight: Tensor  # [D, r]
-    winner_share: Tensor  # [D]
-    som_strength: Tensor  # [D]
-    activation: Tensor | None = None  # [B, D], where somebody observes
-    neighbors: Tensor | None = None  # [D, k], likewise
-
-    @property
-    def choices(self) -> tuple[Tensor, ...]:
-        return self.pair_feature, self.pair_pull, self.rescue_rows, self.rescue_weight, self.winner_share
-
-
-class _Kept(NamedTuple):
-    """The mean increment of the backwards since the bound optimizer's last step."""
-
-    mean: Tensor  # [D, N]
-    samples: int  # that it is of
-    captured: bool  # in a CUDA graph
+    weight: Tensor | None = None
+    neighbors: Tensor | None = None
+    neighbors_version: int = -1
+    step: Tensor | None = None
+    step_version: int = -1
+    refreshed_at: Tensor | None = None
 
 
 class BCLLayer(nn.Linear):
@@ -159,27 +142,25 @@ class BCLLayer(nn.Linear):
         for name, value in self._fresh_competition().items():
             self._buffers[name].copy_(value)
         self._refreshed_at.fill_(-1)
+        self._trust_state()
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         fresh = {prefix + name: value for name, value in self._fresh_competition().items()}
         if prefix + "weight" in state_dict and not fresh.keys() & state_dict.keys():
             state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._refreshed_at.fill_(-1)
+        self._written = _Written()  # to be looked at before it is used; a refresh that is due happens again
         self._choose_backend()  # with assign=True the weight may be of another dtype now
+        self._pulls.attach(self.weight)
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
+        self._written = _Written(refreshed_at=self._refreshed_at)
         self._choose_backend()
-        self._owner = ops.register_owner(self)
-        self._due: dict[int, list[PendingPull]] = {}  # running backward -> pulls whose turn came in it
-        self._kept: _Kept | None = None  # for the bound optimizer's step
-        self._binding: tuple[Callable[[], Any], Any] | None = None  # the optimizer, and its hook
+        self._pulls = Pulls(self)
         self._observers: tuple[Callable[[Any], None], ...] = ()
-        self._hook: tuple[Callable[[], Tensor | None], Any] | None = None
-        self._warned_of_drift = False
         self._warming_up = False  # for a capture, which must find everything compiled
-        self._attach_hook()
+        self._pulls.attach(self.weight)
 
     def _choose_backend(self) -> None:
         weight = self.weight
@@ -193,12 +174,18 @@ class BCLLayer(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
+        before = self.neighbors, self.step
         super()._apply(fn, recurse)
         self._choose_backend()
+        self._pulls.attach(self.weight)
+        after = self.neighbors, self.step
+        if not all(map(_same_numbers, before, after)):
+            self._reset_competition()  # to_empty() left whatever the memory held
+        elif self._written.neighbors is before[0] and self._written.step is before[1]:
+            self._trust_state()
         return self
 
-    _RUNTIME = ("_backend", "_som_lr_cell", "_owner", "_due", "_kept", "_binding", "_observers", "_hook",
-                "_warned_of_drift", "_warming_up")  # fmt: skip
+    _RUNTIME = ("_backend", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -227,9 +214,9 @@ class BCLLayer(nn.Linear):
         layer.weight, layer.bias = weight, linear.bias
         for name, buffer in layer.named_buffers():
             setattr(layer, name, torch.empty_like(buffer, device=weight.device))
-        layer._reset_competition()
         layer._choose_backend()
-        layer._attach_hook()
+        layer._reset_competition()
+        layer._pulls.attach(weight)
         return layer.train(linear.training)
 
     # --- Forward -----------------------------------------------------------------------------------------------------
@@ -237,10 +224,15 @@ class BCLLayer(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         # nn.Module looks its tensors up in Python, which is felt in a small step: once each.
         weight, bias, offset = self.weight, self.bias, self.som_offset
+        if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
+            if self.training and not torch.compiler.is_compiling():
+                self._pulls.first_pass(weight)
+            return self._linear(input, weight if offset is None else weight + offset, bias)
         self._check_input(input, weight)
-        if not (self.training and torch.is_grad_enabled() and weight.requires_grad) or input.numel() == 0:
-            return F.linear(input, weight if offset is None else weight + offset, bias)
-        self._check_training(weight)
+        if input.numel() == 0:
+            self._pulls.received = True
+            return self._linear(input, weight if offset is None else weight + offset, bias)
+        moves = self._check_training(weight)
         x, dtype = input.reshape(-1, self.in_features), _product_dtype(weight)
         with ops.no_autocast(input.device.type):
             with torch.no_grad():
@@ -255,22 +247,30 @@ class BCLLayer(nn.Linear):
                     pending += [activation.clone(), self.neighbors.clone()]
             output = MaskedLinear.apply(
                 x, weight, bias, shifted, activation, mask, winner, dtype, self._config.gradient_mask, self._backend,
-                *pending,
+                moves, *pending,
             )  # fmt: skip
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What `nn.Linear` computes, for whatever it takes; what it does not take is named."""
+        try:
+            return F.linear(input, weight, bias)
+        except (RuntimeError, TypeError):
+            self._check_input(input, weight)
+            raise
+
     def _statistics(self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
-        config = self._config
-        return ops.operator("statistics_", x)(
+        config, neighbors = self._config, self.neighbors
+        found = ops.operator("statistics_", x)(
             x,
             stands,
             bias,
             activation,
-            self.neighbors,
+            neighbors,
             self.step,
             self._refreshed_at,
-            self._owner,
+            self._pulls.ticket,
             config.recompute_every,
             config.temperature,
             config.affinity,
@@ -284,163 +284,150 @@ class BCLLayer(nn.Linear):
             config.check_finite,
             self._backend,
         )
+        if not torch.compiler.is_compiling():
+            self._written.neighbors_version = neighbors._version  # a refresh is our own
+        return found
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if not isinstance(input, Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+        if input.layout is not torch.strided or input.is_nested or not input.is_floating_point():
+            raise TypeError(f"input must be dense floating point, got {_kind(input)}")
         if input.dim() == 0 or input.shape[-1] != self.in_features:
             raise ValueError(f"input must have shape [..., {self.in_features}], got {list(input.shape)}")
-        if not input.is_floating_point():
-            raise TypeError(f"input must be floating point like the weight ({weight.dtype}), got {input.dtype}")
         if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(f"input must be {weight.dtype} like the weight (or use autocast), got {input.dtype}")
 
-    def _check_training(self, weight: Tensor) -> None:
+    def _check_training(self, weight: Tensor) -> int:
+        """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            # One look at the weight, and at state that somebody else has written.
+            written, neighbors, step = self._written, self.neighbors, self.step
+            if (
+                weight is not written.weight
+                or neighbors is not written.neighbors
+                or neighbors._version != written.neighbors_version
+                or step is not written.step
+                or step._version != written.step_version
+                or self._refreshed_at is not written.refreshed_at
+            ):
+                self._look_again(weight)
+        else:
+            if torch.compiler.is_exporting():
+                raise RuntimeError(
+                    "torch.export takes no gradient mask and no pull along: call eval() to export what the layer "
+                    "computes, nn.Linear's product"
+                )
+            if self._observers:
+                raise RuntimeError(
+                    "observe() works in eager mode only: call the layer outside torch.compile to observe it"
+                )
+            if not weight.is_leaf:
+                self._check_weight(weight)
+        if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
+            raise RuntimeError(
+                f"sync='global' is not built yet and this process group has {ranks()} ranks; allowed: one rank, a "
+                "layer that pulls nothing (frozen, or som_lr = 0, with decoupled forces), or sync='local' (every rank "
+                "by itself: replicas drift)"
+            )
+        return 0 if compiling else self._pulls.moves
+
+    def _check_weight(self, weight: Tensor) -> None:
+        """Raise where no pull could move this weight, in place and for good, and say why."""
         if not weight.is_leaf:
             raise RuntimeError(
                 "weight must be a leaf: BCLLayer cannot train a parametrised weight (torch.nn.utils.parametrize, "
                 "weight_norm, ...), because the pull writes it in place; remove the parametrisation"
             )
-        if self._observers and torch.compiler.is_compiling():
-            raise RuntimeError("observe() works in eager mode only: call the layer outside torch.compile to observe it")
-        if self._config.sync == "global" and ranks() > 1:
-            raise RuntimeError(
-                f"sync='global' is not built yet and this process group has {ranks()} ranks; "
-                "allowed: one rank, or sync='local' (every rank by itself: replicas drift)"
-            )
+        if weight.layout is not torch.strided or not weight.is_floating_point():
+            raise TypeError(f"weight must be dense floating point, got {_kind(weight)}")
 
-    # --- The pending pull --------------------------------------------------------------------------------------------
+    # --- State that somebody else has written ------------------------------------------------------------------------
 
-    def receive(self, pending: list[Tensor], compiled: bool) -> None:
-        """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
-        if self._kept is not None and self.weight.grad is None:
-            self._kept = None  # its gradients were thrown away: a scaler skipped their step
-        captured = ops.capturing(self.weight.device)
-        if captured and self._observers:
-            raise RuntimeError("observe() cannot look into a CUDA graph: leave its block before the capture")
-        task = torch._C._current_graph_task_id()
-        if task not in self._due:
-            self._due[task] = []
-            torch.autograd.Variable._execution_engine.queue_callback(partial(self._forget, task, captured))
-        elif compiled:
-            raise RuntimeError("under torch.compile one forward of a BCLLayer per backward is supported, got a second")
-        if compiled:  # the compiled backward reuses its buffers for other values after this call
-            pending[1:] = [tensor.clone() for tensor in pending[1:]]
-        self._due[task].append(PendingPull(*pending))
-        self._attach_hook()
-        if ranks() > 1 and not self._warned_of_drift:
-            self._warned_of_drift = True
-            warnings.warn("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift", stacklevel=2)
-
-    def _forget(self, task: int, captured: bool) -> None:
-        """At the end of a backward: one that never accumulates into the weight (autograd.grad) leaves nothing behind.
-
-        A CUDA graph of such a backward, which is what torch.cuda.make_graphed_callables makes, would train without any
-        pull in all of its replays.
-        """
-        if self._due.pop(task, None) and captured:
-            raise RuntimeError(
-                "a CUDA graph captured a backward of BCLLayer that does not accumulate into its weight: its replays "
-                "would never pull (torch.cuda.make_graphed_callables does so): capture whole training steps with "
-                "bcl_fast.graphed, or loss.backward(); for gradients alone use eval()"
-            )
-
-    def _attach_hook(self) -> None:
-        """Consume pulls after each accumulation into `weight`, the Parameter object of this moment.
-
-        deepcopy, torch.save, to_empty and load_state_dict(assign=True) put another object there, without its hooks.
-        """
-        weight = self.weight
-        if not (isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad):
+    def _trust_state(self) -> None:
+        """Take the weight, the neighbours and the step for what this layer itself has written."""
+        near, step = self.neighbors, self.step
+        if near.is_inference() or step.is_inference():
+            self._written = _Written()  # they have no versions
             return
-        if self._hook is not None:
-            hooked, handle = self._hook
-            if hooked() is weight:
-                return
-            handle.remove()
-        layer = weakref.ref(self)
+        self._written = _Written(self.weight, near, near._version, step, step._version, self._refreshed_at)
 
-        def consume(weight: Tensor) -> None:
-            owner = layer()
-            if owner is not None and owner.weight is weight:
-                if not torch.is_grad_enabled():
-                    return owner._consume()
-                with torch.no_grad():  # a backward with create_graph=True
-                    owner._consume()
+    def _wrote_step(self) -> None:
+        self._written.step_version = self.step._version
 
-        self._hook = weakref.ref(weight), weight.register_post_accumulate_grad_hook(consume)
+    def _check_objects(self, *seen: Tensor) -> None:
+        """Look again where another object has taken a place; `seen` are the buffers, or copies, in compiled code.
 
-    def _consume(self) -> None:
-        """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
-        pulls = self._due.pop(torch._C._current_graph_task_id(), [])
-        if not pulls:
+        Versions say nothing there: compiled code counts them on without a change.
+        """
+        buffers, written = (self.neighbors, self.step, self._refreshed_at), self._written
+        known = written.neighbors, written.step, written.refreshed_at
+        if self.weight is written.weight and all(map(operator.is_, buffers, known)):
             return
-        observers, last = self._observers, pulls[-1]
-        record = None
-        if observers and last.activation is not None:
-            state = self.weight, self.som_offset, self.bias, last.activation, last.neighbors, self.config
-            record = ops.record(ops.read_counter(self.step), last.x, *state)
-        for pull in pulls:
-            pull.ticket.data.zero_()  # a second backward over the graph finds no owner; .data: no version to check
-        self._pull(pulls)
-        if record is not None:
-            for observer in observers:
-                observer(record)
+        self._look_again(self.weight)
+        for copy, buffer in zip(seen, buffers, strict=True):
+            if copy is not buffer:
+                copy.copy_(buffer)
+
+    @torch.no_grad()
+    def _look_again(self, weight: Tensor) -> None:
+        """Check once what this layer has not written itself, before anything trusts it (one synchronisation on a GPU).
+
+        Neighbours that cannot be are computed anew, with a warning; a layer whose step cannot be either starts afresh.
+        While a CUDA graph is captured nothing is looked at; kernels clamp. Raises ValueError that names the buffer.
+        """
+        if weight is not self._written.weight:
+            self._check_weight(weight)
+            self._choose_backend()
+            self._pulls.attach(weight)
+        if ops.capturing(weight.device):
+            return
+        self._check_buffers(weight)
+        near, step = self.neighbors, int(self.step)
+        (D, k), own = near.shape, torch.arange(near.shape[0], device=near.device)[:, None]
+        ordered = near.sort(dim=1).values
+        wrong = ((near < 0) | (near >= D) | (near == own)).any(dim=1) | (ordered.diff(dim=1) == 0).any(dim=1)
+        possible = 0 <= step < ops.MOST_STEPS
+        if bool(wrong.any()):
+            row = int(wrong.nonzero()[0])
+            got = f"got {near[row].tolist()} for feature {row}"
+            if not possible:
+                self._reset_competition()
+            else:
+                near.copy_(
+                    ops.neighbours(weight if self.som_offset is None else weight + self.som_offset, k, self._backend)
+                )
+            start = f"computed anew at step {step}" if possible else "the layer starts afresh at step 0"
+            warnings.warn(
+                f"neighbors must be, of each feature, {k} different others of the {D} features, {got}: {start}",
+                stacklevel=5,
+            )
+        elif not possible:
+            raise ValueError(f"step must be >= 0 and < 2^40, got {step}")
+        if self._refreshed_at is not self._written.refreshed_at:
+            self._refreshed_at.fill_(-1)
+        self._trust_state()
+
+    def _check_buffers(self, weight: Tensor) -> None:
+        """Raise a ValueError for a buffer that is of another shape, dtype or device than the layer needs."""
+        D, k = self.out_features, min(self._config.neighborhood_k, self.out_features - 1)
+        expected = {"neighbors": ((D, k), torch.int64), "step": ((), torch.int64), "_refreshed_at": ((), torch.int64)}
+        if self._config.som_space == "offset":
+            expected["som_offset"] = (tuple(weight.shape), weight.dtype)
+        for name, (shape, dtype) in expected.items():
+            buffer = getattr(self, name)
+            found = (tuple(buffer.shape), buffer.dtype, buffer.device) if isinstance(buffer, Tensor) else buffer
+            if found != (shape, dtype, weight.device):
+                got = f"{list(found[0])} {found[1]} on {found[2]}" if isinstance(buffer, Tensor) else repr(buffer)
+                raise ValueError(f"{name} must be {list(shape)} {dtype} on {weight.device}, got {got}")
+
+    # --- The pull ----------------------------------------------------------------------------------------------------
 
     @property
-    def _pulls(self) -> bool:
+    def _pulls_now(self) -> bool:
         # A graph reads som_lr in every replay, so that 0 at its capture decides nothing.
         return not self.frozen and (self._som_lr > 0 or self._warming_up or ops.capturing(self.weight.device))
-
-    def _pull(self, pulls: list[PendingPull]) -> None:
-        """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
-        weight, offset, step = self.weight, self.som_offset, self.step
-        if self._pulls and self._binding is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
-            (pull,) = pulls
-            choices = *pull.choices, self._config.target_projection, self._backend
-            forces = pull.som_strength, self._som_lr_cell
-            ops.operator("targets_pull_", weight)(weight, offset, step, *forces, pull.x, *choices)
-            return
-        if self._pulls:
-            for pull in pulls:
-                self._average(pull)
-            if self._binding is None:
-                self._apply_average(found_inf=None)
-        ops.advance_(step, self._backend)
-
-    def _average(self, pull: PendingPull) -> None:
-        """Merge the increment of a pull into the kept mean, by numbers of samples."""
-        choices = *pull.choices, self._config.target_projection, self._backend
-        increment = ops.operator("som_increment", self.weight)(
-            self.weight, self.som_offset, pull.som_strength, pull.x, *choices
-        )
-        captured = ops.capturing(self.weight.device)
-        kept = self._kept or _Kept(torch.zeros_like(increment), 0, captured)
-        self._require_same_side(kept, captured)
-        total = kept.samples + pull.x.shape[0]
-        kept.mean.mul_(kept.samples / total).add_(increment, alpha=pull.x.shape[0] / total)
-        self._kept = kept._replace(samples=total)
-
-    @staticmethod
-    def _require_same_side(kept: _Kept, captured: bool) -> None:
-        """Raise where one of a backward and the optimizer's step is in a CUDA graph and the other is not."""
-        if kept.captured != captured:
-            raise RuntimeError(
-                "the backward of a BCLLayer with a bound optimizer and that optimizer's step must both be in one CUDA "
-                "graph, or both outside: bcl_fast.graphed captures whole steps"
-            )
-
-    def _apply_average(self, found_inf: Tensor | None) -> None:
-        """Step 13 with the kept mean; nothing where a scaler reports found_inf = 1 (a tensor on the device)."""
-        kept, self._kept = self._kept, None
-        if kept is None or not self._pulls:
-            return
-        self._require_same_side(kept, ops.capturing(self.weight.device))
-        increment = kept.mean.mul_(self._som_lr_cell)
-        if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
-            increment = torch.where(found_inf > 0, 0.0, increment)
-        destination = self.weight if self.som_offset is None else self.som_offset
-        add_rounded_(destination, increment, self.step)
 
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull once per optimizer step instead of once per backward, in a hook before that step.
@@ -449,33 +436,17 @@ class BCLLayer(nn.Linear):
         where a GradScaler skips the step. Use it with gradient accumulation, GradScaler and retain_graph. Binding is
         not saved with the layer. Raises ValueError where `optimizer` does not hold the weight of this layer.
         """
+        optimizer = _unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not any(p is self.weight for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(f"optimizer must hold the weight of this layer, got {type(optimizer).__name__} without it")
-        if self._binding is not None:
-            self._binding[1].remove()
-        layer = weakref.ref(self)
-
-        def before_step(optimizer, args, kwargs) -> None:
-            owner = layer()
-            if owner is not None:
-                with torch.no_grad():
-                    owner._apply_average(getattr(optimizer, "found_inf", None))
-
-        self._binding = weakref.ref(optimizer), optimizer.register_step_pre_hook(before_step)
+        self._pulls.bind(optimizer)
 
     @property
     def bound_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer that `bind_optimizer` bound this layer to, as long as it lives."""
-        return None if self._binding is None else self._binding[0]()
-
-    def _release(self) -> None:
-        """Leave the weight and the optimizer alone from now on."""
-        for pair in (self._binding, self._hook):
-            if pair is not None:
-                pair[1].remove()
-        self._binding = self._hook = None
+        return self._pulls.optimizer
 
     @contextmanager
     def observe(self, callback: Callable[[Any], None]) -> Iterator[None]:
@@ -504,10 +475,24 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def ranks() -> int:
-    """How many ranks the process group has; 1 without one."""
-    group = torch.distributed
-    return group.get_world_size() if group.is_available() and group.is_initialized() else 1
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer inside those that wrap one (`optimizer.optimizer`, as accelerate's and Lightning's do)."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _kind(tensor: Tensor) -> str:
+    """What keeps a tensor from being dense floating point."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    return str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
+
+
+def _same_numbers(before: Tensor, after: Tensor) -> bool:
+    """Whether a buffer has come through a move of the module as it was; the meta device and fakes hold no numbers."""
+    if before is after or after.is_meta or type(after) not in ops.PLAIN:
+        return True
+    return not before.is_meta and bool(torch.equal(before.to(after.device), after))
 
 
 class AttachedBCL:
@@ -526,7 +511,7 @@ class AttachedBCL:
         linear.weight, linear.bias = layer.weight, layer.bias
         if layer.som_offset is not None:
             linear.weight.add_(layer.som_offset)
-        layer._release()
+        layer._pulls.release()
         setattr(self._parent, self._name, linear.train(layer.training))
 
 

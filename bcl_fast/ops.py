@@ -161,51 +161,69 @@ def _fastest(device_type: str, dtype: torch.dtype) -> str:
 
 
 class Owner(Protocol):
-    """A layer, as the masked-gradient operator sees it."""
+    """The pulls of a layer, as the operators see them."""
 
     def receive(self, pending: list[Tensor], compiled: bool) -> None: ...
+    def recompute(self, task: int) -> bool: ...
+    def require_still(self, moves: int) -> None: ...
+    def called_by_compiled_code(self, *state: Tensor) -> None: ...
 
 
-_owners: weakref.WeakValueDictionary[int, Owner] = weakref.WeakValueDictionary()
-_owner_numbers = itertools.count(1)
+# importlib.reload keeps what the layers that live now are registered in.
+_owners: weakref.WeakValueDictionary[int, Owner] = globals().get("_owners") or weakref.WeakValueDictionary()
+_owner_numbers = globals().get("_owner_numbers") or itertools.count(1)
 
 
 def register_owner(owner: Owner) -> Tensor:
-    """The number by which `masked_gradient` finds `owner` as long as it lives; it is never used again.
+    """The ticket of `owner`, the number by which operators find it as long as it lives; it is never used again.
 
-    An int64 scalar on the host: as a tensor it is data to torch.compile, so that layers share compiled code.
+    An int64 scalar on the host: as a tensor it is data to torch.compile, so that layers share compiled code. Every
+    forward copies it for its pull: negative where it runs inside a backward, as the recomputations of activation
+    checkpointing do, and 0 once the pull is consumed.
     """
     number = next(_owner_numbers)
     _owners[number] = owner
     return torch.tensor(number, device="cpu")
 
 
+def owner_of(ticket: Tensor) -> Owner | None:
+    """Whom a ticket names: None where its pull is consumed, or its layer gone."""
+    return _owners.get(abs(int(ticket)))
+
+
+def require_still(found: Tensor, own: Tensor, moves: int) -> None:
+    """Raise where the forward of the ticket `own` was recomputed, as the one found instead says, at another weight."""
+    if int(found) < 0 <= int(own) and (owner := owner_of(found)) is not None:
+        owner.require_still(moves)
+
+
 # --- Counters read on the host ---------------------------------------------------------------------------------------
 
-_counters: dict[int, tuple[weakref.ref, int, int]] = {}  # id of a counter -> it, and version and value when last seen
 
-
-def _remember(counter: Tensor, value: int) -> int:
-    number = id(counter)
-    seen = _counters.get(number)
-    known = seen is not None and seen[0]() is counter
-    reference = seen[0] if known else weakref.ref(counter, lambda dead: _counters.pop(number, None))
-    _counters[number] = reference, counter._version, value
-    return value
+NEAR = ("cpu",)  # devices whose memory the host reads at no cost: there a counter is read, not remembered
 
 
 def read_counter(counter: Tensor) -> int:
-    """The value of an int64 scalar; a device is asked only where somebody else wrote the counter since."""
-    seen = _counters.get(id(counter))
-    if seen is not None and seen[0]() is counter and seen[1] == counter._version:
-        return seen[2]
-    return _remember(counter, int(counter))
+    """The value of an int64 scalar; another device is asked only where somebody else wrote the counter since.
+
+    What the host knows hangs on the tensor itself, and goes with it wherever its object is moved to.
+    """
+    if counter.device.type in NEAR:
+        return int(counter)
+    version, value = counter.__dict__.get("_seen", (None, 0))
+    return value if version == counter._version else _remember(counter, int(counter))
+
+
+def _remember(counter: Tensor, value: int) -> int:
+    counter._seen = counter._version, value
+    return value
 
 
 def write_counter_(counter: Tensor, value: int) -> None:
     """counter = value, and `read_counter` knows."""
     counter.fill_(value)
-    _remember(counter, value)
+    if counter.device.type not in NEAR:
+        _remember(counter, value)
 
 
 def advance_(step: Tensor, backend: str) -> None:
@@ -236,22 +254,34 @@ def _require_replayable(step: Tensor, backend: str) -> None:
 
 # --- The operators ---------------------------------------------------------------------------------------------------
 
+if "_library" in globals():  # importlib.reload: torch has one library of this name at a time
+    globals()["_library"]._destroy()
 _library = torch.library.Library("bcl_fast", "DEF")
 _functions: dict[str, Callable[..., Any]] = {}
 PLAIN = (Tensor, torch.nn.Parameter)
+MOST_STEPS = 1 << 40  # of which `refresh_` on a device keeps count
+NO_BACKWARD = -1  # what torch says for the number of the running backward where none runs
 
 
-def _operator(schema: str, host: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _operator(
+    schema: str, host: bool = False, before: Callable[..., None] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below as the operator of this schema, computed outside any autocast.
 
     `host`: it also does something on the host, so that torch.compile must keep it out of the CUDA graphs it makes.
+    `before` is called first, with the same arguments, where the operator is called through torch's dispatcher.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
         _functions[name] = functools.partial(_call, function)
         _library.define(name + schema, tags=(torch.Tag.cudagraph_unsafe,) if host else ())
-        _library.impl(name, _functions[name], "CompositeExplicitAutograd")
+
+        def dispatched(*arguments: Any) -> Any:
+            before(*arguments)
+            return _call(function, *arguments)
+
+        _library.impl(name, dispatched if before else _functions[name], "CompositeExplicitAutograd")
         return function
 
     return register
@@ -288,7 +318,7 @@ def no_autocast(device_type: str) -> AbstractContextManager[None]:
 
 
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
-    torch.library.register_fake("bcl_fast::" + function.__name__.removesuffix("_fake"), function)
+    torch.library.register_fake("bcl_fast::" + function.__name__.removesuffix("_fake"), function, lib=_library)
     return function
 
 
@@ -331,6 +361,12 @@ def product_fake(x, weight, bias, dtype):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=exact(dtype))
 
 
+def neighbours(weight: Tensor, neighborhood_k: int, backend: str) -> Tensor:
+    """Step 1: the nearest others of each feature of weight [D, N] -> [D, min(neighborhood_k, D - 1)] int64."""
+    with no_autocast(weight.device.type):
+        return stage("neighbours", backend)(_float(weight), neighborhood_k)
+
+
 def _refresh_neighbours_(
     weight: Tensor, neighbors: Tensor, step: Tensor, refreshed_at: Tensor, recompute_every: int, backend: str
 ) -> None:
@@ -341,9 +377,18 @@ def _refresh_neighbours_(
         return
     _require_replayable(step, backend)
     now = read_counter(step)
+    if now < 0:  # written where no version shows it
+        raise ValueError(f"step must be >= 0, got {now}")
     if now % recompute_every == 0 and read_counter(refreshed_at) != now:
-        neighbors.copy_(stage("neighbours", backend)(_float(weight), neighbors.shape[1]))
+        neighbors.copy_(neighbours(weight, neighbors.shape[1], backend))
         write_counter_(refreshed_at, now)
+
+
+def _called_by_compiled_code(*arguments: Any) -> None:
+    *_, neighbors, step, refreshed_at, ticket = arguments[:8]
+    owner = owner_of(ticket)
+    if owner is not None:
+        owner.called_by_compiled_code(neighbors, step, refreshed_at)
 
 
 @_operator(
@@ -353,6 +398,7 @@ def _refresh_neighbours_(
     " bool check_finite, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     host=True,
+    before=_called_by_compiled_code,
 )
 def statistics_(
     x: Tensor,
@@ -381,13 +427,18 @@ def statistics_(
     Writes neighbors [D, k] and refreshed_at where the refresh is due. That is part of this operator because a compiler
     must then run it in the forward: one without a lasting effect it may move to the backward.
 
-    Returns mask ([B, D] for gradient_mask `soft`, else empty), winner [B], and what the pull needs: ticket (a copy of
-    `owner`; 0 once the pull of this forward is consumed), pair_feature [B, k], pair_pull [B, k], rescue_rows [D, r],
+    Returns mask ([B, D] for gradient_mask `soft`, else empty), winner [B], and what the pull needs: ticket (that of
+    `owner`, copied: see `register_owner`), pair_feature [B, k], pair_pull [B, k], rescue_rows [D, r],
     rescue_weight [D, r], winner_share [D], som_strength [D].
     """
     if check_finite:
         require_finite(x=x, weight=weight, activation=activation)
-    _refresh_neighbours_(weight, neighbors, step, refreshed_at, recompute_every, backend)
+    ticket, due, task = owner.clone(), True, torch._C._current_graph_task_id()
+    if task != NO_BACKWARD and (recomputed := owner_of(ticket)) is not None:
+        ticket.neg_()
+        due = recomputed.recompute(task)
+    if due:
+        _refresh_neighbours_(weight, neighbors, step, refreshed_at, recompute_every, backend)
     bias = None if bias is None else bias.to(activation.dtype)
     rank_score, _, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength = stage(
         "competition", backend
@@ -401,7 +452,7 @@ def statistics_(
         rank_score = rank_score.new_empty(0)
     elif forces == "coupled":  # step 11
         rank_score.mul_(novelty * (win_rate * novelty))
-    return rank_score, winner, owner.clone(), *pairs, *rescue, winner_share, som_strength
+    return rank_score, winner, ticket, *pairs, *rescue, winner_share, som_strength
 
 
 @_fake
@@ -446,8 +497,7 @@ def masked_gradient(
     Also hands `pending`, what the pull of this forward needs, to the layer whose number stands in its ticket. That is
     part of this operator because it must happen once per backward, also in a compiled one.
     """
-    ticket = pending[0]
-    owner = _owners.get(int(ticket))
+    owner = owner_of(pending[0])
     if owner is not None:
         owner.receive(list(pending), compiled)
     soft = gradient_mask == "soft"

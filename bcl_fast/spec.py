@@ -94,6 +94,11 @@ class BCLConfig:
         for name, low in (("neighborhood_k", 1), ("recompute_every", 1), ("rescue_k", 0)):
             put(name, check_number(name, getattr(self, name), low=low, integer=True))
 
+    @property
+    def couples(self) -> bool:
+        """Whether the gradient mask depends on the whole batch (`coupled` of SPEC 3, unless G is replaced)."""
+        return self.forces == "coupled" and self.gradient_mask == "soft"
+
     def replace(self, **options: Any) -> BCLConfig:
         """A copy with some options changed; an unknown option is a TypeError that lists the known ones."""
         return BCLConfig.from_dict({**self.to_dict(), **options})

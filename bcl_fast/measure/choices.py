@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..layer import BCLLayer, PendingPull
+from ..layer import BCLLayer
+from ..pulls import PendingPull
 from .contestants import CONFIG, Size, batch
 from .precisions import PRECISIONS, ROUNDING, forward, multiplying
 
@@ -33,7 +34,7 @@ def choices(
     if weight is not None:
         layer.weight.data.copy_(weight)
     received: list[PendingPull] = []
-    layer.receive = lambda pending, compiled: received.append(PendingPull(*pending))
+    layer._pulls.receive = lambda pending, compiled: received.append(PendingPull(*pending))
     winners: list[Tensor] = []
     statistics = layer._statistics
 

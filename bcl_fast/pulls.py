@@ -1,0 +1,453 @@
+"""When a layer's pulls happen: what a forward left is consumed once, by its backward or by the optimizer's step."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .rounding import add_rounded_
+
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class PendingPull:
+    """What one forward leaves for its pull: the input, the choices, and the marks that go with them."""
+
+    ticket: Tensor  # int64 scalar on the host: see ops.register_owner
+    x: Tensor  # [B, N]
+    pair_feature: Tensor  # [B, k]
+    pair_pull: Tensor  # [B, k]
+    rescue_rows: Tensor  # [D, r]
+    rescue_weight: Tensor  # [D, r]
+    winner_share: Tensor  # [D]
+    som_strength: Tensor  # [D]
+    activation: Tensor | None = None  # [B, D], where somebody observes
+    neighbors: Tensor | None = None  # [D, k], likewise
+
+    @property
+    def choices(self) -> tuple[Tensor, ...]:
+        return self.pair_feature, self.pair_pull, self.rescue_rows, self.rescue_weight, self.winner_share
+
+
+class _Backward:
+    """A backward of autograd while it runs: autograd alone keeps it, so that one that raised leaves nothing behind."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight  # of the layer, when the backward reached it
+        self.arrived: list[PendingPull] = []  # of the forwards whose turn came, until the weight gets its gradient
+        self.waiting: list[PendingPull] = []  # until its end: a later recomputation inside it may read the weight
+        self.pulled = False
+
+
+class _Kept(NamedTuple):
+    """The mean increment of the backwards since the bound optimizer's last step."""
+
+    mean: Tensor  # [D, N]
+    samples: int  # that it is of
+    captured: bool  # in a CUDA graph
+
+
+class _Mark(NamedTuple):
+    """A tensor and its version, without keeping it: to see later whether it is as it was."""
+
+    number: int
+    version: int
+
+
+def _mark(tensor: Tensor | None) -> _Mark | None:
+    return None if tensor is None else _Mark(id(tensor), tensor._version)
+
+
+class Pulls:
+    """The pulls of one layer, between its forwards and its weight."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = weakref.ref(layer)
+        self.ticket = ops.register_owner(self)
+        self.moves = 0  # how often a pull has moved the weight or its offset
+        self._running: dict[int, weakref.ref[_Backward]] = {}
+        # Of reentrant checkpointing, since the last move: forwards without autograd, and pulls of their recomputation.
+        self._first_passes, self._recomputed = 0.0, 0
+        self._hook: tuple[nn.Parameter, Any] | None = None  # the weight that is hooked, and its hook
+        self.received = False  # whether a forward ever took part in a backward
+        self._warned: set[str] = set()
+        # Of the bound optimizer: it and its hooks; what waits for its step, and what tells whether that step will come.
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._optimizer_hooks: tuple[Any, ...] = ()
+        self.kept: _Kept | None = None
+        self._arrived = False  # since its last step
+        self._stepping = False
+        self._gradient: _Mark | None = None  # at the end of the last backward that kept something
+        self._gradient_stepped: _Mark | None = None  # at its last step
+        self._weight: _Mark | None = None  # when something was kept
+
+    @property
+    def idle(self) -> bool:
+        """Whether no pull is on its way."""
+        alive = (reference() for reference in self._running.values())
+        return self.kept is None and not any(b and (b.arrived or b.waiting) for b in alive)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+    # --- Backwards ---------------------------------------------------------------------------------------------------
+
+    def _alive(self, task: int) -> _Backward | None:
+        reference = self._running.get(task)
+        return None if reference is None else reference()
+
+    def _around(self, task: int) -> _Backward | None:
+        """The innermost of the other backwards that run: the one in which this one does."""
+        others = [reference() for number, reference in self._running.items() if number != task]
+        return next((backward for backward in reversed(others) if backward is not None), None)
+
+    def _backward(self, task: int, weight: Tensor) -> _Backward:
+        """The record of the running backward of this number, made where there is none."""
+        backward = self._alive(task)
+        if backward is None:
+            if self._running:
+                self._running = {t: reference for t, reference in self._running.items() if reference() is not None}
+            backward = _Backward(weight)
+            self._running[task] = weakref.ref(backward)
+            end = partial(self._end, task, backward, ops.capturing(weight.device))
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+        return backward
+
+    @torch._disable_dynamo
+    def receive(self, pending: list[Tensor], compiled: bool) -> None:
+        """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
+        layer = self._layer()
+        if layer is None:
+            return
+        weight = layer.weight
+        if self.kept is not None:
+            self._look_after_kept(weight)
+        if layer._observers and ops.capturing(weight.device):
+            raise RuntimeError("observe() cannot look into a CUDA graph: leave its block before the capture")
+        backward = self._backward(torch._C._current_graph_task_id(), weight)
+        if compiled:
+            if backward.arrived or backward.pulled:
+                raise RuntimeError(
+                    "under torch.compile one forward of a BCLLayer per backward is supported, got a second"
+                )
+            # The compiled backward reuses its buffers for other values after this call.
+            pending[1:] = [tensor.clone() for tensor in pending[1:]]
+        backward.arrived.append(PendingPull(*pending))
+        self.received = True
+        self.attach(weight)
+
+    def first_pass(self, weight: Tensor) -> None:
+        """Called by a training forward without autograd, which may be the first of reentrant checkpointing."""
+        task = torch._C._current_graph_task_id()
+        if task == ops.NO_BACKWARD:
+            self._first_passes += 1
+        else:  # a checkpoint inside another, of which the recomputation runs
+            self._backward(task, weight)
+
+    def called_by_compiled_code(self, *state: Tensor) -> None:
+        """Called by a training forward inside compiled code, which does not count its first passes.
+
+        `state` is neighbors, step and refreshed_at as it sees them.
+        """
+        self._first_passes = torch.inf
+        layer = self._layer()
+        if layer is not None:
+            layer._check_objects(*state)
+
+    def recompute(self, task: int) -> bool:
+        """Called by a forward inside the running backward `task`, which recomputes one for activation checkpointing.
+
+        Returns whether it may refresh the neighbours: only a first pass without autograd has left that to it.
+        """
+        layer = self._layer()
+        if layer is not None and self._backward(task, layer.weight).pulled:
+            raise RuntimeError(
+                "a BCLLayer is recomputed after a pull of the same backward moved its weight: one that is used both "
+                "inside and outside of reentrant checkpoints needs torch.utils.checkpoint(..., use_reentrant=False)"
+            )
+        return self._first_passes > self._recomputed
+
+    def require_still(self, moves: int) -> None:
+        """Raise where the weight has moved since the forward that saw `moves` of them and is now recomputed."""
+        if moves != self.moves:
+            raise RuntimeError(
+                "a BCLLayer's forward is recomputed for activation checkpointing after a pull has moved the weight it "
+                "was computed with: bind_optimizer() keeps the weight still until the optimizer's step"
+            )
+
+    def attach(self, weight: Tensor) -> None:
+        """Consume pulls after each accumulation into `weight`, the Parameter of this moment.
+
+        Whatever replaces it (deepcopy, torch.save, to_empty, load_state_dict(assign=True)), or its contents
+        (torch.__future__.set_swap_module_params_on_conversion), comes without the hook.
+        """
+        if not (isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad):
+            return
+        if self._hook is not None:
+            hooked, handle = self._hook
+            if hooked is weight and handle.id in (weight._post_accumulate_grad_hooks or ()):
+                return
+            handle.remove()
+        pulls = weakref.ref(self)
+
+        @torch._disable_dynamo
+        def consume(weight: Tensor) -> None:
+            owner = pulls()
+            if owner is not None:
+                owner._consume(weight)
+
+        handle = weight.register_post_accumulate_grad_hook(consume)
+        # Before hooks that take the gradient away, or step an optimizer: autograd goes by the order of insertion.
+        hooks = weight._post_accumulate_grad_hooks
+        for number in [number for number in hooks if number != handle.id]:
+            hooks[number] = hooks.pop(number)
+        self._hook = weight, handle
+
+    def _consume(self, weight: Tensor) -> None:
+        """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
+        layer, task = self._layer(), torch._C._current_graph_task_id()
+        if layer is None or layer.weight is not weight:
+            return
+        backward = self._alive(task)
+        if backward is None or not backward.arrived:
+            if layer.training and not self.received:
+                self._warn_once(
+                    "the weight of a BCLLayer got a gradient, but no forward of the layer took part: whatever reads "
+                    "its `weight` without calling it, as nn.MultiheadAttention does, has no competition and no pull"
+                )
+            return
+        arrived, backward.arrived = backward.arrived, []
+        for pull in arrived:
+            pull.ticket.data.zero_()  # a second backward over the graph finds no owner; .data: no version to check
+        outer = self._around(task)
+        if outer is not None:
+            self._recomputed += len(arrived)
+            if self._recomputed > self._first_passes:
+                raise RuntimeError(
+                    "a BCLLayer is recomputed for a reentrant checkpoint of which an earlier backward has pulled, so "
+                    "that its weight or its step are no longer those of the forward: use bind_optimizer() with one "
+                    "backward per forward, or torch.utils.checkpoint(..., use_reentrant=False)"
+                )
+            outer.waiting += arrived
+        elif backward.waiting:
+            backward.waiting += arrived
+        else:
+            backward.pulled = True
+            self._pull(layer, arrived)
+
+    @torch._disable_dynamo
+    def _end(self, task: int, backward: _Backward, captured: bool) -> None:
+        """At the end of a backward: one that never accumulates into the weight (autograd.grad) leaves nothing behind.
+
+        A CUDA graph of such a backward, which is what torch.cuda.make_graphed_callables makes, would train without any
+        pull in all of its replays.
+        """
+        self._running.pop(task, None)
+        layer = self._layer()
+        if layer is None:
+            return
+        if backward.arrived:
+            if captured:
+                raise RuntimeError(
+                    "a CUDA graph captured a backward of BCLLayer that does not accumulate into its weight: its "
+                    "replays would never pull (torch.cuda.make_graphed_callables does so): capture whole training "
+                    "steps with bcl_fast.graphed, or loss.backward(); for gradients alone use eval()"
+                )
+        if layer.weight is not backward.weight:
+            layer._check_weight(layer.weight)
+        if backward.waiting:
+            outer = self._around(task)
+            if outer is None:
+                self._pull(layer, backward.waiting)
+            else:
+                outer.waiting += backward.waiting
+        if self.kept is not None:
+            self._gradient = _mark(layer.weight.grad)
+
+    @torch.no_grad()  # also in a backward with create_graph=True
+    def _pull(self, layer: nn.Linear, pulls: list[PendingPull]) -> None:
+        """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
+        weight, offset, step, last = layer.weight, layer.som_offset, layer.step, pulls[-1]
+        observers, record = layer._observers, None
+        if observers and last.activation is not None:
+            state = weight, offset, layer.bias, last.activation, last.neighbors, layer.config
+            record = ops.record(ops.read_counter(step), last.x, *state)
+        self._arrived = True
+        if layer._pulls_now and ranks() > 1:
+            self._warn_once("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift")
+        if layer._pulls_now and self._optimizer is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
+            choices = *last.choices, layer._config.target_projection, layer._backend
+            forces = last.som_strength, layer._som_lr_cell
+            ops.operator("targets_pull_", weight)(weight, offset, step, *forces, last.x, *choices)
+            self._moved()
+        else:
+            if layer._pulls_now:
+                for pull in pulls:
+                    self._average(layer, pull)
+                if self._optimizer is None:
+                    self._apply_average(layer, found_inf=None)
+            ops.advance_(step, layer._backend)
+        layer._wrote_step()
+        if record is not None:
+            for observer in observers:
+                observer(record)
+
+    def _moved(self) -> None:
+        self.moves += 1
+        self._first_passes = self._recomputed = 0
+
+    def _average(self, layer: nn.Linear, pull: PendingPull) -> None:
+        """Merge the increment of a pull into the kept mean, by numbers of samples."""
+        weight = layer.weight
+        choices = *pull.choices, layer._config.target_projection, layer._backend
+        increment = ops.operator("som_increment", weight)(weight, layer.som_offset, pull.som_strength, pull.x, *choices)
+        captured = ops.capturing(weight.device)
+        kept = self.kept or _Kept(torch.zeros_like(increment), 0, captured)
+        self._require_same_side(kept, captured)
+        total = kept.samples + pull.x.shape[0]
+        kept.mean.mul_(kept.samples / total).add_(increment, alpha=pull.x.shape[0] / total)
+        self.kept = kept._replace(samples=total)
+        self._weight = _mark(weight)
+
+    @staticmethod
+    def _require_same_side(kept: _Kept, captured: bool) -> None:
+        """Raise where one of a backward and the optimizer's step is in a CUDA graph and the other is not."""
+        if kept.captured != captured:
+            raise RuntimeError(
+                "the backward of a BCLLayer with a bound optimizer and that optimizer's step must both be in one CUDA "
+                "graph, or both outside: bcl_fast.graphed captures whole steps"
+            )
+
+    def _apply_average(self, layer: nn.Linear, found_inf: Tensor | None) -> None:
+        """Step 13 with the kept mean; nothing where a scaler reports found_inf = 1 (a tensor on the device)."""
+        kept, self.kept = self.kept, None
+        if kept is None or not layer._pulls_now:
+            return
+        self._require_same_side(kept, ops.capturing(layer.weight.device))
+        increment = kept.mean.mul_(layer._som_lr_cell)
+        if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
+            increment = torch.where(found_inf > 0, 0.0, increment)
+        destination = layer.weight if layer.som_offset is None else layer.som_offset
+        add_rounded_(destination, increment, layer.step)
+        self._moved()
+
+    # --- A bound optimizer -------------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        return None if self._optimizer is None else self._optimizer()
+
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Pull in the steps of this optimizer, and no other's, from now on."""
+        for handle in self._optimizer_hooks:
+            handle.remove()
+        pulls = weakref.ref(self)
+
+        @torch._disable_dynamo
+        def before_step(optimizer, args, kwargs):
+            owner = pulls()
+            return None if owner is None else owner._before_step(optimizer, args, kwargs)
+
+        @torch._disable_dynamo
+        def after_step(optimizer, args, kwargs) -> None:
+            owner = pulls()
+            if owner is not None:
+                owner._after_step(optimizer)
+
+        self._optimizer = weakref.ref(optimizer)
+        self._optimizer_hooks = (
+            optimizer.register_step_pre_hook(before_step),
+            optimizer.register_step_post_hook(after_step),
+        )
+
+    def release(self) -> None:
+        """Leave the weight and the optimizer alone from now on."""
+        for handle in self._optimizer_hooks:
+            handle.remove()
+        if self._hook is not None:
+            self._hook[1].remove()
+        self._optimizer, self._optimizer_hooks, self._hook = None, (), None
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Apply the kept mean now, or, where the step brings a closure, once that has run at the weight as it is.
+
+        The closure's backward belongs to this step. Where the optimizer moves the weight before it evaluates, as
+        LBFGS does in its line search, that is a trial at another point: its gradient is the optimizer's, and what it
+        would pull is dropped.
+        """
+        layer = self._layer()
+        if layer is None:
+            return None
+        self._stepping = True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._step(layer, optimizer)
+            return None
+        begin = _mark(layer.weight)
+
+        def evaluate() -> Any:
+            trial = _mark(layer.weight) != begin
+            before, self.kept = self.kept, None if trial else self.kept
+            try:
+                loss = closure()
+            finally:
+                if trial:
+                    self.kept = before
+            if not trial:
+                self._step(layer, optimizer)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": evaluate}
+        return (args[0], evaluate, *args[2:]), kwargs
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        layer = self._layer()
+        if layer is not None and self.kept is not None:  # its closure was a trial, or never evaluated
+            self._step(layer, optimizer)
+        self._stepping = False
+
+    @torch.no_grad()
+    def _step(self, layer: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+        gradient = _mark(layer.weight.grad)
+        if not self._arrived and layer.training and gradient is not None and gradient != self._gradient_stepped:
+            self._warn_once(
+                f"{type(optimizer).__name__} steps the weight of a BCLLayer bound to it, but no backward has brought a "
+                "pull since its last step: pulls come with backwards that accumulate into the weight in train()"
+            )
+        self._arrived, self._gradient_stepped = False, gradient
+        self._apply_average(layer, getattr(optimizer, "found_inf", None))
+
+    def _look_after_kept(self, weight: Tensor) -> None:
+        """Before another backward: drop what is kept where its step was skipped, warn where it may never come."""
+        gradient, seen = weight.grad, self._gradient
+        # A scaler that skips a step leaves it to zero_grad() to throw the gradients away. One that had left before the
+        # end of its backward, to be summed up elsewhere, says nothing.
+        if seen is not None and not ops.capturing(weight.device):
+            emptied = gradient is not None and seen != _mark(gradient) and not gradient.any()
+            if gradient is None or emptied:
+                self.kept = None
+                return
+        if not self._stepping and self._weight != _mark(weight):
+            optimizer = self.optimizer
+            name = "the optimizer" if optimizer is None else type(optimizer).__name__
+            self._warn_once(
+                f"the weight of a BCLLayer was changed while pulls waited for a step of {name}, to which the layer is "
+                "bound: if another optimizer trains it, bind that one, else no pull will ever happen"
+            )
+
+
+def ranks() -> int:
+    """How many ranks the process group has; 1 without one."""
+    group = torch.distributed
+    return group.get_world_size() if group.is_available() and group.is_initialized() else 1

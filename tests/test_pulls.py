@@ -1,0 +1,466 @@
+"""When pulls happen, in training loops of every kind: closures, gradients that leave, recomputation, copies."""
+
+import warnings
+
+import pytest
+import torch
+from test_layer import D, N, backends, batch, make, same, state
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bcl_fast.layer import BCLLayer
+
+OPTIONS = dict(som_lr=0.05, recompute_every=2)
+
+
+@pytest.fixture(autouse=True)
+def no_warning_that_a_test_does_not_expect():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*BCLLayer.*")
+        yield
+
+
+def model_of(backend=None, bound=None, seed=0, **options):
+    """A model of two BCLLayers and, where `bound` makes one of its parameters, the optimizer they are bound to."""
+    torch.manual_seed(seed)
+    layers = [BCLLayer(N, D, backend=backend, neighborhood_k=3, **{**OPTIONS, **options}) for _ in range(1)]
+    layers.append(BCLLayer(D, 7, backend=backend, neighborhood_k=2, **{**OPTIONS, **options}))
+    model = nn.Sequential(layers[0], nn.Tanh(), layers[1])
+    if bound is None:
+        return model
+    optimizer = bound(model.parameters())
+    for layer in layers:
+        layer.bind_optimizer(optimizer)
+    return model, optimizer
+
+
+def loss_of(model, seed):
+    return model(batch(seed=seed)).square().mean()
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, 0.1, momentum=0.9)
+
+
+# --- Steps that bring a closure --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword"])
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("make_optimizer", [sgd, torch.optim.AdamW], ids=["SGD", "AdamW"])
+@backends
+def test_a_closure_s_backward_belongs_to_its_step(backend, make_optimizer, window, how):
+    """As Lightning's automatic optimization: the last micro-batch of a window runs inside of step()."""
+    (plain, plain_optimizer), (other, optimizer) = (model_of(backend, make_optimizer) for _ in range(2))
+    for step in range(7):
+        seeds = [window * step + i for i in range(window)]
+        for seed in seeds:
+            loss_of(plain, seed).backward()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+
+        def closure(seed=seeds[-1]):
+            loss = loss_of(other, seed)
+            loss.backward()
+            return loss
+
+        optimizer.zero_grad()
+        for seed in seeds[:-1]:
+            loss_of(other, seed).backward()
+        loss = optimizer.step(closure) if how == "positional" else optimizer.step(closure=closure)
+        assert loss.requires_grad, "step() must return the closure's loss"
+        assert same(state(plain), state(other))
+        assert all(layer._pulls.idle for layer in (other[0], other[2])), "a pull was left waiting"
+
+
+def test_the_pull_of_a_line_search_is_that_of_the_weight_at_which_the_step_begins():
+    """LBFGS evaluates its closure many times; only the first one is at the weight of this step."""
+    model, optimizer = model_of(bound=lambda p: torch.optim.LBFGS(p, 0.1, max_iter=5, line_search_fn="strong_wolfe"))
+    twin = model_of()
+    evaluations = 0
+
+    def closure():
+        nonlocal evaluations
+        optimizer.zero_grad()
+        loss = loss_of(model, 1)
+        if evaluations == 1:  # the first is over, and no step of LBFGS's own has been taken
+            pulled.append(state(model))
+        evaluations += 1
+        loss.backward()
+        return loss
+
+    pulled = []
+    optimizer.step(closure)
+    assert evaluations > 2
+    twin_optimizer = torch.optim.SGD(twin.parameters(), 0.0)
+    for layer in (twin[0], twin[2]):
+        layer.bind_optimizer(twin_optimizer)
+    loss_of(twin, 1).backward()
+    twin_optimizer.step()
+    # LBFGS's first step is known: lr * min(1, 1 / |g|_1) times the gradient.
+    gradients = [p.grad for p in twin.parameters()]
+    length = min(1.0, 1.0 / float(sum(g.abs().sum() for g in gradients))) * 0.1
+    with torch.no_grad():
+        for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
+            parameter.sub_(length * gradient)
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(pulled[0][name], value, msg=name)
+    assert model[0]._pulls.idle
+
+
+class Sharpness(torch.optim.Optimizer):
+    """Sharpness-aware minimisation in its usual form: it evaluates at a perturbed weight, then puts the weight back."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, dict(lr=0.1))
+
+    @torch.no_grad()
+    def step(self, closure):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        before = [p.data.clone() for p in parameters]
+        for p in parameters:
+            p.add_(p.grad, alpha=0.05)
+        self.zero_grad()
+        with torch.enable_grad():
+            closure()
+        for p, data in zip(parameters, before, strict=True):
+            p.data = data
+            p.add_(p.grad, alpha=-0.1)
+
+
+def test_a_trial_at_another_weight_pulls_nothing_and_loses_nothing():
+    """The pull is that of the backward before the step, and comes after what the optimizer has put back."""
+    model, optimizer = model_of(bound=Sharpness, recompute_every=100)
+    twin = model_of(recompute_every=100)
+    twin_optimizer = Sharpness(twin.parameters())
+
+    def closure_of(model):
+        return lambda: loss_of(model, 1).backward()
+
+    loss_of(model, 1).backward()
+    optimizer.step(closure_of(model))
+    with torch.no_grad():  # by hand: the pulls at the first weight, on top of a step without any
+        bound, bound_optimizer = model_of(bound=lambda p: torch.optim.SGD(p, 0.0), recompute_every=100)
+        before = [p.clone() for p in bound.parameters()]
+        with torch.enable_grad():
+            loss_of(bound, 1).backward()
+        bound_optimizer.step()
+        pulls = [after - p for after, p in zip(bound.parameters(), before, strict=True)]
+    for layer in (twin[0], twin[2]):
+        layer.frozen = True
+    loss_of(twin, 1).backward()
+    twin_optimizer.step(closure_of(twin))
+    for name, value, expected, pull in zip(
+        dict(model.named_parameters()), model.parameters(), twin.parameters(), pulls, strict=True
+    ):
+        torch.testing.assert_close(value, expected + pull, msg=name)
+    assert any(pull.any() for pull in pulls) and model[0]._pulls.idle
+
+
+def test_a_closure_that_the_optimizer_never_evaluates():
+    class Deaf(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step()
+
+    # Optimizer.step is hooked for every class once: Deaf's own and SGD's inside of it.
+    (plain, plain_optimizer), (other, optimizer) = model_of(bound=sgd), model_of(bound=lambda p: Deaf(p, 0.1, 0.9))
+    for seed in range(3):
+        for model, step in ((plain, plain_optimizer.step), (other, lambda: optimizer.step(lambda: None))):
+            loss_of(model, seed).backward()
+            step()
+        plain_optimizer.zero_grad()
+        optimizer.zero_grad()
+    assert same(state(plain), state(other)) and other[0]._pulls.idle
+
+
+# --- Gradients that leave early, steps that are skipped --------------------------------------------------------------
+
+
+@backends
+def test_gradients_that_leave_in_a_hook_take_no_pull_with_them(backend):
+    """Wrappers with a main gradient move each parameter's .grad away as soon as it is there."""
+    (plain, plain_optimizer), (other, optimizer) = (model_of(backend, sgd) for _ in range(2))
+    main = {}
+
+    def leave(parameter):
+        kept = main.get(parameter)
+        main[parameter] = parameter.grad if kept is None else kept + parameter.grad
+        parameter.grad = None
+
+    for parameter in other.parameters():
+        parameter.register_post_accumulate_grad_hook(leave)
+    for step in range(4):
+        for seed in range(3):
+            loss_of(plain, 3 * step + seed).backward()
+            loss_of(other, 3 * step + seed).backward()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+        for parameter, gradient in main.items():
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+        main.clear()
+    assert same(state(plain), state(other))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_skipped_step_takes_its_pulls_with_it(set_to_none):
+    """However the gradients of a step that a scaler skips are thrown away; a NaN in its pull does not come back."""
+    (plain, plain_optimizer), (other, optimizer) = (model_of(bound=sgd) for _ in range(2))
+    for seed in range(6):
+        skipped = seed % 2 == 1
+        x = batch(seed=seed)
+        if skipped:
+            x[0, 0] = torch.nan
+        other(x).square().mean().backward()
+        if not skipped:
+            loss_of(plain, seed).backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad(set_to_none=set_to_none)
+            optimizer.step()
+        else:
+            for layer in (plain[0], plain[2]):
+                layer.step += 1  # a pull was consumed, and came to nothing
+        optimizer.zero_grad(set_to_none=set_to_none)
+    assert same(state(plain), state(other))
+    assert other[0].weight.isfinite().all()
+
+
+def test_an_optimizer_in_the_backward_steps_after_the_pull_whoever_hooked_first():
+    layers = [BCLLayer(N, D, neighborhood_k=3, **OPTIONS) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    for layer, first in zip(layers, (True, False), strict=True):
+        optimizer = torch.optim.SGD([layer.weight], 0.1)
+
+        def step(weight, optimizer=optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if first:
+            layer._pulls.release()  # as a layer that is attached to a model whose parameters are hooked already
+        layer.weight.register_post_accumulate_grad_hook(step)
+        layer.bind_optimizer(optimizer)
+        for seed in range(4):
+            layer(batch(seed=seed)).square().mean().backward()
+    assert same(state(layers[0]), state(layers[1])) and layers[0]._pulls.idle
+
+
+# --- Pulls that never arrive -----------------------------------------------------------------------------------------
+
+
+def told(function):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        function()
+    return [str(w.message) for w in caught if "BCLLayer" in str(w.message)]
+
+
+def test_a_layer_bound_to_an_optimizer_that_does_not_train_it_says_so_once():
+    model, _ = model_of(bound=sgd)
+    other = sgd(model.parameters())
+
+    def train():
+        for seed in range(4):
+            loss_of(model, seed).backward()
+            other.step()
+
+    messages = told(train)
+    assert len(messages) == 2, "one of each layer"
+    assert all("was changed while pulls waited for a step of SGD" in message for message in messages)
+
+
+def test_a_bound_layer_whose_gradients_come_without_a_backward_of_its_own_says_so_once():
+    model, optimizer = model_of(bound=sgd)
+
+    def train():
+        for seed in range(4):
+            parameters = list(model.parameters())
+            gradients = torch.autograd.grad(loss_of(model, seed), parameters)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+            optimizer.step()
+
+    messages = told(train)
+    assert len(messages) == 2 and all("no backward has brought a pull" in message for message in messages)
+
+
+def test_a_layer_whose_weight_is_read_past_it_says_so_once():
+    layer = make()
+
+    def train():
+        for seed in range(3):
+            nn.functional.linear(batch(seed=seed), layer.weight, layer.bias).sum().backward()
+
+    (message,) = told(train)
+    assert "no forward of the layer took part" in message
+
+
+def test_plain_loops_say_nothing():
+    def train():
+        for bound in (None, sgd):
+            model = model_of(bound=bound)
+            model, optimizer = model if bound else (model, sgd(model.parameters()))
+            for seed in range(6):
+                model.train()
+                loss_of(model, seed).backward()
+                (0.1 * model[0].weight.square().sum()).backward()  # a loss on the weight itself
+                if seed % 2:
+                    optimizer.step()
+                    optimizer.zero_grad()
+                model.eval()
+                loss_of(model, seed).backward()  # nn.Linear's
+                optimizer.zero_grad()
+
+    assert not told(train)
+
+
+# --- Forwards that are made anew, saved tensors that are copied ------------------------------------------------------
+
+RECOMPUTED = {
+    "non-reentrant": lambda function, x: checkpoint(function, x, use_reentrant=False),
+    "reentrant": lambda function, x: checkpoint(function, x, use_reentrant=True),
+    "nested": lambda function, x: checkpoint(
+        lambda x: checkpoint(function, x, use_reentrant=True), x, use_reentrant=True
+    ),
+    "reentrant in non-reentrant": lambda function, x: checkpoint(
+        lambda x: checkpoint(function, x, use_reentrant=True), x, use_reentrant=False
+    ),
+    "offloaded": lambda function, x: offloaded(function, x),
+}
+
+
+def offloaded(function, x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda copy: copy):
+        return function(x)
+
+
+def square(backend, options):
+    torch.manual_seed(0)
+    return BCLLayer(N, N, backend=backend, neighborhood_k=3, **OPTIONS, **options)
+
+
+def train_twice_used(layer, bound, segment, steps=5):
+    """Steps of a model that uses one layer in two segments; returns the gradients of its inputs."""
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    if bound:
+        layer.bind_optimizer(optimizer)
+    gradients = []
+    for seed in range(steps):
+        x = batch(seed=seed).requires_grad_()
+        optimizer.zero_grad()
+        segment(layer, segment(layer, x).tanh()).square().mean().backward()
+        optimizer.step()
+        gradients.append(x.grad)
+    return gradients
+
+
+@backends
+@pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=["weight", "offset"])
+@pytest.mark.parametrize("bound", [False, True], ids=["free", "bound"])
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_a_layer_in_two_recomputed_segments_is_bit_equal(backend, how, bound, options):
+    plain, other = square(backend, options), square(backend, options)
+    expected = train_twice_used(plain, bound, lambda function, x: function(x))
+    got = train_twice_used(other, bound, RECOMPUTED[how])
+    assert all(map(torch.equal, expected, got)), "the gradient of the input"
+    assert same(state(plain), state(other)) and int(other.step) == 5 and other._pulls.idle
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_two_losses_of_one_recomputed_forward(how):
+    """A second backward over the graph: no second pull, with a bound optimizer; else right, or an error."""
+    plain, other = square(None, {}), square(None, {})
+    for layer, segment in ((plain, lambda function, x: function(x)), (other, RECOMPUTED[how])):
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        layer.bind_optimizer(optimizer)
+        for seed in range(4):
+            x = batch(seed=seed).requires_grad_()
+            loss = segment(layer, x).square().mean()
+            loss.backward(retain_graph=True)
+            if layer is other and how in ("reentrant", "nested", "reentrant in non-reentrant"):
+                with pytest.raises(RuntimeError, match=r"use_reentrant=False"):
+                    loss.backward()
+                return
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert same(state(plain), state(other)) and int(other.step) == 4
+
+
+@pytest.mark.parametrize("how", [how for how in RECOMPUTED if how != "offloaded"])
+def test_two_losses_of_one_recomputed_forward_without_binding_raise(how):
+    layer = square(None, {})
+    loss = RECOMPUTED[how](layer, batch().requires_grad_()).square().mean()
+    loss.backward(retain_graph=True)
+    once = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"recomputed .*bind_optimizer\(\)"):
+        loss.backward()
+    assert layer.weight.equal(once) and int(layer.step) == 1
+
+
+@pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
+def test_two_recomputed_forwards_with_a_backward_each_raise_unless_bound(how):
+    """The first backward pulls the weight from under the second's recomputation."""
+    plain, other, free = (square(None, {}) for _ in range(3))
+    for layer, segment in ((plain, lambda function, x: function(x)), (other, RECOMPUTED[how])):
+        optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+        layer.bind_optimizer(optimizer)
+        for seed in range(0, 8, 2):
+            losses = [segment(layer, batch(seed=s).requires_grad_()).square().mean() for s in (seed, seed + 1)]
+            for loss in losses:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    if how == "non-reentrant":
+        assert same(state(plain), state(other)) and int(other.step) == 8
+    losses = [RECOMPUTED[how](free, batch(seed=s).requires_grad_()).square().mean() for s in (0, 1)]
+    losses[0].backward()
+    with pytest.raises(RuntimeError, match=r"recomputed .*bind_optimizer\(\)"):
+        losses[1].backward()
+
+
+def test_a_layer_inside_and_outside_of_a_reentrant_checkpoint_is_right_or_raises():
+    """Which of the two comes first in the backward decides."""
+
+    def inner_first(layer, segment, x):
+        return layer(segment(layer, x))  # backward: the plain one, whose pull waits for the checkpoint's dX
+
+    def outer_first(layer, segment, x):
+        return segment(layer, layer(x))
+
+    for build in (inner_first, outer_first):
+        plain, other = square(None, {}), square(None, {})
+        for layer, segment in ((plain, lambda function, x: function(x)), (other, RECOMPUTED["reentrant"])):
+            x = batch().requires_grad_()
+            loss = build(layer, segment, x).square().mean()
+            if layer is other and build is inner_first:
+                with pytest.raises(RuntimeError, match="use_reentrant=False"):
+                    loss.backward()
+                continue
+            loss.backward()
+        if build is outer_first:
+            assert same(state(plain), state(other))
+
+
+@pytest.mark.parametrize("how", ["plain", *RECOMPUTED])
+def test_a_backward_that_raises_leaves_nothing_behind(how):
+    def break_off(gradient):
+        raise OSError("broken")
+
+    layer, other = square(None, {}), square(None, {})
+    segment = RECOMPUTED.get(how, lambda function, x: function(x))
+    x = batch(seed=9)
+    hidden = segment(layer, x.requires_grad_())
+    hidden = segment(layer, hidden)
+    entry = x * 1.0
+    entry.register_hook(break_off)
+    loss = segment(layer, entry).sum() + hidden.sum()
+    with pytest.raises(OSError, match="broken"):
+        loss.backward()
+    del loss, hidden, entry
+    layer.load_state_dict(other.state_dict())
+    layer.zero_grad()
+    for seed in range(4):
+        for each in (layer, other):
+            segment(each, batch(seed=seed).requires_grad_()).square().mean().backward()
+    assert same(state(layer), state(other)) and layer._pulls.idle
