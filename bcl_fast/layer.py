@@ -384,6 +384,9 @@ class BCLLayer(nn.Linear):
         if ops.capturing(weight.device):
             return
         self._check_buffers(weight)
+        if not _has_numbers(self.neighbors):
+            self._trust_state()
+            return
         near, step = self.neighbors, int(self.step)
         (D, k), own = near.shape, torch.arange(near.shape[0], device=near.device)[:, None]
         ordered = near.sort(dim=1).values
@@ -488,11 +491,16 @@ def _kind(tensor: Tensor) -> str:
     return str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
 
 
+def _has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor can be looked at: one of the meta device, or a fake, cannot."""
+    return not tensor.is_meta and type(tensor) in ops.PLAIN
+
+
 def _same_numbers(before: Tensor, after: Tensor) -> bool:
-    """Whether a buffer has come through a move of the module as it was; the meta device and fakes hold no numbers."""
-    if before is after or after.is_meta or type(after) not in ops.PLAIN:
+    """Whether a buffer has come through a move of the module as it was."""
+    if before is after or not _has_numbers(after):
         return True
-    return not before.is_meta and bool(torch.equal(before.to(after.device), after))
+    return _has_numbers(before) and bool(torch.equal(before.to(after.device), after))
 
 
 class AttachedBCL:
