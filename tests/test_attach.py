@@ -254,11 +254,15 @@ def twice(model):
     (model(batch()).sum() + model(batch(seed=2)).sum()).backward()
 
 
+def empty(model):
+    step(model, batch()[:0])
+
+
 def with_weight_decay(model):
     (model(batch()).square().mean() + model[0].weight.square().sum()).backward()
 
 
-CALLS = [step, retained, checkpointed, evaluated, partly_frozen, compiled, twice, with_weight_decay]
+CALLS = [step, retained, checkpointed, evaluated, partly_frozen, compiled, twice, empty, with_weight_decay]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
