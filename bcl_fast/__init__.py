@@ -5,8 +5,9 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
+from .attach import attach_bcl
 from .capture import graphed
-from .layer import BCLLayer, attach_bcl
+from .layer import BCLLayer
 from .spec import PRESETS, BCLConfig
 
 __all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl", "graphed"]

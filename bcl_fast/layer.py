@@ -1,8 +1,9 @@
-"""BCLLayer, a drop-in for `nn.Linear`, and `attach_bcl` for an existing model (SPEC section 5)."""
+"""BCLLayer, a drop-in for `nn.Linear` (SPEC section 5)."""
 
 from __future__ import annotations
 
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ class BCLLayer(nn.Linear):
         self.register_buffer("_refreshed_at", empty((), dtype=torch.int64), persistent=False)
         offset = empty(D, in_features, dtype=dtype) if config.som_space == "offset" else None
         self.register_buffer("som_offset", offset)
+        if offset is not None:
+            self.register_forward_pre_hook(called_not_read)
         self._start_runtime()
         self._reset_competition()
 
@@ -148,6 +151,7 @@ class BCLLayer(nn.Linear):
         fresh = {prefix + name: value for name, value in self._fresh_competition().items()}
         if prefix + "weight" in state_dict and not fresh.keys() & state_dict.keys():
             state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
+        self._pulls.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._written = _Written()  # to be looked at before it is used; a refresh that is due happens again
         self._choose_backend()  # with assign=True the weight may be of another dtype now
@@ -175,6 +179,7 @@ class BCLLayer(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
         before = self.neighbors, self.step
+        self._pulls.detach()
         super()._apply(fn, recurse)
         self._choose_backend()
         self._pulls.attach(self.weight)
@@ -224,15 +229,17 @@ class BCLLayer(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         # nn.Module looks its tensors up in Python, which is felt in a small step: once each.
         weight, bias, offset = self.weight, self.bias, self.som_offset
+        if isinstance(input, torch.fx.Proxy):
+            return self._traced_by_fx(input, weight, bias, offset)
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
             if self.training and not torch.compiler.is_compiling():
                 self._pulls.first_pass(weight)
-            return self._linear(input, weight if offset is None else weight + offset, bias)
+            return self._linear(input, weight, bias, offset)
+        moves = self._check_training(weight)
         self._check_input(input, weight)
         if input.numel() == 0:
             self._pulls.received = True
-            return self._linear(input, weight if offset is None else weight + offset, bias)
-        moves = self._check_training(weight)
+            return self._linear(input, weight, bias, offset)
         x, dtype = input.reshape(-1, self.in_features), _product_dtype(weight)
         with ops.no_autocast(input.device.type):
             with torch.no_grad():
@@ -251,13 +258,42 @@ class BCLLayer(nn.Linear):
             )  # fmt: skip
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What `nn.Linear` computes, for whatever it takes; what it does not take is named."""
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
+        """What `nn.Linear` computes, for whatever it takes; of what it does not take, what is wrong is named."""
         try:
-            return F.linear(input, weight, bias)
+            if offset is None:
+                return F.linear(input, weight, bias)
+            try:
+                stands = weight + offset
+            except NotImplementedError:  # a quantized weight can be multiplied only
+                return F.linear(input, weight, bias) + F.linear(input, offset)
+            return F.linear(input, stands, bias)
         except (RuntimeError, TypeError):
             self._check_input(input, weight)
             raise
+
+    def _traced_by_fx(self, input: Any, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Any:
+        """A node that calls this layer, as for any module of torch.nn: the graph then trains and evaluates as here.
+
+        Quantization, which knows no such module, gets the product itself in eval().
+        """
+        name = input.tracer.path_of_module(self)
+        quantizes = hasattr(input.tracer, "skipped_module_names")
+        if name and (self.training or not quantizes):
+            return input.tracer.create_proxy("call_module", name, (input,), {})
+        if self.training:
+            raise RuntimeError("torch.fx traces a BCLLayer in training as part of a model only: call eval() before")
+        return F.linear(input, weight if offset is None else weight + offset, bias)
+
+    def __prepare_scriptable__(self) -> nn.Linear:
+        """What torch.jit.script compiles instead of this layer."""
+        if self.training:
+            raise RuntimeError("torch.jit.script has no gradient mask and no pull: call eval() before")
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        if self.som_offset is not None:
+            linear.weight = nn.Parameter(self.weight.detach() + self.som_offset)
+        return linear.eval()
 
     def _statistics(self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
@@ -301,7 +337,18 @@ class BCLLayer(nn.Linear):
     def _check_training(self, weight: Tensor) -> int:
         """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""
         compiling = torch.compiler.is_compiling()
-        if not compiling:
+        if (transform := _transform()) is not None:
+            raise RuntimeError(
+                f"{transform} would drop the gradient mask and the pull of a BCLLayer in training: call eval() before"
+            )
+        if compiling:
+            if self._observers:
+                raise RuntimeError(
+                    "observe() works in eager mode only: call the layer outside torch.compile to observe it"
+                )
+            if not weight.is_leaf:
+                self._check_weight(weight)
+        else:
             # One look at the weight, and at state that somebody else has written.
             written, neighbors, step = self._written, self.neighbors, self.step
             if (
@@ -313,18 +360,6 @@ class BCLLayer(nn.Linear):
                 or self._refreshed_at is not written.refreshed_at
             ):
                 self._look_again(weight)
-        else:
-            if torch.compiler.is_exporting():
-                raise RuntimeError(
-                    "torch.export takes no gradient mask and no pull along: call eval() to export what the layer "
-                    "computes, nn.Linear's product"
-                )
-            if self._observers:
-                raise RuntimeError(
-                    "observe() works in eager mode only: call the layer outside torch.compile to observe it"
-                )
-            if not weight.is_leaf:
-                self._check_weight(weight)
         if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
             raise RuntimeError(
                 f"sync='global' is not built yet and this process group has {ranks()} ranks; allowed: one rank, a "
@@ -335,12 +370,27 @@ class BCLLayer(nn.Linear):
 
     def _check_weight(self, weight: Tensor) -> None:
         """Raise where no pull could move this weight, in place and for good, and say why."""
+        if "_is_replica" in self.__dict__:
+            raise RuntimeError(
+                "nn.DataParallel trains copies of a BCLLayer, which are thrown away with their pulls: use "
+                "nn.parallel.DistributedDataParallel with sync='local'"
+            )
+        if "_is_fsdp_managed_module" in self.__dict__ and weight is not self._pulls.hooked:
+            who = "fully_shard (FSDP2)" if weight.is_leaf else "FullyShardedDataParallel (FSDP)"
+            raise RuntimeError(f"{who} shards the weight of a BCLLayer, which must be whole to be pulled: leave it out")
+        if hasattr(weight, "device_mesh"):
+            raise RuntimeError("weight is a DTensor, spread over ranks: that of a BCLLayer must be whole to be pulled")
         if not weight.is_leaf:
             raise RuntimeError(
                 "weight must be a leaf: BCLLayer cannot train a parametrised weight (torch.nn.utils.parametrize, "
                 "weight_norm, ...), because the pull writes it in place; remove the parametrisation"
             )
-        if weight.layout is not torch.strided or not weight.is_floating_point():
+        if not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                "weight must be a Parameter of the layer: torch.func.functional_call with another tensor would train "
+                "without a pull; call eval() before"
+            )
+        if weight.layout is not torch.strided or weight.is_nested or not weight.is_floating_point():
             raise TypeError(f"weight must be dense floating point, got {_kind(weight)}")
 
     # --- State that somebody else has written ------------------------------------------------------------------------
@@ -473,9 +523,30 @@ class BCLLayer(nn.Linear):
 def _product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype `nn.Linear` would multiply in: that of the weight, or of the autocast that is on."""
     device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if weight.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
+
+
+def _transform() -> str | None:
+    """The program transform, if one runs, that would record or differentiate the product alone."""
+    # Not is_exporting(): torch 2.11 compiles that to True outside of exports too.
+    if torch.compiler._is_exporting_flag:
+        return "torch.export"
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # whoever traces so has imported it
+    return None if proxies is None or proxies.get_proxy_mode() is None else "make_fx"
+
+
+def called_not_read(module: nn.Module, input: tuple[Any, ...]) -> None:
+    """A hook that does nothing but be there: nn.TransformerEncoderLayer then calls a layer, not reads its weight."""
 
 
 def _unwrapped(optimizer: Any) -> Any:
@@ -501,39 +572,3 @@ def _same_numbers(before: Tensor, after: Tensor) -> bool:
     if before is after or not _has_numbers(after):
         return True
     return _has_numbers(before) and bool(torch.equal(before.to(after.device), after))
-
-
-class AttachedBCL:
-    """What `attach_bcl` returns: `.layer`, the BCLLayer in the model, and `.remove()`."""
-
-    def __init__(self, parent: nn.Module, name: str, linear: nn.Linear, layer: BCLLayer) -> None:
-        self._parent, self._name, self._linear = parent, name, linear
-        self.layer = layer
-
-    @torch.no_grad()
-    def remove(self) -> None:
-        """Put the plain `nn.Linear` back, with the trained weight (and the SOM offset added to it). Twice is once."""
-        if getattr(self._parent, self._name) is not self.layer:
-            return
-        layer, linear = self.layer, self._linear
-        linear.weight, linear.bias = layer.weight, layer.bias
-        if layer.som_offset is not None:
-            linear.weight.add_(layer.som_offset)
-        layer._pulls.release()
-        setattr(self._parent, self._name, linear.train(layer.training))
-
-
-def attach_bcl(model: nn.Module, name: str, **arguments: Any) -> AttachedBCL:
-    """Replace the `nn.Linear` called `name` in `model`, such as "encoder.0", by a BCLLayer on the same parameters.
-
-    `arguments` are those of `BCLLayer.from_linear`. The model's optimizer stays valid. Raises ValueError for a name
-    that is not an `nn.Linear` inside `model`, and lists those that are.
-    """
-    linears = {n: m for n, m in model.named_modules() if n and isinstance(m, nn.Linear)}
-    if name not in linears:
-        raise ValueError(f"name must be an nn.Linear inside the model, one of {list(linears)}, got {name!r}")
-    path, _, last = name.rpartition(".")
-    parent, linear = model.get_submodule(path), linears[name]
-    layer = BCLLayer.from_linear(linear, **arguments)
-    setattr(parent, last, layer)
-    return AttachedBCL(parent, last, linear, layer)

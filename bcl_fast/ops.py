@@ -299,7 +299,7 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def direct(tensor: Tensor) -> bool:
     """Whether nobody looks at what is done with `tensor`: no compiler, and it is not more than numbers."""
-    return not torch.compiler.is_compiling() and type(tensor) in PLAIN
+    return not torch.compiler.is_compiling() and type(tensor) in PLAIN and not tensor.is_meta
 
 
 def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
@@ -312,7 +312,7 @@ def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Outside any autocast; entering one costs 10 us, so only where there is one."""
-    if torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 

@@ -40,8 +40,7 @@ class PendingPull:
 class _Backward:
     """A backward of autograd while it runs: autograd alone keeps it, so that one that raised leaves nothing behind."""
 
-    def __init__(self, weight: Tensor) -> None:
-        self.weight = weight  # of the layer, when the backward reached it
+    def __init__(self) -> None:
         self.arrived: list[PendingPull] = []  # of the forwards whose turn came, until the weight gets its gradient
         self.waiting: list[PendingPull] = []  # until its end: a later recomputation inside it may read the weight
         self.pulled = False
@@ -117,7 +116,7 @@ class Pulls:
         if backward is None:
             if self._running:
                 self._running = {t: reference for t, reference in self._running.items() if reference() is not None}
-            backward = _Backward(weight)
+            backward = _Backward()
             self._running[task] = weakref.ref(backward)
             end = partial(self._end, task, backward, ops.capturing(weight.device))
             torch.autograd.Variable._execution_engine.queue_callback(end)
@@ -213,6 +212,21 @@ class Pulls:
             hooks[number] = hooks.pop(number)
         self._hook = weight, handle
 
+    @property
+    def hooked(self) -> nn.Parameter | None:
+        """The weight whose gradient is waited for."""
+        return None if self._hook is None else self._hook[0]
+
+    def detach(self) -> None:
+        """Take the hook off, before torch may swap the contents of the weight for another tensor's."""
+        if self._hook is not None:
+            weight, handle = self._hook
+            handle.remove()
+            self._hook = None
+            if not weight._post_accumulate_grad_hooks:
+                # After a swap autograd would not look at hooks in a dict that was set before.
+                weight._post_accumulate_grad_hooks = None
+
     def _consume(self, weight: Tensor) -> None:
         """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
         layer, task = self._layer(), torch._C._current_graph_task_id()
@@ -263,8 +277,6 @@ class Pulls:
                     "replays would never pull (torch.cuda.make_graphed_callables does so): capture whole training "
                     "steps with bcl_fast.graphed, or loss.backward(); for gradients alone use eval()"
                 )
-        if layer.weight is not backward.weight:
-            layer._check_weight(layer.weight)
         if backward.waiting:
             outer = self._around(task)
             if outer is None:
@@ -374,9 +386,8 @@ class Pulls:
         """Leave the weight and the optimizer alone from now on."""
         for handle in self._optimizer_hooks:
             handle.remove()
-        if self._hook is not None:
-            self._hook[1].remove()
-        self._optimizer, self._optimizer_hooks, self._hook = None, (), None
+        self._optimizer, self._optimizer_hooks = None, ()
+        self.detach()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Apply the kept mean now, or, where the step brings a closure, once that has run at the weight as it is.

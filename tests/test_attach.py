@@ -9,7 +9,8 @@ from test_layer import D, N, batch, make, same, state
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from bcl_fast.layer import BCLLayer, attach_bcl
+from bcl_fast.attach import attach_bcl
+from bcl_fast.layer import BCLLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 

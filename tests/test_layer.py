@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from bcl_fast import reference as ref
-from bcl_fast.layer import AttachedBCL, BCLLayer, attach_bcl
+from bcl_fast.attach import AttachedBCL, attach_bcl
+from bcl_fast.layer import BCLLayer
 from bcl_fast.ops import FASTEST
 from bcl_fast.spec import CHOICES, BCLConfig
 from bcl_fast.testing import VARIANTS

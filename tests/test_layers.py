@@ -15,7 +15,7 @@ BACKENDS = {"reference", "portable", "kernels", "cpu", "cuda"}
 
 # Module -> modules of ours it may import. A package stands for all of its modules.
 ALLOWED = {
-    "__init__": {"capture", "layer", "spec"},
+    "__init__": {"attach", "capture", "layer", "spec"},
     "spec": set(),
     "environment": set(),
     "records": set(),
@@ -31,6 +31,7 @@ ALLOWED = {
     "autograd": {"spec", "ops"},
     "pulls": {"ops", "rounding"},
     "layer": {"spec", "ops", "autograd", "pulls"},
+    "attach": {"layer"},
     "capture": {"spec", "ops", "layer"},
     "diagnostics": {"spec", "reference"},
     "testing": {"spec", "reference"},
