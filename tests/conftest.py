@@ -58,6 +58,8 @@ def poison_uninitialised_memory():
     Not `torch.utils.deterministic.fill_uninitialized_memory`: it needs deterministic algorithms, so the tests would run
     other code than users do.
     """
+    with torch.device("cpu"):  # a device context finds only functions that were there when the first one was used
+        torch.empty(0)
     makers = [(torch, "empty"), (torch, "empty_like"), (torch, "empty_strided")]
     makers += [(torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided")]
     with pytest.MonkeyPatch.context() as patch:
@@ -71,3 +73,11 @@ def poison_uninitialised_memory():
 def memory_as_it_comes(monkeypatch):
     """For a test that counts launches: on a GPU to poison memory is one."""
     monkeypatch.setattr(sys.modules[__name__], "POISON", False)
+
+
+@pytest.fixture(params=["largest", "zeros", "sevens"])
+def memory(request, monkeypatch):
+    """What uninitialised memory holds: nothing a step could be, what fresh pages hold, and what a step could be."""
+    value = {"zeros": 0, "sevens": 7}.get(request.param)
+    if value is not None:
+        monkeypatch.setattr(sys.modules[__name__], "poison", lambda tensor: tensor.detach().fill_(value))
