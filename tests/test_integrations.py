@@ -1,0 +1,516 @@
+"""BCLLayer under optimizer closures, transformers, accelerate and peft: the bits of the same loop in plain torch."""
+
+import copy
+
+import pytest
+import torch
+from test_layer import D, N, batch, same, state
+from torch import nn
+from torch.nn import functional as F
+
+from bcl_fast.layer import BCLLayer, attach_bcl
+
+# Seven batches, so that the last window of four is incomplete, and the last one smaller: means weigh by samples.
+SAMPLES = (6, 6, 6, 6, 6, 6, 3)
+DATA = [(batch(B, seed), torch.arange(B) % 5) for seed, B in enumerate(SAMPLES)]
+OPTIONS = dict(neighborhood_k=3, recompute_every=4, som_lr=0.05)
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 1e-2, weight_decay=0.1),
+}
+optimizers = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+windows = pytest.mark.parametrize("window", [1, 4])
+
+
+def network(plain=False, seed=0, **options):
+    """A model whose second layer is the BCLLayer, or an nn.Linear of the same name."""
+    torch.manual_seed(seed)
+    first = nn.Linear(N, D) if plain else BCLLayer(N, D, **{**OPTIONS, **options})
+    return nn.Sequential(nn.Linear(N, N), first, nn.ReLU(), nn.Linear(D, 5))
+
+
+def train(model, optimizer="sgd", *, bound=True, data=DATA, epochs=1, window=1, clip=None, bf16=False):
+    """The loop that every run below stands for; `optimizer` may be a name or one that has begun."""
+    optimizer = OPTIMIZERS[optimizer](model.parameters()) if isinstance(optimizer, str) else optimizer
+    if bound:
+        bind_all(model, optimizer)
+    model.train()
+    for _ in range(epochs):
+        for i, (x, y) in enumerate(data):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = F.cross_entropy(model(x), y)
+            (loss / window).backward()
+            if (i + 1) % window == 0 or i + 1 == len(data):
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+    return state(model)
+
+
+def bind_all(model, optimizer):
+    for module in model.modules():
+        if isinstance(module, BCLLayer):
+            module.bind_optimizer(optimizer)
+
+
+def bind_wrapped(model, optimizer):
+    """Bind to a wrapper of an optimizer, or be told by name what is allowed and bind to that."""
+    try:
+        bind_all(model, optimizer)
+    except TypeError as error:
+        assert "optimizer must be a torch.optim.Optimizer" in str(error)
+        bind_all(model, optimizer.optimizer)
+
+
+# --- Closures in plain torch ----------------------------------------------------------------------------------------
+
+
+def closure_of(model, optimizer, x, y):
+    def closure():
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss
+
+    return closure
+
+
+@optimizers
+@pytest.mark.parametrize("call", ["positional", "keyword", "none", "keyword none"])
+def test_a_closure_pulls_before_its_own_update(optimizer, call):
+    model = network()
+    expected, optimizer = train(network(), optimizer, epochs=2), OPTIMIZERS[optimizer](model.parameters())
+    bind_all(model, optimizer)
+    for x, y in 2 * DATA:
+        closure = closure_of(model, optimizer, x, y)
+        if "none" in call:
+            closure()
+            optimizer.step(None) if call == "none" else optimizer.step(closure=None)
+        else:
+            loss = optimizer.step(closure) if call == "positional" else optimizer.step(closure=closure)
+            assert loss.requires_grad, "the closure's result must be returned"
+    assert same(state(model), expected)
+
+
+def test_backwards_before_a_closure_are_averaged_with_its_own():
+    model = network()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    bind_all(model, optimizer)
+    for start in (0, 4):
+        window = DATA[start : start + 4]
+
+        def backward(x, y):
+            loss = F.cross_entropy(model(x), y) / 4
+            loss.backward()
+            return loss
+
+        for x, y in window[:-1]:
+            backward(x, y)
+        optimizer.step(lambda item=window[-1]: backward(*item))
+        optimizer.zero_grad()
+    assert same(state(model), train(network(), window=4))
+
+
+def test_a_closure_that_raises_pulls_nothing_twice():
+    model, other = network(), network()
+    optimizers = [OPTIMIZERS["sgd"](each.parameters()) for each in (model, other)]
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        bind_all(each, optimizer)
+
+    def fails():
+        closure_of(model, optimizers[0], *DATA[0])()
+        raise KeyError("closure")
+
+    with pytest.raises(KeyError, match="closure"):
+        optimizers[0].step(fails)
+    closure_of(other, optimizers[1], *DATA[0])()
+    for each, optimizer in zip((model, other), optimizers, strict=True):
+        optimizer.zero_grad()
+        F.cross_entropy(each(DATA[1][0]), DATA[1][1]).backward()
+        optimizer.step()
+    assert same(state(model), state(other))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_in_a_loop_of_windows(fused):
+    """float16's loop: a step with an overflow leaves no trace but in `step`, which counts backwards."""
+
+    def make(model):
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=fused)
+        bind_all(model, optimizer)
+        return model, optimizer
+
+    (scaled, optimizer), (model, reference) = make(network()), make(network())
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
+    for i, (x, y) in enumerate(2 * DATA):
+        overflows = i in (3, 9)
+        loss = F.cross_entropy(scaled(x), y)
+        scaler.scale(loss * torch.inf if overflows else loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(scaled.parameters(), 1e6)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        if not overflows:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+            reference.step()
+        reference.zero_grad()
+    assert scaler.get_scale() == 2.0 and same(state(scaled), state(model))
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+# What starts afresh may say so. Tests of a good checkpoint do without this mark: there a warning would be wrong.
+may_start_afresh = pytest.mark.filterwarnings("ignore:.*(neighbors|step|som_offset):UserWarning")
+
+
+@pytest.fixture(scope="module")
+def hf():
+    """transformers, with a model class of the network above in it."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    class Config(transformers.PretrainedConfig):
+        model_type = "bcl_fast_test"
+
+        def __init__(self, plain=False, som_space="weight", **rest):
+            self.plain, self.som_space = plain, som_space
+            super().__init__(**rest)
+
+    class Model(transformers.PreTrainedModel):
+        config_class = Config
+        supports_gradient_checkpointing = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.network = network(config.plain, **({} if config.plain else dict(som_space=config.som_space)))
+            self.gradient_checkpointing = False
+            self.post_init()
+
+        def forward(self, x, labels=None):
+            first, *rest = self.network
+            hidden = first(x)
+            if self.gradient_checkpointing and self.training:
+                hidden = self._gradient_checkpointing_func(nn.Sequential(*rest).__call__, hidden)
+            else:
+                hidden = nn.Sequential(*rest)(hidden)
+            return hidden if labels is None else {"loss": F.cross_entropy(hidden, labels), "logits": hidden}
+
+    Model.transformers, Model.config_class = transformers, Config
+    return Model
+
+
+def hf_pair(hf, **options):
+    """A transformers model, and a plain one of the same weights."""
+    model = hf(hf.config_class(**options))
+    twin = network(som_space=options.get("som_space", "weight"))
+    twin.load_state_dict(model.network.state_dict())
+    return model, twin
+
+
+def saved(hf, path, steps=6, **options):
+    """A transformers model saved after some steps, and a plain model in the same state."""
+    model, twin = hf_pair(hf, **options)
+    assert same(train(model.network, data=DATA[:steps]), train(twin, data=DATA[:steps]))
+    model.save_pretrained(path)
+    return twin
+
+
+@pytest.mark.parametrize("som_space", ["weight", "offset"])
+@pytest.mark.parametrize("steps", [0, 4, 6], ids="{} steps".format)  # 4: a refresh is due
+def test_saved_and_loaded_pretrained_model_continues(hf, tmp_path, memory, recwarn, steps, som_space):
+    twin = saved(hf, tmp_path, steps, som_space=som_space)
+    model = hf.from_pretrained(tmp_path)
+    assert same(state(model.network), state(twin))
+    assert model.network.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
+    recwarn.clear()
+    assert same(train(model.network, "adamw"), train(twin, "adamw"))
+    assert not [str(w.message) for w in recwarn if "neighbors" in str(w.message) or "step" in str(w.message)]
+    assert model.network[1].backend == twin[1].backend
+
+
+@may_start_afresh
+@pytest.mark.parametrize("som_space", ["weight", "offset"])
+def test_pretrained_checkpoint_of_a_plain_model_starts_afresh(hf, tmp_path, memory, som_space):
+    plain = hf(hf.config_class(plain=True))
+    plain.save_pretrained(tmp_path)
+    model = hf.from_pretrained(tmp_path, config=hf.config_class(som_space=som_space))
+    twin = plain.network
+    twin[1] = BCLLayer.from_linear(twin[1], **OPTIONS, som_space=som_space)
+    assert model.eval()(DATA[0][0]).isfinite().all()
+    assert same(train(model.network), train(twin))
+
+
+def test_attached_to_a_pretrained_model_and_saved_from_there(hf, tmp_path, memory):
+    plain = hf(hf.config_class(plain=True))
+    plain.save_pretrained(tmp_path / "plain")
+    model = hf.from_pretrained(tmp_path / "plain")
+    handle, twin = attach_bcl(model, "network.1", **OPTIONS), plain.network
+    twin[1] = BCLLayer.from_linear(twin[1], **OPTIONS)
+    assert same(train(model.network), train(twin))
+    model.config.plain = False
+    model.save_pretrained(tmp_path / "trained")
+    loaded = hf.from_pretrained(tmp_path / "trained")
+    assert loaded.network[1].som_lr == handle.layer.som_lr
+    assert same(train(loaded.network), train(twin))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("bound", [True, False])
+def test_gradient_checkpointing(hf, reentrant, bound):
+    model, twin = hf_pair(hf)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert model.gradient_checkpointing
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    if bound:
+        bind_all(model, optimizer)
+    model.train()
+    for x, y in DATA:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert same(state(model.network), train(twin, bound=bound))
+
+
+def hf_trainer(hf, model, path, bind, *, window, bf16=False, clip=0.0, epochs=2, **arguments):
+    """A Trainer over the samples of DATA in their order; its optimizer is bound as `bind` says."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    transformers = hf.transformers
+    samples = [{"x": x, "labels": label} for xs, ys in DATA for x, label in zip(xs, ys, strict=True)]
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    if bind == "own":
+        bind_all(model, optimizer)
+
+    class Binds(transformers.TrainerCallback):
+        def on_train_begin(self, args, state, control, model, optimizer, **rest):
+            if bind == "callback":
+                bind_wrapped(model, optimizer)
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *arguments):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    return InOrder(
+        model,
+        transformers.TrainingArguments(
+            str(path), num_train_epochs=epochs, per_device_train_batch_size=SAMPLES[0], use_cpu=True, bf16=bf16,
+            gradient_accumulation_steps=window, max_grad_norm=clip, report_to=[], disable_tqdm=True,
+            logging_strategy="no", **{"save_strategy": "no", **arguments},
+        ),
+        train_dataset=samples,
+        callbacks=[Binds()],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
+    )  # fmt: skip
+
+
+def train_as_trainer_does(twin, bound, window, bf16=False, clip=None, epochs=2):
+    """The plain loop, but with the mean loss over what a window really holds."""
+    optimizer = OPTIMIZERS["sgd"](twin.parameters())
+    for _ in range(epochs):
+        for start in range(0, len(DATA), window):
+            part = DATA[start : start + window]
+            train(twin, optimizer, bound=bound, data=part, window=len(part), bf16=bf16, clip=clip)
+    return state(twin)
+
+
+@windows
+@pytest.mark.parametrize("bind", [None, "own", "callback"])
+@pytest.mark.parametrize("options", [{}, dict(bf16=True), dict(clip=0.05)], ids=str)
+def test_trainer(hf, tmp_path, window, bind, options):
+    model, twin = hf_pair(hf)
+    hf_trainer(hf, model, tmp_path, bind, window=window, **options).train()
+    assert same(state(model.network), train_as_trainer_does(twin, bind is not None, window, **options))
+
+
+@pytest.mark.parametrize("bind", [None, "own", "callback"])
+def test_trainer_resumes_from_the_middle_of_an_epoch(hf, tmp_path, bind):
+    model, twin = hf_pair(hf)
+    hf_trainer(hf, model, tmp_path, bind, window=1, epochs=1, save_strategy="steps", save_steps=5).train()
+    resumed = hf(hf.config_class())
+    with torch.no_grad():
+        for tensor in resumed.state_dict().values():
+            tensor.zero_()
+    hf_trainer(hf, resumed, tmp_path, bind, window=1).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert same(state(resumed.network), train_as_trainer_does(twin, bind is not None, 1))
+
+
+# --- accelerate -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerate():
+    """accelerate, whose singletons forget what other tests asked of them."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+    def reset():
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        accelerate.state.GradientState._reset_state()
+
+    reset()
+    yield accelerate
+    reset()
+
+
+def accelerated(accelerate, model, bind, *, window=1, bf16=False, clip=None, data=DATA, epochs=2, path=None, at=None):
+    """The loop of `train` in accelerate's words; saves its state after `at` steps in `path`, or loads it from there."""
+    precision = "bf16" if bf16 else "no"
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=window, mixed_precision=precision)
+    optimizer, loader = OPTIMIZERS["sgd"](model.parameters()), torch.utils.data.DataLoader(data, batch_size=None)
+    if bind == "before":
+        bind_all(model, optimizer)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if bind == "after":
+        bind_wrapped(model, optimizer)
+    if path is not None and at is None:
+        accelerator.load_state(path)
+    for _ in range(epochs):
+        for i, (x, y) in enumerate(loader):
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = F.cross_entropy(model(x), y)
+                accelerator.backward(loss)
+                if clip is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            if i + 1 == at:
+                accelerator.save_state(path)
+    return state(accelerator.unwrap_model(model))
+
+
+binds = pytest.mark.parametrize("bind", [None, "before", "after"])
+
+
+@windows
+@binds
+@pytest.mark.parametrize("options", [{}, dict(bf16=True), dict(clip=0.05)], ids=str)
+def test_accelerator(accelerate, window, bind, options):
+    model, twin = network(), network()
+    expected = train(twin, bound=bind is not None, window=window, epochs=2, **options)
+    assert same(accelerated(accelerate, model, bind, window=window, **options), expected)
+
+
+@binds
+@pytest.mark.parametrize("window, at", [(1, 5), (4, 4)])
+def test_accelerator_saves_and_loads_its_state(accelerate, tmp_path, window, at, bind):
+    accelerated(accelerate, network(), bind, window=window, epochs=1, path=tmp_path, at=at)
+    resumed = network(seed=7)
+    got = accelerated(accelerate, resumed, bind, window=window, data=DATA[at:], epochs=1, path=tmp_path)
+    assert same(got, train(network(), bound=bind is not None, window=window))
+
+
+@pytest.mark.parametrize("include_buffers", [False, True])
+def test_empty_model_with_a_dispatched_checkpoint_continues(accelerate, tmp_path, memory, include_buffers):
+    twin = network()
+    train(twin, data=DATA[:6])
+    torch.save(twin.state_dict(), tmp_path / "pytorch_model.bin")
+    with accelerate.init_empty_weights(include_buffers=include_buffers):
+        model = network()
+    model = accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "pytorch_model.bin"), device_map={"": "cpu"})
+    assert same(state(model), state(twin))
+    assert model.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
+    assert same(train(model, "adamw"), train(twin, "adamw"))
+    assert model[1].backend == twin[1].backend
+
+
+@may_start_afresh
+@pytest.mark.parametrize("include_buffers", [False, True])
+def test_empty_model_with_a_dispatched_plain_checkpoint(accelerate, tmp_path, memory, include_buffers):
+    """The buffers that the checkpoint does not have are left on meta."""
+    twin = network(plain=True)
+    torch.save(twin.state_dict(), tmp_path / "pytorch_model.bin")
+    with accelerate.init_empty_weights(include_buffers=include_buffers):
+        model = network()
+    model = accelerate.load_checkpoint_and_dispatch(model, str(tmp_path / "pytorch_model.bin"), device_map={"": "cpu"})
+    twin[1] = BCLLayer.from_linear(twin[1], **OPTIONS)
+    assert model.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
+    assert same(train(model), train(twin))
+
+
+# --- peft -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peft():
+    return pytest.importorskip("peft", reason="peft is not installed")
+
+
+def test_lora_elsewhere_leaves_the_layer_an_exact_linear(peft):
+    """A frozen base: no mask, no pull, no state."""
+    layered, plain = network(), network(plain=True)
+    plain.load_state_dict({k: v for k, v in layered.state_dict().items() if k in plain.state_dict()})
+    before, models = state(layered[1]), []
+    for base in (layered, plain):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "3"], r=2))
+        train(model, "adamw", bound=False)
+        models.append(model.merge_and_unload())
+    assert same(before, state(models[0][1]))
+    assert all(value.equal(models[0].state_dict()[name]) for name, value in models[1].state_dict().items())
+
+
+def test_lora_on_the_layer_itself_is_lora_on_a_linear(peft):
+    """peft takes it for the nn.Linear it is; unfrozen after the merge it trains as a BCLLayer of the merged weight."""
+    layered, plain = network(), network(plain=True)
+    plain.load_state_dict({k: v for k, v in layered.state_dict().items() if k in plain.state_dict()})
+    before, merged = state(layered[1]), []
+    for base in (layered, plain):
+        torch.manual_seed(1)
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["1"], r=2, init_lora_weights="gaussian"))
+        train(model, "adamw", bound=False)
+        merged.append(model.merge_and_unload())
+    layer = merged[0][1]
+    assert isinstance(layer, BCLLayer) and int(layer.step) == 0 and layer.neighbors.equal(before["neighbors"])
+    assert all(value.equal(merged[0].state_dict()[name]) for name, value in merged[1].state_dict().items())
+    assert not layer.weight.equal(before["weight"])
+    merged[1][1] = BCLLayer.from_linear(merged[1][1], **OPTIONS)
+    for model in merged:
+        model.requires_grad_(True)
+    assert same(train(merged[0]), train(merged[1]))
+
+
+def peft_with_trained_copy(peft, base):
+    """The layer is copied by peft, and the copy is trained beside LoRA on another layer."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["3"], modules_to_save=["1"], r=2)
+    return peft.get_peft_model(base, config)
+
+
+def trained_copy(model):
+    return model.base_model.model[1].modules_to_save["default"]
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("trained", [0, 3])
+def test_a_module_to_save_is_trained_as_a_copy(peft, trained, bound):
+    """Against the same peft model made of a Linear, whose copy becomes a BCLLayer by hand."""
+    layered, plain = network(), network(plain=True)
+    train(layered, data=DATA[:trained])
+    plain.load_state_dict({k: v for k, v in layered.state_dict().items() if k in plain.state_dict()})
+    before, hand_made = state(layered[1]), copy.deepcopy(layered[1])
+    model, other = (peft_with_trained_copy(peft, base) for base in (layered, plain))
+    other.base_model.model[1].modules_to_save["default"] = hand_made
+    train(model, bound=bound)
+    train(other, bound=bound)
+    layer = trained_copy(model)
+    assert int(layer.step) == trained + len(DATA) and same(state(layer), state(hand_made))
+    assert same(before, state(model.base_model.model[1].original_module)), "the original moved"
+    merged = model.merge_and_unload()
+    assert same(state(merged[1]), state(hand_made))
+    merged.requires_grad_(True)
+    assert same(train(merged, bound=bound), train(other.merge_and_unload().requires_grad_(True), bound=bound))
+
+
+def test_a_saved_adapter_continues(peft, tmp_path):
+    model = peft_with_trained_copy(peft, network())
+    train(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(network(), tmp_path, is_trainable=True)
+    assert same(state(trained_copy(loaded)), state(trained_copy(model)))
+    train(model)
+    train(loaded)
+    assert same(state(trained_copy(loaded)), state(trained_copy(model)))
