@@ -259,6 +259,7 @@ def test_attached_to_a_pretrained_model_and_saved_from_there(hf, tmp_path, memor
     assert same(train(loaded.network), train(twin))
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("bound", [True, False])
 def test_gradient_checkpointing(hf, reentrant, bound):

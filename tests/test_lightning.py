@@ -13,7 +13,7 @@ from bcl_fast.layer import BCLLayer
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+pytestmark = pytest.mark.filterwarnings("ignore:(`training_step` returned `None`|`isinstance.treespec, LeafSpec)")
 
 binds = pytest.mark.parametrize("bind", ["configure_optimizers", "on_train_start"])
 
