@@ -33,6 +33,7 @@ class _Written:
     step: Tensor | None = None
     step_version: int = -1
     refreshed_at: Tensor | None = None
+    som_offset: Tensor | None = None
 
 
 class BCLLayer(nn.Linear):
@@ -133,33 +134,52 @@ class BCLLayer(nn.Linear):
         if "step" in self._buffers:  # nn.Linear calls this before the buffers exist
             self._reset_competition()
 
-    def _fresh_competition(self) -> dict[str, Tensor]:
+    def _fresh_competition(self, device: torch.device) -> dict[str, Tensor]:
         """The saved buffers of a layer at step 0."""
-        (D, k), device = self.neighbors.shape, self.neighbors.device
+        D, k = self.neighbors.shape
         place, feature = torch.arange(k, device=device), torch.arange(D, device=device)[:, None]
         neighbors = place + (place >= feature)  # valid indices, none of them one's own
-        fresh = {"neighbors": neighbors, "step": torch.zeros_like(self.step)}
-        return fresh if self.som_offset is None else {**fresh, "som_offset": torch.zeros_like(self.som_offset)}
+        fresh = {"neighbors": neighbors, "step": torch.zeros_like(self.step, device=device)}
+        if self.som_offset is not None:
+            fresh["som_offset"] = torch.zeros_like(self.som_offset, device=device)
+        return fresh
 
     def _reset_competition(self) -> None:
-        for name, value in self._fresh_competition().items():
+        for name, value in self._fresh_competition(self.neighbors.device).items():
             self._buffers[name].copy_(value)
         self._refreshed_at.fill_(-1)
         self._trust_state()
 
+    def _start_afresh(self, why: str) -> None:
+        self._reset_competition()
+        warnings.warn(f"{why}: the competition starts afresh at step 0", stacklevel=6)
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
-        fresh = {prefix + name: value for name, value in self._fresh_competition().items()}
-        if prefix + "weight" in state_dict and not fresh.keys() & state_dict.keys():
-            state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
+        if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
+            fresh = {prefix + name: value for name, value in self._fresh_competition(weight.device).items()}
+            if not fresh.keys() & state_dict.keys():
+                state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
+        for name in ("neighbors", "step"):
+            found = state_dict.get(prefix + name)
+            if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
+                raise ValueError(f"{name} must be integers, got {found.dtype} in the state_dict")
         self._pulls.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._written = _Written()  # to be looked at before it is used; a refresh that is due happens again
+        self._refreshed_at.fill_(-1)
         self._choose_backend()  # with assign=True the weight may be of another dtype now
         self._pulls.attach(self.weight)
+        missing = [name for name in ("neighbors", "step") if prefix + name not in state_dict]
+        if len(missing) == 1:
+            self._start_afresh(f"{missing[0]} is missing from a state_dict that has the rest of the competition")
+        elif not missing:
+            self._written, self._never_written = _Written(), False
+            if _has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
+                raise ValueError(wrong)
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
         self._written = _Written(refreshed_at=self._refreshed_at)
+        self._never_written = False
         self._choose_backend()
         self._pulls = Pulls(self)
         self._observers: tuple[Callable[[Any], None], ...] = ()
@@ -178,19 +198,22 @@ class BCLLayer(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
+        self._complete_state(self.weight)
         before = self.neighbors, self.step
         self._pulls.detach()
         super()._apply(fn, recurse)
         self._choose_backend()
         self._pulls.attach(self.weight)
         after = self.neighbors, self.step
-        if not all(map(_same_numbers, before, after)):
-            self._reset_competition()  # to_empty() left whatever the memory held
+        if not all(map(_same_numbers, before, after)):  # to_empty() left whatever the memory held
+            self._reset_competition()
+            self._written = _Written()
+            self._never_written = True
         elif self._written.neighbors is before[0] and self._written.step is before[1]:
             self._trust_state()
         return self
 
-    _RUNTIME = ("_backend", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up")
+    _RUNTIME = ("_backend", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up", "_never_written")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -232,8 +255,12 @@ class BCLLayer(nn.Linear):
         if isinstance(input, torch.fx.Proxy):
             return self._traced_by_fx(input, weight, bias, offset)
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
-            if self.training and not torch.compiler.is_compiling():
-                self._pulls.first_pass(weight)
+            if not torch.compiler.is_compiling():
+                if offset is not None and offset is not self._written.som_offset and _transform() is None:
+                    self._look_at_state(weight)
+                    offset = self.som_offset
+                if self.training:
+                    self._pulls.first_pass(weight)
             return self._linear(input, weight, bias, offset)
         moves = self._check_training(weight)
         self._check_input(input, weight)
@@ -358,6 +385,7 @@ class BCLLayer(nn.Linear):
                 or step is not written.step
                 or step._version != written.step_version
                 or self._refreshed_at is not written.refreshed_at
+                or self.som_offset is not written.som_offset
             ):
                 self._look_again(weight)
         if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
@@ -396,12 +424,15 @@ class BCLLayer(nn.Linear):
     # --- State that somebody else has written ------------------------------------------------------------------------
 
     def _trust_state(self) -> None:
-        """Take the weight, the neighbours and the step for what this layer itself has written."""
+        """Take the weight and the state for what this layer itself has written."""
         near, step = self.neighbors, self.step
-        if near.is_inference() or step.is_inference():
-            self._written = _Written()  # they have no versions
+        self._never_written = False
+        if near.is_inference() or step.is_inference():  # they have no versions
+            self._written = _Written()
             return
-        self._written = _Written(self.weight, near, near._version, step, step._version, self._refreshed_at)
+        self._written = _Written(
+            self.weight, near, near._version, step, step._version, self._refreshed_at, self.som_offset
+        )
 
     def _wrote_step(self) -> None:
         self._written.step_version = self.step._version
@@ -416,64 +447,92 @@ class BCLLayer(nn.Linear):
         if self.weight is written.weight and all(map(operator.is_, buffers, known)):
             return
         self._look_again(self.weight)
-        for copy, buffer in zip(seen, buffers, strict=True):
+        for copy, buffer in zip(seen, (self.neighbors, self.step, self._refreshed_at), strict=True):
             if copy is not buffer:
                 copy.copy_(buffer)
 
-    @torch.no_grad()
     def _look_again(self, weight: Tensor) -> None:
-        """Check once what this layer has not written itself, before anything trusts it (one synchronisation on a GPU).
-
-        Neighbours that cannot be are computed anew, with a warning; a layer whose step cannot be either starts afresh.
-        While a CUDA graph is captured nothing is looked at; kernels clamp. Raises ValueError that names the buffer.
-        """
+        """Before a training forward trusts what this layer has not written itself: the weight, then the state."""
         if weight is not self._written.weight:
             self._check_weight(weight)
             self._choose_backend()
             self._pulls.attach(weight)
+        self._look_at_state(weight)
+        self._written.weight = weight
+
+    @torch.no_grad()
+    def _look_at_state(self, weight: Tensor) -> None:
+        """Check the state once, whoever has written it (one synchronisation on a GPU).
+
+        While a CUDA graph is captured nothing is looked at; kernels clamp. A competition of which nobody has written
+        the neighbours and the step starts afresh, with a warning; anything else that is wrong is a ValueError.
+        """
         if ops.capturing(weight.device):
             return
-        self._check_buffers(weight)
-        if not _has_numbers(self.neighbors):
-            self._trust_state()
-            return
-        near, step = self.neighbors, int(self.step)
-        (D, k), own = near.shape, torch.arange(near.shape[0], device=near.device)[:, None]
-        ordered = near.sort(dim=1).values
-        wrong = ((near < 0) | (near >= D) | (near == own)).any(dim=1) | (ordered.diff(dim=1) == 0).any(dim=1)
-        possible = 0 <= step < ops.MOST_STEPS
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            got = f"got {near[row].tolist()} for feature {row}"
-            if not possible:
-                self._reset_competition()
-            else:
-                near.copy_(
-                    ops.neighbours(weight if self.som_offset is None else weight + self.som_offset, k, self._backend)
-                )
-            start = f"computed anew at step {step}" if possible else "the layer starts afresh at step 0"
-            warnings.warn(
-                f"neighbors must be, of each feature, {k} different others of the {D} features, {got}: {start}",
-                stacklevel=5,
-            )
-        elif not possible:
-            raise ValueError(f"step must be >= 0 and < 2^40, got {step}")
-        if self._refreshed_at is not self._written.refreshed_at:
+        written = self._written
+        self._complete_state(weight)
+        self._check_kinds(weight)
+        if self._never_written:
+            self._start_afresh("neighbors were never written (to_empty, skip_init)")
+        elif _has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
+            ours = self.step is written.step or self.neighbors is written.neighbors
+            if ours or not wrong.startswith("neighbors"):
+                raise ValueError(wrong)
+            self._start_afresh(wrong)
+        if self._refreshed_at is not written.refreshed_at:
             self._refreshed_at.fill_(-1)
         self._trust_state()
+        self._written.weight = written.weight  # of which nobody asked
 
-    def _check_buffers(self, weight: Tensor) -> None:
-        """Raise a ValueError for a buffer that is of another shape, dtype or device than the layer needs."""
+    def _complete_state(self, weight: Tensor) -> None:
+        """Make buffers that are on the meta device still, where somebody has put a weight with numbers."""
+        if weight.is_meta:
+            return
+        if self._refreshed_at.is_meta:
+            self._refreshed_at = torch.full((), -1, device=weight.device)
+        if any(getattr(self, name).is_meta for name in ("neighbors", "step")):
+            for name, value in self._fresh_competition(weight.device).items():
+                setattr(self, name, value)
+
+    def _check_kinds(self, weight: Tensor) -> None:
+        """Raise a ValueError for a buffer that is of another shape, kind or device than the layer needs.
+
+        Integers of any width are the same numbers.
+        """
         D, k = self.out_features, min(self._config.neighborhood_k, self.out_features - 1)
         expected = {"neighbors": ((D, k), torch.int64), "step": ((), torch.int64), "_refreshed_at": ((), torch.int64)}
         if self._config.som_space == "offset":
             expected["som_offset"] = (tuple(weight.shape), weight.dtype)
         for name, (shape, dtype) in expected.items():
             buffer = getattr(self, name)
-            found = (tuple(buffer.shape), buffer.dtype, buffer.device) if isinstance(buffer, Tensor) else buffer
-            if found != (shape, dtype, weight.device):
-                got = f"{list(found[0])} {found[1]} on {found[2]}" if isinstance(buffer, Tensor) else repr(buffer)
+            if not isinstance(buffer, Tensor):
+                raise ValueError(f"{name} must be {list(shape)} {dtype} on {weight.device}, got {buffer!r}")
+            if dtype == torch.int64 and buffer.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
+                setattr(self, name, buffer := buffer.long())
+            if (tuple(buffer.shape), buffer.dtype, buffer.device) != (shape, dtype, weight.device):
+                got = f"{list(buffer.shape)} {buffer.dtype} on {buffer.device}"
                 raise ValueError(f"{name} must be {list(shape)} {dtype} on {weight.device}, got {got}")
+
+    def _wrong_state(self) -> str | None:
+        """What is wrong with the numbers of the state, as an error says it, or None."""
+        near, step, offset = self.neighbors, self.step, self.som_offset
+        (D, k), own = near.shape, torch.arange(near.shape[0], device=near.device)[:, None]
+        doubled = (near.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
+        wrong = ((near < 0) | (near >= D) | (near == own)).any(dim=1) | doubled
+        finite = step >= 0 if offset is None else offset.isfinite().all()
+        bad, now, finite = torch.stack([wrong.any().to(step.dtype), step, finite.to(step.dtype)]).tolist()
+        if bad:
+            row = int(wrong.nonzero()[0])
+            return (
+                f"neighbors must be, for each feature, {k} different others of 0 .. {D - 1}, "
+                f"got {near[row].tolist()} for feature {row}"
+            )
+        if not 0 <= now < ops.MOST_STEPS:
+            return f"step must be >= 0 and < 2^40, got {now}"
+        if offset is not None and not finite:
+            place = tuple((~offset.isfinite()).nonzero()[0].tolist())
+            return f"som_offset must be finite, got {offset[place]} at {list(place)}"
+        return None
 
     # --- The pull ----------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ class Pulls:
         self._optimizer_hooks: tuple[Any, ...] = ()
         self.kept: _Kept | None = None
         self._arrived = False  # since its last step
-        self._stepping = False
+        self._searching = False  # LBFGS, in a step that has evaluated before
         self._gradient: _Mark | None = None  # at the end of the last backward that kept something
         self._gradient_stepped: _Mark | None = None  # at its last step
         self._weight: _Mark | None = None  # when something was kept
@@ -129,7 +129,7 @@ class Pulls:
         if layer is None:
             return
         weight = layer.weight
-        if self.kept is not None:
+        if self.kept is not None and not self._searching:
             self._look_after_kept(weight)
         if layer._observers and ops.capturing(weight.device):
             raise RuntimeError("observe() cannot look into a CUDA graph: leave its block before the capture")
@@ -390,31 +390,35 @@ class Pulls:
         self.detach()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Apply the kept mean now, or, where the step brings a closure, once that has run at the weight as it is.
+        """Apply the kept mean now, or, where the step brings a closure, once that has run: its backward belongs here.
 
-        The closure's backward belongs to this step. Where the optimizer moves the weight before it evaluates, as
-        LBFGS does in its line search, that is a trial at another point: its gradient is the optimizer's, and what it
-        would pull is dropped.
+        LBFGS evaluates many times, and what it evaluates must not move under it: the mean of all comes after its step.
+        Where another optimizer moves the weight before it evaluates, that is a trial at another point, whose pull is
+        dropped.
         """
         layer = self._layer()
         if layer is None:
             return None
-        self._stepping = True
+        self._searching = False
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._step(layer, optimizer)
             return None
-        begin = _mark(layer.weight)
+        begin, search = _mark(layer.weight), isinstance(optimizer, torch.optim.LBFGS)
 
         def evaluate() -> Any:
-            trial = _mark(layer.weight) != begin
+            trial = not search and _mark(layer.weight) != begin
             before, self.kept = self.kept, None if trial else self.kept
             try:
                 loss = closure()
+            except BaseException:
+                self._searching = False
+                raise
             finally:
                 if trial:
                     self.kept = before
-            if not trial:
+            self._searching = search
+            if not (trial or search):
                 self._step(layer, optimizer)
             return loss
 
@@ -423,10 +427,9 @@ class Pulls:
         return (args[0], evaluate, *args[2:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        layer = self._layer()
-        if layer is not None and self.kept is not None:  # its closure was a trial, or never evaluated
+        self._searching, layer = False, self._layer()
+        if layer is not None and self.kept is not None:  # LBFGS; or its closure was a trial, or never evaluated
             self._step(layer, optimizer)
-        self._stepping = False
 
     @torch.no_grad()
     def _step(self, layer: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
@@ -449,7 +452,7 @@ class Pulls:
             if gradient is None or emptied:
                 self.kept = None
                 return
-        if not self._stepping and self._weight != _mark(weight):
+        if self._weight != _mark(weight):
             optimizer = self.optimizer
             name = "the optimizer" if optimizer is None else type(optimizer).__name__
             self._warn_once(

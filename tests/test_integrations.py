@@ -8,7 +8,8 @@ from test_layer import D, N, batch, same, state
 from torch import nn
 from torch.nn import functional as F
 
-from bcl_fast.layer import BCLLayer, attach_bcl
+from bcl_fast.attach import attach_bcl
+from bcl_fast.layer import BCLLayer
 
 # Seven batches, so that the last window of four is incomplete, and the last one smaller: means weigh by samples.
 SAMPLES = (6, 6, 6, 6, 6, 6, 3)

@@ -131,7 +131,7 @@ def test_last_pull_is_not_left_over_and_none_is_late():
     bind_all(model, optimizer)
     F.cross_entropy(model(DATA[0][0]), DATA[0][1]).backward()
     optimizer.step()
-    assert same(state(module.network), state(model)) and module.network[0]._kept is None
+    assert same(state(module.network), state(model)) and module.network[0]._pulls.idle
 
 
 def test_the_pull_is_off_while_frozen_and_returns():
@@ -302,8 +302,10 @@ def test_lbfgs_pulls_once_after_its_step_with_the_mean_of_its_evaluations(search
 
             def closure(x=x, y=y):
                 loss = F.cross_entropy(model(x), y)
-                optimizer.zero_grad(set_to_none=False)  # dropped gradients would drop the pulls of one evaluation
-                loss.backward()
+                gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+                loss.backward()  # gradients that are thrown away would take the pulls of the evaluation before along
+                for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                    parameter.grad = gradient
                 evaluations.append(loss)
                 return loss
 

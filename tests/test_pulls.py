@@ -8,6 +8,7 @@ from test_layer import D, N, backends, batch, make, same, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from bcl_fast import reference as ref
 from bcl_fast.layer import BCLLayer
 
 OPTIONS = dict(som_lr=0.05, recompute_every=2)
@@ -73,39 +74,33 @@ def test_a_closure_s_backward_belongs_to_its_step(backend, make_optimizer, windo
         assert all(layer._pulls.idle for layer in (other[0], other[2])), "a pull was left waiting"
 
 
-def test_the_pull_of_a_line_search_is_that_of_the_weight_at_which_the_step_begins():
-    """LBFGS evaluates its closure many times; only the first one is at the weight of this step."""
-    model, optimizer = model_of(bound=lambda p: torch.optim.LBFGS(p, 0.1, max_iter=5, line_search_fn="strong_wolfe"))
-    twin = model_of()
-    evaluations = 0
+@pytest.mark.parametrize("search", [None, "strong_wolfe"])
+def test_lbfgs_pulls_once_after_its_step_by_the_mean_of_what_it_evaluated(search):
+    """The function must not move under a line search: a frozen twin goes the same way, up to the pull at its end."""
+    layers = [square(None, dict(som_lr=0.3, recompute_every=100)) for _ in range(2)]
+    layers[1].frozen = True
+    increments, losses = [], ([], [])
 
-    def closure():
-        nonlocal evaluations
-        optimizer.zero_grad()
-        loss = loss_of(model, 1)
-        if evaluations == 1:  # the first is over, and no step of LBFGS's own has been taken
-            pulled.append(state(model))
-        evaluations += 1
-        loss.backward()
-        return loss
+    def observe(record):
+        increments.append(ref.som_increment(record.weight, record.som_target, record.som_strength))
 
-    pulled = []
-    optimizer.step(closure)
-    assert evaluations > 2
-    twin_optimizer = torch.optim.SGD(twin.parameters(), 0.0)
-    for layer in (twin[0], twin[2]):
-        layer.bind_optimizer(twin_optimizer)
-    loss_of(twin, 1).backward()
-    twin_optimizer.step()
-    # LBFGS's first step is known: lr * min(1, 1 / |g|_1) times the gradient.
-    gradients = [p.grad for p in twin.parameters()]
-    length = min(1.0, 1.0 / float(sum(g.abs().sum() for g in gradients))) * 0.1
-    with torch.no_grad():
-        for parameter, gradient in zip(twin.parameters(), gradients, strict=True):
-            parameter.sub_(length * gradient)
-    for name, value in twin.state_dict().items():
-        torch.testing.assert_close(pulled[0][name], value, msg=name)
-    assert model[0]._pulls.idle
+    for layer, seen in zip(layers, losses, strict=True):
+        optimizer = torch.optim.LBFGS(layer.parameters(), 0.1, max_iter=5, line_search_fn=search)
+        layer.bind_optimizer(optimizer)
+
+        def closure(layer=layer, optimizer=optimizer, seen=seen):
+            optimizer.zero_grad()
+            loss = loss_of(layer, 1)
+            loss.backward()
+            seen.append(float(loss.detach()))
+            return loss
+
+        with layer.observe(observe if not layer.frozen else lambda record: None):
+            optimizer.step(closure)
+    assert losses[0] == losses[1] and len(losses[0]) == len(increments) > 2
+    pulled = layers[1].weight + 0.3 * torch.stack(increments).mean(dim=0)
+    torch.testing.assert_close(layers[0].weight, pulled)
+    assert not layers[0].weight.allclose(layers[1].weight) and layers[0]._pulls.idle
 
 
 class Sharpness(torch.optim.Optimizer):
@@ -336,7 +331,7 @@ def offloaded(function, x):
 
 def square(backend, options):
     torch.manual_seed(0)
-    return BCLLayer(N, N, backend=backend, neighborhood_k=3, **OPTIONS, **options)
+    return BCLLayer(N, N, backend=backend, neighborhood_k=3, **{**OPTIONS, **options})
 
 
 def train_twice_used(layer, bound, segment, steps=5):

@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..attach import attach_bcl
 from ..diagnostics import force_norms, forces, row_cosine, step_metrics
 from ..environment import device_types, devices
-from ..layer import BCLLayer, attach_bcl
+from ..layer import BCLLayer
 from ..losses import activation_entropy_loss, weight_similarity_loss
 from ..records import replacing
 from ..spec import BCLConfig, check_choice, check_number
