@@ -24,21 +24,26 @@ MODE = os.environ.get("BCL_FAST_EXT", "auto")
 if MODE not in MODES:
     raise SystemExit(f"BCL_FAST_EXT must be one of {', '.join(MODES)}, got {MODE!r}")
 
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("api", "baseline", "avx2", "avx512")]
+# Behind whatever CXXFLAGS, LDFLAGS and their like ask for: of words that contradict each other GCC and Clang take the
+# last, where they link too. Linked with -ffast-math or -Ofast, a library sets flush-to-zero for the whole process, and
+# NaN has no order. A product and a sum may be fused: a key is a product of a difference, where nothing can be.
+EXACT = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-fno-associative-math",
+         "-fno-reciprocal-math", "-fsigned-zeros"]  # fmt: skip
+# The same for nvcc, and no fused multiply-add: a key is rounded as the reference rounds it, wherever it is formed.
+EXACT_CUDA = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
+SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("api", "baseline", "avx2", "avx512", "exact")]
 CPU = Extension(
     "bcl_fast._cpu",
     SOURCES,
     depends=["csrc/cpu/kernels.h", "csrc/cpu/kernels.inc"],
-    # Not -ffast-math: linked with it, a library sets flush-to-zero for the whole process, and NaN has no order.
-    extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"],
+    extra_compile_args=["-std=c++17", "-fvisibility=hidden", *EXACT, "-fno-math-errno", "-fno-trapping-math"],
     language="c++",
 )
 CUDA = Extension(
     "bcl_fast._cuda",
     ["csrc/cuda/library.cu"],
     depends=[str(path) for path in Path("csrc/cuda").glob("*.*h")],
-    # No fused multiply-add: a key is rounded as the reference rounds it, wherever it is formed.
-    extra_compile_args=["-O3", "-std=c++17", "-fmad=false", "--expt-relaxed-constexpr", "--cudart=static",
+    extra_compile_args=["-O3", "-std=c++17", *EXACT_CUDA, "--expt-relaxed-constexpr", "--cudart=static",
                         "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror", "-Xlinker", "--exclude-libs,ALL"],
 )  # fmt: skip
 # Later GPUs than the last compile its PTX as they load it.
@@ -80,6 +85,17 @@ def nvcc_command(ext, target):
     return [nvcc, "-shared", "--threads=0", *arguments, *ext.sources, "-o", str(target)]
 
 
+def exact_nvcc_flags(environment):
+    """What nvcc takes from its environment, so that none of it changes results."""
+    flags = {name: environment.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")}
+    for name, asked in flags.items():
+        flags[name] = re.sub(r"(?<!\S)--?use_fast_math([= ](true|false))?(?!\S)", "", asked)
+        if flags[name] != asked:  # no later word would take all of it back
+            print(f"bcl_fast: {name} without --use_fast_math, which changes results", file=sys.stderr, flush=True)
+    flags["NVCC_APPEND_FLAGS"] += f" {' '.join(EXACT_CUDA)} -Xcompiler={','.join(EXACT)}"
+    return flags
+
+
 class BuildExt(build_ext):
     """Plain shared libraries for ctypes: nothing of Python in them, so that one file serves every version."""
 
@@ -104,10 +120,10 @@ class BuildExt(build_ext):
     def build_with_openmp(self, ext):
         arguments = ext.extra_compile_args
         try:
-            ext.extra_compile_args, ext.extra_link_args = [*arguments, "-fopenmp"], ["-fopenmp"]
+            ext.extra_compile_args, ext.extra_link_args = [*arguments, "-fopenmp"], [*EXACT, "-fopenmp"]
             super().build_extension(ext)
         except Exception:  # a compiler without OpenMP builds for one thread
-            ext.extra_compile_args, ext.extra_link_args = arguments, []
+            ext.extra_compile_args, ext.extra_link_args = arguments, EXACT
             super().build_extension(ext)
 
     def build_with_nvcc(self, ext):
@@ -115,6 +131,7 @@ class BuildExt(build_ext):
         beside = Path(*ext.name.split(".")).with_suffix(".so")  # where an editable install leaves it
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.force or not (is_fresh(target, ext) or is_fresh(beside, ext)):
+            os.environ.update(exact_nvcc_flags(os.environ))
             self.spawn(nvcc_command(ext, target))
         elif not is_fresh(target, ext):
             shutil.copyfile(beside, target)

@@ -8,13 +8,17 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
-CPU_ABI = 3  # of csrc/cpu/api.cpp
+import torch
+
+CPU_ABI = 4  # of csrc/cpu/api.cpp
 CUDA_ABI = 2  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
+INEXACT = "was built with -ffast-math or a part of it, which changes results: install again without such flags"
 
 _CPU_ARGUMENTS = {
     "competition": [c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_double, c_void_p, *[c_int64] * 2, c_int,
@@ -45,6 +49,22 @@ _CUDA_ARGUMENTS = {
 }  # fmt: skip
 
 
+def _flushes() -> bool:
+    """Whether this thread takes subnormal numbers for zero, as after torch.set_flush_denormal(True)."""
+    return sys.float_info.min * 0.5 == 0.0
+
+
+@functools.cache  # what a library does as it loads, it does once
+def _open(path: str) -> tuple[ctypes.CDLL, bool]:
+    """A library, and whether it made this thread flush subnormal numbers to zero, which is then undone."""
+    before = _flushes()
+    library = ctypes.CDLL(path)
+    changed = _flushes() and not before
+    if changed:
+        torch.set_flush_denormal(False)
+    return library, changed
+
+
 def _load(name: str, language: str, abi: int, path: str | os.PathLike | None = None) -> ctypes.CDLL:
     """The library bcl_fast/_`name`, or the one at `path`; an ImportError says why there is none."""
     path = path or next(iter(sorted(HERE.glob(f"_{name}.*"))), None)
@@ -52,9 +72,11 @@ def _load(name: str, language: str, abi: int, path: str | os.PathLike | None = N
         compiler = "nvcc" if name == "cuda" else "a C++ compiler"
         raise ImportError(f"its {language} library was not built (pip install with {compiler} builds it)")
     try:
-        library = ctypes.CDLL(str(path))
+        library, changed = _open(str(path))
     except OSError as error:
         raise ImportError(f"its {language} library does not load: {error}") from error
+    if changed:
+        raise ImportError(f"its {language} library {INEXACT}")
     if (found := getattr(library, f"bcl_{name}_abi")()) != abi:
         raise ImportError(f"its {language} library is of another version (interface {found}, not {abi}): install again")
     return library
@@ -64,6 +86,8 @@ def _load(name: str, language: str, abi: int, path: str | os.PathLike | None = N
 def cpu() -> ctypes.CDLL:
     """The CPU library, or an ImportError that says why there is none."""
     library = _load("cpu", "C++", CPU_ABI)
+    if not library.bcl_cpu_exact():
+        raise ImportError(f"its C++ library {INEXACT}")
     library.bcl_cpu_isa.restype = c_char_p
     for name, arguments in _CPU_ARGUMENTS.items():
         for suffix in ("f32", "f64"):

@@ -12,7 +12,7 @@ rm -f bcl_fast/_cpu.*
 # Alignment is left out: vectors are loaded from wherever torch put a row, through memcpy.
 g++ -O1 -g -std=c++17 -fPIC -shared -fopenmp -fvisibility=hidden -fno-math-errno -fno-trapping-math \
     -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer \
-    csrc/cpu/{api,baseline,avx2,avx512}.cpp -o bcl_fast/_cpu.so
+    csrc/cpu/{api,baseline,avx2,avx512,exact}.cpp -o bcl_fast/_cpu.so
 export ASAN_OPTIONS=detect_leaks=0 # Python's own
 export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 for isa in baseline avx2 avx512; do

@@ -1,6 +1,8 @@
 """A wheel, a source archive, every mode of editable install and a bare checkout give bcl_fast and its kernels."""
 
+import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from bcl_fast import native
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bcl_fast", "kernels", "csrc", "bench", "tests")
@@ -153,3 +157,146 @@ def test_bare_checkout(tmp_path):
     assert Path(package) == ROOT / "bcl_fast" and Path(kernels) == ROOT / "kernels"
     pytest.importorskip("typer")
     assert "portable" in run(sys.executable, "-m", "bcl_fast", "doctor", cwd=ROOT)
+
+
+# --- Flags of the environment that would change results --------------------------------------------------------------
+
+HOSTILE = {
+    "CC": f"{COMPILER} -funsafe-math-optimizations",
+    "CXX": f"{COMPILER} -Ofast",
+    "CFLAGS": "-ffast-math",
+    "CXXFLAGS": "-O3 -ffast-math -ffinite-math-only -fassociative-math -freciprocal-math -fno-signed-zeros",
+    "CPPFLAGS": "-funsafe-math-optimizations -ffp-contract=fast",
+    "LDFLAGS": "-Ofast -ffast-math -funsafe-math-optimizations",
+}
+# In a process of its own, as it may change how its thread computes. `folder` holds the library.
+ALONE = """
+import sys, torch
+from pathlib import Path
+from bcl_fast import BCLLayer, cpu, native, reference as ref
+native.HERE = Path({folder!r})
+subnormal = lambda: sys.float_info.min * 0.5 > 0 and (torch.full((64,), 1e-38) * 0.1 > 0).all().item()
+"""
+EXACT = """
+from bcl_fast.testing import columns, compete, neighbours_of
+assert cpu.missing() is None and subnormal(), (cpu.missing(), subnormal())
+for B in (1, 67, 1009):
+    a, near = columns("random", B, 67), neighbours_of(67, 8)
+    a[::5, ::3], a[2::7, ::2], a[3::4, 1::3], a[::6, 5::7] = torch.nan, torch.inf, -0.0, 0.0
+    got, own = (compete(module.competition, a, near) for module in (cpu, ref))
+    assert got["winner"].equal(own["winner"])
+    for name, value in got.items():
+        assert value.isnan().equal(own[name].isnan()), name
+        torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-7, equal_nan=True)
+    assert cpu.rank(a).equal(ref.rank(a)) and (B != 67 or cpu.nearest(a, 0, 9).equal(ref.nearest(a, 9)))
+    for rule in ("rank", "clamped_cosine", "cosine"):
+        arguments = a, torch.rand(67), torch.rand(B), torch.ones(67), torch.rand(B), rule, "hard", 5
+        rows = [module.selection(*arguments)[0] for module in (cpu, ref)]
+        assert rows[0].sort().values.equal(rows[1].sort().values), rule
+"""
+REFUSED = """
+import warnings
+for _ in range(2):  # it is the first time that a library changes the process
+    assert "was built with -ffast-math or a part of it" in (cpu.missing() or ""), cpu.missing()
+    assert subnormal()
+try:
+    BCLLayer(4, 3, backend="cpu")(torch.rand(5, 4)).sum().backward()
+except ValueError as error:
+    assert "-ffast-math" in str(error)
+else:
+    raise AssertionError("served by an inexact library")
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    layer = BCLLayer(4, 3, fused=True)
+    layer(torch.rand(5, 4)).sum().backward()
+assert layer.backend == "portable" and any("-ffast-math" in str(one.message) for one in seen), seen
+assert subnormal()
+"""
+
+
+def in_a_process(code, folder, **environment):
+    return run(sys.executable, "-c", ALONE.format(folder=str(folder)) + code, cwd=ROOT, env=os.environ | environment)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_flags_of_the_environment_change_no_result(checkout, tmp_path):
+    build = sys.executable, "setup.py", "build_ext", "--force", "--build-lib", tmp_path, "--build-temp", tmp_path / "o"
+    run(*build, cwd=checkout, env=os.environ | HOSTILE | {"BCL_FAST_EXT": "cpu"})
+    for isa in ("", "baseline"):
+        in_a_process(EXACT, tmp_path / "bcl_fast", BCL_FAST_ISA=isa)
+
+
+PARTS = ["-ffast-math", "-ffinite-math-only", "-freciprocal-math", "-fno-signed-zeros",
+         "-fassociative-math -fno-signed-zeros -fno-trapping-math"]  # fmt: skip
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("flags", [*PARTS, "-fsingle-precision-constant"])
+def test_sources_do_not_compile_with_flags_that_change_results(flags):
+    words = COMPILER, "-std=c++17", "-fsyntax-only", *flags.split(), ROOT / "csrc" / "cpu" / "baseline.cpp"
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    assert done.returncode != 0 and "bcl_fast is exact: build it without" in done.stderr
+
+
+def stub(folder, compiled="", linked=""):
+    """A library of nothing but its version and its check, built by hand."""
+    version = folder / "version.cpp"
+    version.write_text(f'extern "C" int bcl_cpu_abi() {{ return {native.CPU_ABI}; }}')
+    common = COMPILER, "-O3", "-std=c++17", "-fPIC"
+    for source in (ROOT / "csrc" / "cpu" / "exact.cpp", version):
+        run(*common, *compiled.split(), "-c", source, "-o", folder / f"{source.stem}.o")
+    run(*common, *linked.split(), "-shared", folder / "exact.o", folder / "version.o", "-o", folder / "_cpu.so")
+    return folder
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("flags", ["", "-march=native", "-ffp-contract=off", *PARTS])
+def test_a_library_says_whether_it_is_exact(flags, tmp_path):
+    library = ctypes.CDLL(str(stub(tmp_path, flags) / "_cpu.so"))
+    assert library.bcl_cpu_exact() == (flags not in PARTS)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize("compiled, linked", [("-ffast-math", ""), ("", "-ffast-math")], ids=["compiled", "linked"])
+def test_an_inexact_library_is_refused_and_leaves_the_process_as_it_was(compiled, linked, tmp_path):
+    stub(tmp_path, compiled, linked)
+    if linked and b"set_fast_math" not in (tmp_path / "_cpu.so").read_bytes():
+        pytest.skip("this compiler links nothing that changes a process")
+    in_a_process(REFUSED, tmp_path)
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+def test_who_flushes_subnormal_numbers_himself_is_not_blamed(tmp_path):
+    code = """
+if torch.set_flush_denormal(True):
+    library = native._load("cpu", "C++", native.CPU_ABI)
+    assert library.bcl_cpu_exact() and native._flushes()
+"""
+    in_a_process(code, stub(tmp_path))
+
+
+NVCC = shutil.which("nvcc")
+
+
+@pytest.mark.parametrize("name", ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"])
+def test_nvcc_s_own_flags_change_no_result(checkout, tmp_path, name):
+    """By what nvcc would run; where there is none, by what a stand-in is told."""
+    stand_in = tmp_path / "bin" / "nvcc"
+    stand_in.parent.mkdir()
+    says = f'{NVCC} --dryrun "$@"' if NVCC else 'echo "cicc $NVCC_PREPEND_FLAGS $* $NVCC_APPEND_FLAGS"'
+    stand_in.write_text(f"#!/bin/sh\n{says} >{tmp_path / 'said'} 2>&1\n")
+    stand_in.chmod(0o755)
+    hostile = "--use_fast_math -Xcompiler -ffast-math -use_fast_math=true -fmad=true -ftz=true -prec-div=false -DKEPT"
+    environment = os.environ | {"CUDA_HOME": str(tmp_path), "BCL_FAST_EXT": "cuda", name: hostile}
+    words = sys.executable, "setup.py", "build_ext", "--force", "--build-lib", tmp_path
+    done = subprocess.run(list(map(str, words)), cwd=checkout, env=environment, capture_output=True, text=True)
+    assert f"bcl_fast: {name} without --use_fast_math" in done.stderr
+    said = [line for line in (tmp_path / "said").read_text().splitlines() if not line.startswith("#$ NVCC_")]
+    compiled = [line for line in said if "cicc" in line and " -ftz=" in line]
+    assert compiled and any("KEPT" in line for line in said) and "use_fast_math" not in "".join(said)
+    for option, exact in (("fmad", "0 false"), ("ftz", "0 false"), ("prec.div", "1 true"), ("prec.sqrt", "1 true")):
+        for line in compiled:
+            assert re.findall(rf" -{option}=(\w+)", line)[-1] in exact.split(), (option, line)
+    for line in said:  # what the host's compiler and linker are told, too
+        assert line.rfind("-ffast-math") <= line.rfind("-fno-fast-math"), line
+        assert " -fast-math" not in line

@@ -320,7 +320,7 @@ int rank(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, i
 }  // namespace bcl
 
 // The number changes with any signature below.
-API int bcl_cpu_abi() { return 3; }
+API int bcl_cpu_abi() { return 4; }
 API const char* bcl_cpu_isa() { return bcl::isa; }
 
 #define INTERFACE(Real, Bits, suffix)                                                                                  \

@@ -3,6 +3,16 @@
 #pragma once
 #include <cstdint>
 
+// Any of these changes keys, ranks or NaN; setup.py switches them off behind what the environment asks for.
+#if defined(__FAST_MATH__) || __FINITE_MATH_ONLY__ || defined(__ASSOCIATIVE_MATH__) || \
+    defined(__RECIPROCAL_MATH__) || defined(__NO_SIGNED_ZEROS__)
+#error "bcl_fast is exact: build it without -ffast-math and its parts"
+#endif
+#if __FLT_EVAL_METHOD__ == 1 || __FLT_EVAL_METHOD__ == 2
+#error "bcl_fast is exact: build it for arithmetic of no more precision than its types have, such as SSE's"
+#endif
+static_assert(0.1 != 0.1f, "bcl_fast is exact: build it without -fsingle-precision-constant");
+
 namespace bcl {
 
 template <class Real>
