@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Annotated
 
 from . import PRESETS, BCLConfig, __version__, ops
-from .cli import Device, demo_extra, fail, origin
+from .cli import Commands, Device, demo_extra, fail, origin, output
 from .environment import device_types, environment
 from .experiments import tables
 from .experiments.data import load
-from .experiments.jobs import Job, read, run_jobs, workers_here
+from .experiments.jobs import AGAIN, Job, path_of, read, run_jobs, workers_here
 from .experiments.run import Condition, Training, advance, row_steps, write_snapshots
 from .experiments.settings import LONG, jobs_of
 from .experiments.sweep import numbers, sweep_conditions, sweep_rows, write_csv
-from .records import write_record
+from .records import trusting, write_record
 from .spec import check_choice
 
 with demo_extra():
@@ -30,6 +30,7 @@ with demo_extra():
 WORKERS = workers_here()
 
 app = typer.Typer(
+    cls=Commands,
     help="Bidirectional Competitive Learning.",
     add_completion=False,
     no_args_is_help=True,
@@ -40,7 +41,7 @@ app.add_typer(bench, name="bench")
 
 # Options that several commands have.
 Data = Annotated[str, typer.Option(help="digits (comes with scikit-learn) or mnist.")]
-DataDir = Annotated[Path, typer.Option(help="Folder that holds MNIST/raw.")]
+DataDir = Annotated[Path, typer.Option(readable=False, help="Folder that holds MNIST/raw.")]
 Download = Annotated[bool, typer.Option("--download", help="Fetch MNIST into --data-dir.")]
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 Loss = Annotated[str, typer.Option(help="l1 or mse.")]
@@ -73,7 +74,8 @@ def train(
     device: Device = "cpu",
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write scalars to OUT/tensorboard.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for record and picture.", show_default="runs/DATA-PRESET-seedSEED")
+        Path | None,
+        typer.Option(readable=False, help="Folder for record and picture.", show_default="runs/DATA-PRESET-seedSEED"),
     ] = None,
 ) -> None:
     """Train an autoencoder with BCL and, beside it, the same one without; write a record and a picture.
@@ -96,7 +98,7 @@ def train(
             images = load(data, data_dir, download)
         pair = {"bcl": condition, "plain": condition.control()}
         trainings = {name: Training(each, images, row_steps(steps)) for name, each in pair.items()}
-        out.mkdir(parents=True, exist_ok=True)
+        output(out)
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
@@ -168,7 +170,9 @@ def table(
     backend: Backend = None,
     device: Device = "cpu",
     workers: Workers = WORKERS,
-    out: Annotated[Path, typer.Option(help="Folder for runs, records and pictures.")] = Path("runs/tables"),
+    out: Annotated[Path, typer.Option(readable=False, help="Folder for runs, records, pictures.")] = Path(
+        "runs/tables"
+    ),
 ) -> None:
     """Measure tables of the research document, or its untested fixes, beside what it published.
 
@@ -185,13 +189,16 @@ def table(
             from .experiments import plots
 
             check_jobs(every, data, data_dir, download)
-        out.mkdir(parents=True, exist_ok=True)
+        output(out)
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
     console, start = show.make_console(), time.perf_counter()
     complete(console, every, out, data_dir, workers)
     records = {name: {job.seed: read(job, out / "runs") for job in some} for name, some in jobs.items()}
+    for name, job in ((name, job) for name, some in jobs.items() for job in some):
+        with trusting(path_of(job, out / "runs"), AGAIN):
+            tables.check(name, records[name][job.seed])
     rows = [row for name in chosen for row in tables.measure_table(name, records, data == "mnist")]
     for name in chosen:
         own = [row for row in rows if row["table"] == name]
@@ -220,7 +227,7 @@ def sweep(
     backend: Backend = None,
     device: Device = "cpu",
     workers: Workers = WORKERS,
-    out: Annotated[Path, typer.Option(help="Folder for runs, CSV and heat map.")] = Path("runs/sweep"),
+    out: Annotated[Path, typer.Option(readable=False, help="Folder for runs, CSV and heat map.")] = Path("runs/sweep"),
 ) -> None:
     """Train every pair of --som-lr and --rescue-k, and a plain control; write a CSV and a heat map.
 
@@ -234,7 +241,7 @@ def sweep(
             from .experiments import plots
 
             check_jobs(conditions, data, data_dir, download)
-        out.mkdir(parents=True, exist_ok=True)
+        output(out)
     except (TypeError, ValueError, OSError) as error:
         fail(error)
 
@@ -251,7 +258,7 @@ def sweep(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="What train, table or sweep wrote; subfolders too.")],
+    folder: Annotated[Path, typer.Argument(readable=False, help="What train, table or sweep wrote; subfolders too.")],
 ) -> None:
     """Make one page of what is in a folder: FOLDER/report.html with every picture inside, and FOLDER/pictures."""
     with demo_extra():

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 from . import __version__
 from .environment import environment
+from .records import DamagedFile
 
 DEMO = ("typer", "rich", "matplotlib", "sklearn", "torchvision", "tensorboard")  # packages of the extra [demo]
 
 
 def fail(message: object) -> NoReturn:
     """End the program with a line that says what is wrong."""
-    print(f"error: {message}", file=sys.stderr)
+    if isinstance(message, OSError) and message.filename is not None:
+        message = f"cannot read or write {message.filename}: {message.strerror}"
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -34,6 +39,30 @@ def demo_extra() -> Iterator[None]:
 
 with demo_extra():
     import typer
+    from typer.core import TyperGroup
+
+
+class Commands(TyperGroup):
+    """Commands that end with a line where a file is not what it should be, or cannot be read or written."""
+
+    def invoke(self, context: typer.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except BrokenPipeError:
+            raise  # whoever read the output has gone
+        except (DamagedFile, OSError) as error:
+            fail(error)
+
+
+def output(folder: Path) -> None:
+    """Make the folder --out; where nothing can be written there, the program ends before it computes anything."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        fail(f"--out must be a folder to write to, got {folder}: {error.strerror}")
+
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,17 +11,17 @@ import torch
 import typer
 from rich.table import Table
 
-from .cli import Device, demo_extra, fail, origin
+from .cli import Device, demo_extra, fail, origin, output
 from .environment import device_types, devices
 from .experiments import console as show
 from .experiments.sweep import numbers
 from .measure import floor, results, rows, scaling
 from .measure.contestants import NAMES, Size
-from .records import replacing, write_record
+from .records import DamagedFile, read_record, replacing, trusting, write_record
 from .spec import check_choice, check_number
 
 bench = typer.Typer(help="How time and memory grow, and what the benches recorded.", no_args_is_help=True)
-Saved = Annotated[Path, typer.Argument(exists=True, dir_okay=False)]
+Saved = Annotated[Path, typer.Argument(readable=False)]
 Inputs = Annotated[int, typer.Option(min=1, help="N, inputs of the layer.")]
 Sizes = Annotated[str, typer.Option(help="The sizes, separated by commas.")]
 Contestants = Annotated[str, typer.Option(help=f"Who takes part, of {', '.join(NAMES)}, separated by commas.")]
@@ -43,7 +42,7 @@ def scale_d(
     threads: Threads = THREADS,
     device: Device = "cpu",
     limit: Limit = 300,
-    out: Annotated[Path, typer.Option(help="Folder for record and picture.")] = Path("runs/scale-d"),
+    out: Annotated[Path, typer.Option(readable=False, help="Folder for record and picture.")] = Path("runs/scale-d"),
 ) -> None:
     """Time and peak memory of a training step as the features D grow, for every contestant.
 
@@ -62,7 +61,7 @@ def scale_b(
     threads: Threads = THREADS,
     device: Device = "cpu",
     limit: Limit = 300,
-    out: Annotated[Path, typer.Option(help="Folder for record and picture.")] = Path("runs/scale-b"),
+    out: Annotated[Path, typer.Option(readable=False, help="Folder for record and picture.")] = Path("runs/scale-b"),
 ) -> None:
     """Time and peak memory of a training step as the batch B grows, for every contestant.
 
@@ -91,7 +90,7 @@ def _scale(
         check_choice("device", device, device_types())
         with demo_extra():
             from .experiments import plots
-        out.mkdir(parents=True, exist_ok=True)
+        output(out)
     except (TypeError, ValueError, OSError) as error:
         fail(error)
     console, start = show.make_console(), time.perf_counter()
@@ -118,15 +117,21 @@ def _scale(
 @bench.command()
 def compare(old: Saved, new: Saved) -> None:
     """Show the ratios of two records side by side; exit with 1 where one is worse by more than 10 %."""
+    records, lines, remedy = [], [], "name the record of a bench"
+    for path in (old, new):
+        record = read_record(path, remedy)
+        with trusting(path, remedy):
+            rows.ratios(record["rows"])
+            machine = ", ".join(record["environment"]["devices"].values())
+            lines.append(f"{path}: {machine}, torch {record['environment']['torch']}")
+        records.append(record["rows"])
     try:
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in (old, new)]
-        found = rows.compare(*(record["rows"] for record in records))
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{old} and {new} must be records of benches: {error}")
+        found = rows.compare(*records)
+    except ValueError as error:
+        fail(f"{old} and {new}: {error}")
     console, names = show.make_console(), (*rows.ABOUT, "ratio", "old", "new")
-    for path, record in zip((old, new), records, strict=True):
-        machine = ", ".join(record["environment"]["devices"].values())
-        console.print(f"{path}: {machine}, torch {record['environment']['torch']}", highlight=False)
+    for line in lines:
+        console.print(line, highlight=False)
     table = Table(*names, "")
     for row in found:
         cells = [f"{row[name]:.2f}" if isinstance(row[name], float) else str(row[name] or "") for name in names]
@@ -138,12 +143,14 @@ def compare(old: Saved, new: Saved) -> None:
 
 @bench.command()
 def readme(
-    folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Folder of records.")],
-    page: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The README to bring up to date.")],
+    folder: Annotated[Path, typer.Argument(readable=False, help="Folder of records.")],
+    page: Annotated[Path, typer.Argument(readable=False, help="The README to bring up to date.")],
 ) -> None:
     """Write the tables and pictures of the newest records of each device into a README, between its marks."""
     try:
         text = results.updated(page.read_text(encoding="utf-8"), folder, page.parent)
+    except DamagedFile:
+        raise  # another file's
     except ValueError as error:
         fail(f"{page}: {error}")
     with replacing(page) as part:

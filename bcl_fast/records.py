@@ -1,4 +1,4 @@
-"""Records on disk: JSON files that are whole or not there."""
+"""Records on disk: JSON files that are whole or not there, and what is said of a file that is not what it should be."""
 
 from __future__ import annotations
 
@@ -6,9 +6,34 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+
+class DamagedFile(ValueError):
+    """A file that is not what it should be; the message is a line that names it and says what to do."""
+
+
+@contextmanager
+def trusting(path: Path | str, remedy: str) -> Iterator[None]:
+    """Within this block the content of a file is used unchecked; what goes wrong is then told of the file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, DamagedFile) or getattr(error, "filename", None) is not None:
+            raise  # it names its file itself
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise DamagedFile(f"{path} is damaged or of another kind ({what[:160]}): {remedy}") from error
+
+
+def read_record(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_record` wrote; `remedy` says what to do where there is something else."""
+    with trusting(path, remedy):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(record, dict):
+            raise TypeError(f"a record must be a JSON object, got a {type(record).__name__}")
+        return record
 
 
 @contextmanager
@@ -18,8 +43,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:  # often without a name, or with that of the part
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

@@ -35,19 +35,10 @@ ALLOWED = {
     "capture": {"spec", "ops", "layer"},
     "diagnostics": {"spec", "reference"},
     "testing": {"spec", "reference"},
-    "measure": {"spec", "reference", "capture", "cuda", "ops", "pulls", "layer", "testing", "measure"},
-    "experiments": {
-        "__init__",
-        "spec",
-        "environment",
-        "attach",
-        "layer",
-        "losses",
-        "diagnostics",
-        "experiments",
-        "records",
-    },
-    "cli": {"__init__", "environment"},
+    "measure": {"spec", "records", "reference", "capture", "cuda", "ops", "pulls", "layer", "testing", "measure"},
+    "experiments": {"__init__", "spec", "environment", "attach", "layer", "losses", "diagnostics", "experiments"}
+    | {"records"},
+    "cli": {"__init__", "environment", "records"},
     "cli_bench": {"cli", "spec", "environment", "records", "measure", "experiments"},
     "__main__": {"__init__", "spec", "environment", "records", "ops", "cli", "cli_bench", "experiments"},
 }

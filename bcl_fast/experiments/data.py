@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,19 +48,31 @@ def digits() -> Images:
 def mnist(root: Path | str, download: bool = False) -> Images:
     """The 60,000 training images of MNIST, 28 x 28 pixels, under `root`: 51,000 to train on.
 
-    Raises FileNotFoundError where `root` does not hold them, ConnectionError where they cannot be downloaded.
+    Raises FileNotFoundError where `root` does not hold them, ConnectionError where they cannot be downloaded, and
+    ValueError where their file is damaged.
     """
-    from torchvision.datasets import MNIST
+    path = Path(root, "MNIST", "raw", "train-images-idx3-ubyte")
+    if not path.exists():
+        if not download:
+            raise FileNotFoundError(
+                f"no MNIST in {root}: name the folder that holds MNIST/raw (--data-dir), or fetch it (--download)"
+            )
+        from torchvision.datasets import MNIST
 
-    try:
-        images = MNIST(root=root, train=True, download=download).data
-    except RuntimeError as error:  # what torchvision raises for both
-        if download:
+        try:
+            MNIST(root=root, download=True)
+        except RuntimeError as error:
             raise ConnectionError(f"cannot download MNIST to {root}: {str(error).splitlines()[0]}") from error
-        raise FileNotFoundError(
-            f"no MNIST in {root}: name the folder that holds MNIST/raw (--data-dir), or fetch it (--download)"
-        ) from error
-    return split("mnist", images / 255)
+    return split("mnist", read_idx(path) / 255)
+
+
+def read_idx(path: Path) -> Tensor:
+    """The images [n, height, width] uint8 of a file in MNIST's format: four big-endian numbers, then the pixels."""
+    whole = path.read_bytes()
+    magic, *shape = struct.unpack(">4I", whole[:16].ljust(16, b"\0"))
+    if magic != 0x803 or len(whole) != 16 + math.prod(shape) or 0 in shape:
+        raise ValueError(f"{path} is damaged or no file of images: delete it and fetch it again (--download)")
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8, offset=16).reshape(shape)
 
 
 def load(name: str, root: Path | str, download: bool = False) -> Images:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..records import write_record
+from ..records import read_record, trusting, write_record
 from .baselines import Baseline, measure
 from .data import Images, load
-from .run import Condition, Training, advance, row_steps, write_snapshots
+from .run import Condition, Training, advance, check_record, check_snapshot, read_snapshots, row_steps, write_snapshots
 
 Job = Condition | Baseline
 DENSE_ROWS = 31  # the first steps, all of which are measured
+AGAIN = "delete it and the file of that name beside it, and the same command computes them again"
 MOST_WORKERS = 8  # each holds the data set and a torch of its own, about 1 GB
 
 
@@ -50,12 +51,18 @@ def path_of(job: Job, folder: Path) -> Path:
 def read(job: Job, folder: Path) -> dict[str, Any] | None:
     """The finished record of `job`, or None."""
     path = path_of(job, folder)
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if not path.exists():
+        return None
+    record = read_record(path, AGAIN)
+    with trusting(path, AGAIN):
+        check_record(record)
+    return record
 
 
 def read_snapshot(job: Job, folder: Path) -> dict[str, Tensor]:
     """The tensors beside the record of a training run: see `Training.snapshot`."""
-    return torch.load(path_of(job, folder).with_suffix(".pt"), weights_only=True)
+    path = path_of(job, folder).with_suffix(".pt")
+    return check_snapshot(read_snapshots(path, AGAIN), path, AGAIN)
 
 
 def compute(job: Job, images: Images, folder: Path) -> None:
@@ -87,7 +94,7 @@ def run_jobs(
     folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for job in dict.fromkeys(jobs):
-        if path_of(job, folder).exists():
+        if read(job, folder) is not None:  # what is damaged is said before hours of work
             on_done(job)
         else:
             missing.append(job)

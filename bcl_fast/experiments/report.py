@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import Environment, FileSystemLoader
 
-from ..records import replacing
+from ..records import read_record, replacing, trusting
 from . import plots
 from .figures import show
 from .jobs import path_of, read, read_snapshot
+from .run import check_record, check_snapshot, read_snapshots
 from .settings import jobs_of
 from .sweep import METRICS
 from .tables import REASONS, TABLES, UNMEASURED, outside_of_ranges
 
 Block = dict[str, Any]
 Cell = dict[str, str]
+REMEDY = "repeat the command that wrote it, or delete it"
 # Which run of the tables is shown in pictures beside which control: the first pair whose runs are there.
 SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps"))
 
@@ -29,7 +29,7 @@ SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps")
 def write_report(folder: Path) -> Path:
     """Write FOLDER/report.html and FOLDER/pictures from the records found in `folder` and below; the page's path.
 
-    Raises FileNotFoundError where there is no record.
+    Raises FileNotFoundError where there is no record, DamagedFile where one is not what was written.
     """
     found = [(kind, path) for kind in SECTIONS for path in sorted(folder.rglob(f"{kind}.json"))]
     if not found:
@@ -38,31 +38,34 @@ def write_report(folder: Path) -> Path:
     pictures.mkdir(exist_ok=True)
     sections = []
     for kind, path in found:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        place = path.parent.relative_to(folder).as_posix()
-        blocks = []
-        for block in SECTIONS[kind](whole, path.parent):
-            if "figure" in block:
-                words = re.findall(r"[a-z0-9]+", f"{kind} {place} {block['title']}".lower())
-                path = pictures / ("-".join(dict.fromkeys(words[:8])) + ".png")
-                plots.save(block.pop("figure"), path)
-                block["picture"] = base64.b64encode(path.read_bytes()).decode()
-            blocks.append(block)
-        title = {"train": "Training", "tables": "Tables", "sweep": "Sweep"}[kind]
-        sections.append(
-            {
-                "title": title if place == "." else f"{title}: {place}",
-                "command": whole["command"],
-                "lines": [f"bcl_fast {whole['bcl_fast']}, {whole['seconds']:,.0f} s."],
-                "blocks": blocks,
-                "environment": whole["environment"],
-            }
-        )
+        with trusting(path, REMEDY):
+            place = path.parent.relative_to(folder).as_posix()
+            sections.append(_section(kind, read_record(path, REMEDY), path.parent, place, pictures))
     page = folder / "report.html"
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     with replacing(page) as part:
         part.write_text(template.render(sections=sections), encoding="utf-8")
     return page
+
+
+def _section(kind: str, whole: dict[str, Any], folder: Path, place: str, pictures: Path) -> dict[str, Any]:
+    """What the page says of one record, which lies in `folder`; its pictures go to the folder `pictures`."""
+    blocks = []
+    for block in SECTIONS[kind](whole, folder):
+        if "figure" in block:
+            words = re.findall(r"[a-z0-9]+", f"{kind} {place} {block['title']}".lower())
+            path = pictures / ("-".join(dict.fromkeys(words[:8])) + ".png")
+            plots.save(block.pop("figure"), path)
+            block["picture"] = base64.b64encode(path.read_bytes()).decode()
+        blocks.append(block)
+    title = {"train": "Training", "tables": "Tables", "sweep": "Sweep"}[kind]
+    return {
+        "title": title if place == "." else f"{title}: {place}",
+        "command": whole["command"],
+        "lines": [f"bcl_fast {whole['bcl_fast']}, {whole['seconds']:,.0f} s."],
+        "blocks": blocks,
+        "environment": dict(whole["environment"]),
+    }
 
 
 def picture(title: str, figure: plots.Figure, *lines: str) -> Block:
@@ -71,8 +74,12 @@ def picture(title: str, figure: plots.Figure, *lines: str) -> Block:
 
 
 def _train(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
-    snapshots = torch.load(folder / "train.pt", weights_only=True)
-    bcl, control = (plots.Run(whole["conditions"][name], snapshots[name]) for name in ("bcl", "plain"))
+    path = folder / "train.pt"
+    snapshots = read_snapshots(path, REMEDY)
+    bcl, control = (
+        plots.Run(check_record(whole["conditions"][name]), check_snapshot(snapshots.get(name), path, REMEDY))
+        for name in ("bcl", "plain")
+    )
     yield from _pair("a plain network", bcl, control)
 
 

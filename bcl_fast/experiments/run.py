@@ -23,7 +23,7 @@ from ..diagnostics import force_norms, forces, row_cosine, step_metrics
 from ..environment import device_types, devices
 from ..layer import BCLLayer
 from ..losses import activation_entropy_loss, weight_similarity_loss
-from ..records import replacing
+from ..records import replacing, trusting
 from ..spec import BCLConfig, check_choice, check_number
 from .data import DATA_SETS, Images, batches
 from .model import Autoencoder
@@ -37,6 +37,7 @@ CHOICES = {
 }
 UNTOUCHED = BCLConfig(som_lr=0, gradient_mask="none")  # competition that is watched and does nothing
 SHOWN_IMAGES = 16
+SNAPSHOT = ("step", "win_rate", "gradient", "pull", "adam", "image_coverage", "weight", "images", "reconstruction")
 ROW_FACTORS = (1, 1.5, 2, 2.5, 3, 4, 5, 7)  # of every power of ten
 
 
@@ -260,5 +261,28 @@ def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] 
 
 def write_snapshots(path: Path, snapshots: Mapping[str, Any]) -> None:
     """Write tensors by name, whole or not at all; `torch.load(path, weights_only=True)` reads them."""
-    with replacing(path) as part:
-        torch.save(dict(snapshots), part)
+    with replacing(path) as part, part.open("wb") as file:
+        torch.save(dict(snapshots), file)
+
+
+def read_snapshots(path: Path, remedy: str) -> dict[str, Any]:
+    """What `write_snapshots` wrote; `remedy` says what to do where there is something else."""
+    with trusting(path, remedy):
+        return dict(torch.load(path, weights_only=True))
+
+
+def check_record(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record of a run as it was read from a file; raises where what was measured is not numbers."""
+    for name, number in (item for row in (*record["rows"], record["held_out"]) for item in row.items()):
+        if not isinstance(number, (int, float, type(None))):
+            raise TypeError(f"{name} must be a number, got {number!r}")
+    return record
+
+
+def check_snapshot(tensors: Any, path: Path, remedy: str) -> dict[str, Tensor]:
+    """The tensors of `Training.snapshot`, as they were read from `path`."""
+    with trusting(path, remedy):
+        for name in SNAPSHOT:
+            if not torch.is_tensor(tensors[name]):
+                raise TypeError(f"{name} must be a tensor, got a {type(tensors[name]).__name__}")
+        return tensors

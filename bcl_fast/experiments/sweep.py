@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..records import replacing
+from ..records import replacing, trusting
 from ..spec import BCLConfig
-from .jobs import read
+from .jobs import AGAIN, path_of, read
 from .run import Condition
-from .tables import END, OUTCOMES, value
+from .tables import OUTCOMES
 
 METRICS = tuple(OUTCOMES.values())
 
@@ -39,8 +39,9 @@ def sweep_rows(conditions: Iterable[Condition], folder: Path) -> list[dict[str, 
             "seed": condition.seed,
             "steps": condition.steps,
         }
-        for metric in METRICS:
-            row[metric] = value(record, metric, END)
+        with trusting(path_of(condition, folder), AGAIN):
+            last = record["rows"][-1] | {f"held_out_{name}": number for name, number in record["held_out"].items()}
+            row |= {metric: last[metric] for metric in METRICS}
         rows.append(row)
     return rows
 

@@ -610,6 +610,13 @@ def measure_table(name: str, records: Mapping[str, Mapping[int, Record]], mnist:
     ]
 
 
+def check(condition: str, record: Record) -> None:
+    """Raise what measuring the cells of a condition raises where this is no record of it."""
+    for cell in (cell for table in TABLES.values() for cell in table.cells):
+        if cell.condition == condition:
+            measure_cell(cell, [record])
+
+
 def conditions_of(name: str) -> list[str]:
     """The conditions that one of TABLES needs."""
     return list(dict.fromkeys(cell.condition for cell in TABLES[name].cells))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..records import DamagedFile, read_record, trusting
 from .contestants import NAMES
 from .rows import Row
 
 BEGIN = "<!-- results: written by `python -m bcl_fast bench readme bench/results README.md` -->"
 END = "<!-- results: end -->"
+REMEDY = "measure again, or delete it"
 
 
 class Block(NamedTuple):
@@ -37,15 +38,16 @@ def newest(folder: Path) -> list[Block]:
     """What the records of a folder answer, by machine, threads and question; where two do, the later one."""
     found: dict[tuple[str, int, str], Block] = {}
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in record.get("rows", ()) if row.get("question") in TABLES]
-        for key in dict.fromkeys((row["device"], row["threads"], row["question"]) for row in rows):
-            device, threads, question = key
-            own = [row for row in rows if (row["device"], row["threads"], row["question"]) == key]
-            block = Block(_machine(record["environment"], device), threads, question, own, record, path)
-            other = found.get(block[:3])
-            if other is None or other.record["environment"]["date"] < record["environment"]["date"]:
-                found[block[:3]] = block
+        record = read_record(path, REMEDY)
+        with trusting(path, REMEDY):
+            rows = [row for row in record.get("rows", ()) if row.get("question") in TABLES]
+            for key in dict.fromkeys((row["device"], row["threads"], row["question"]) for row in rows):
+                device, threads, question = key
+                own = [row for row in rows if (row["device"], row["threads"], row["question"]) == key]
+                block = Block(_machine(record["environment"], device), threads, question, own, record, path)
+                other = found.get(block[:3])
+                if other is None or other.record["environment"]["date"] < record["environment"]["date"]:
+                    found[block[:3]] = block
     return list(found.values())
 
 
@@ -75,7 +77,8 @@ def section(folder: Path, root: Path) -> str:
         for questions, table in ANSWERS.items():
             some = sorted((b for b in own if b.question in questions), key=lambda b: questions.index(b.question))
             if some:
-                parts.append(table(some, root))
+                with trusting(", ".join(dict.fromkeys(str(block.path) for block in some)), REMEDY):
+                    parts.append(table(some, root))
     return "\n\n".join(parts) + "\n"
 
 
@@ -210,7 +213,7 @@ def _scaling(blocks: list[Block], root: Path) -> str:
 
 def _picture(text: str, path: Path, root: Path) -> str:
     if not path.exists():
-        raise ValueError(f"no picture {path} beside its record")
+        raise DamagedFile(f"no picture {path} beside its record: measure again, or delete the record")
     return f"\n\n![{text}]({path.relative_to(root).as_posix()})"
 
 

@@ -43,21 +43,24 @@ def absent(question: str, size: Size, reasons: dict[str, str], **values: Any) ->
     return [row(question, name, size, status=why, **values) for name, why in reasons.items()]
 
 
+def ratios(rows: Iterable[Row]) -> dict[tuple[tuple[Any, ...], str], float | None]:
+    """What rows are about and the name of a ratio -> that ratio; None where it was not measured."""
+    found = {
+        (tuple(row.get(key) for key in ABOUT), ratio): row.get(ratio)
+        for row in rows
+        for ratio in RATIOS
+        if row.get(ratio) is not None or row.get("status", OK) != OK
+    }
+    return {key: None if value is None else value + 0.0 for key, value in found.items()}
+
+
 def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     """The ratios of two records' rows, side by side, where both have them; `worse` by more than WORSE.
 
     A ratio that the new record has lost (out of memory, time-out) is None there, and worse. Raises ValueError where the
     records have no ratio in common.
     """
-    before, after = (
-        {
-            (tuple(row.get(key) for key in ABOUT), ratio): row.get(ratio)
-            for row in rows
-            for ratio in RATIOS
-            if row.get(ratio) is not None or row.get("status", OK) != OK
-        }
-        for rows in (old, new)
-    )
+    before, after = ratios(old), ratios(new)
     common = [key for key in after if before.get(key) is not None]
     if not common:
         raise ValueError(f"the records must have rows in common (the same {', '.join(ABOUT)}), got none")
