@@ -154,15 +154,15 @@ over_checkpoints = pytest.mark.parametrize("damage", CHECKPOINTS, ids=lambda dam
 def test_report(kind, damage, copy, capfd):
     path = copy / kind / f"{kind}.json"
     damage(path)
-    refused(["report", copy], path, capfd)
-    assert not (copy / "report.html").exists()
+    refused(["report", copy / kind], path, capfd)
+    assert not (copy / kind / "report.html").exists()
 
 
 @over_checkpoints
 def test_report_s_checkpoint(damage, copy, capfd):
     path = copy / "train" / "train.pt"
     damage(path)
-    refused(["report", copy], path, capfd)
+    refused(["report", copy / "train"], path, capfd)
 
 
 @over_checkpoints

@@ -98,6 +98,20 @@ def test_text_is_escaped(folder, tmp_path):
     assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("som_lr", ["0", "1e30"], ids=["nothing is pulled", "everything diverges"])
+def test_a_training_in_which(som_lr, tmp_path):
+    invoke("train", "--som-lr", som_lr, "--steps", 3, "--out", tmp_path)
+    assert "report.html" in invoke("report", tmp_path)
+
+
+def test_a_sweep_that_diverges_has_a_picture_and_a_page(tmp_path):
+    """Its seeds have no median: NaN is null in their records."""
+    words = ["--som-lr", "1e30,0.01", "--rescue-k", "1", "--seeds", 2, "--steps", 3, "--workers", 1, "--out", tmp_path]
+    assert "1e+30" in invoke("sweep", *words) and (tmp_path / "sweep.png").exists()
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"][0]["held_out_l1"] is None
+    assert "report.html" in invoke("report", tmp_path)
+
+
 def test_an_empty_folder_is_an_error(tmp_path, capfd):
     result = typer_testing.CliRunner().invoke(cli.app, ["report", str(tmp_path)])
     assert result.exit_code == 2

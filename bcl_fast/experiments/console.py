@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from typing import Any
 
 from rich.console import Console, Group
@@ -10,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .figures import show
+from .figures import median, show
 from .jobs import Job
 from .tables import OUTCOMES, REASONS, TABLES, outside_of_ranges
 
@@ -181,7 +180,7 @@ def print_sweep(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
     for som_lr, rescue_k in dict.fromkeys((row["som_lr"], row["rescue_k"]) for row in rows):
         cell = [row for row in rows if (row["som_lr"], row["rescue_k"]) == (som_lr, rescue_k)]
         place = ("plain", "") if som_lr is None else (f"{som_lr:g}", str(rescue_k))
-        medians = (show(statistics.median(row[metric] for row in cell), metric) for metric in OUTCOMES.values())
+        medians = (show(median(row[metric] for row in cell), metric) for metric in OUTCOMES.values())
         table.add_row(*place, *medians)
     console.print(table, highlight=False)
     console.print()

@@ -7,6 +7,9 @@ is judged, never one run.
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
+
 Ranges = dict[str, dict[int, tuple[float, float]]]  # metric -> index -> least, largest
 DIGITS = {
     **dict.fromkeys(("unique_tgt", "alive", "ever_winning", "held_out_firing_features"), 0),
@@ -33,6 +36,12 @@ def show(value: float | None, metric: str) -> str:
         return f"{value:.0f}"
     scientific = abs(value) >= 1e3 or (metric in TINY and 0 < abs(value) < 1e-3)
     return f"{value:.1e}" if scientific else f"{value:.{digits(metric)}f}"
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of what is known; None where nothing is, as of runs that diverged."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _ranges(text: str) -> Ranges:

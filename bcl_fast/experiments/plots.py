@@ -16,7 +16,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from ..records import replacing
-from .figures import digits
+from .figures import digits, median
 from .settings import FIXES
 
 # Okabe and Ito's colours: told apart with any colour vision. Dashes and markers tell the lines apart without colour.
@@ -108,13 +108,14 @@ def force_picture(bcl: Run) -> Figure:
     ):
         for place, style in zip(places, STYLES, strict=False):
             x, y = bcl.tensors["pull"][place], bcl.tensors[name][place]
-            some = (x > 0) & (y > 0)  # a logarithm has no place for 0
+            some = (x > 0) & (y > 0) & (x + y).isfinite()  # a logarithm has no place for others
             axes.scatter(
                 x[some].tolist(), y[some].tolist(), s=18, alpha=0.8, color=style["color"], marker=style["marker"],
-                label=f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} at 0 left out)"),
+                label=f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} left out)"),
             )  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        if any(len(points.get_offsets()) for points in axes.collections):  # else it has no place at all
+            axes.set_xscale("log")
+            axes.set_yscale("log")
         axes.set_xlabel("norm of the SOM pull")
         axes.set_ylabel(label)
         _tidy(axes, f"{label[8:].capitalize()} against pull")
@@ -289,10 +290,11 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure = _figure(3 * width, 2 * max(2.6, 0.55 * len(som_lrs) + 1.8) + 0.6, title)
     for axes, (metric, heading) in zip(figure.subplots(2, 3).flat, shown.items(), strict=True):
 
-        def median(som_lr: float | None, rescue_k: int | None, metric: str = metric) -> float:
-            return statistics.median(r[metric] for r in rows if (r["som_lr"], r["rescue_k"]) == (som_lr, rescue_k))
+        def of(som_lr: float | None, rescue_k: int | None, metric: str = metric) -> float:
+            found = median(r[metric] for r in rows if (r["som_lr"], r["rescue_k"]) == (som_lr, rescue_k))
+            return math.nan if found is None else found
 
-        values = torch.tensor([[median(som_lr, k) for k in rescue_ks] for som_lr in som_lrs])
+        values = torch.tensor([[of(som_lr, k) for k in rescue_ks] for som_lr in som_lrs])
         image = axes.imshow(values.numpy(), cmap="cividis", aspect="auto")
         middle = (values.min() + values.max()) / 2
         for i, j in torch.cartesian_prod(torch.arange(len(som_lrs)), torch.arange(len(rescue_ks))).tolist():
@@ -302,7 +304,7 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_yticks(range(len(som_lrs)), [f"{som_lr:g}" for som_lr in som_lrs])
         axes.set_xlabel("rescue_k")
         axes.set_ylabel("som_lr")
-        axes.set_title(f"{heading} (plain: {median(None, None):.{digits(metric)}f})", fontsize=11)
+        axes.set_title(f"{heading} (plain: {of(None, None):.{digits(metric)}f})", fontsize=11)
         figure.colorbar(image, ax=axes)
     return figure
 

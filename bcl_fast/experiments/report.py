@@ -87,8 +87,7 @@ def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
     """Everything there is to see of one run and its control."""
     yield picture(f"Beside {name}", plots.training_picture("With BCL and plain", bcl, control))
     rows = [
-        [text(label), *(text(f"{run.record['held_out'][key]:.4f}" if key != "firing_features"
-                             else str(run.record["held_out"][key])) for run in (bcl, control))]
+        [text(label), *(text(show(run.record["held_out"][key], f"held_out_{key}")) for run in (bcl, control))]
         for label, key in (("L1", "l1"), ("MSE", "mse"), ("features that fire", "firing_features"))
     ]  # fmt: skip
     yield {"title": "Held-out images", "table": {"headings": ["", "with BCL", "plain"], "rows": rows}}
