@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -250,19 +249,19 @@ class BCLLayer(nn.Linear):
     # --- Forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        # nn.Module looks its tensors up in Python, which is felt in a small step: once each.
-        weight, bias, offset = self.weight, self.bias, self.som_offset
+        # nn.Module looks its tensors up in Python, which is felt in a small step: once each, and buffers past it.
+        weight, bias, offset = self.weight, self.bias, self._buffers["som_offset"]
         if isinstance(input, torch.fx.Proxy):
             return self._traced_by_fx(input, weight, bias, offset)
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
             if not torch.compiler.is_compiling():
-                if offset is not None and offset is not self._written.som_offset and _transform() is None:
+                if offset is not None and offset is not self._written.som_offset and _transform(False) is None:
                     self._look_at_state(weight)
                     offset = self.som_offset
                 if self.training:
                     self._pulls.first_pass(weight)
             return self._linear(input, weight, bias, offset)
-        moves = self._check_training(weight)
+        moves = self._check_training(weight, offset)
         self._check_input(input, weight)
         if input.numel() == 0:
             self._pulls.received = True
@@ -324,15 +323,27 @@ class BCLLayer(nn.Linear):
 
     def _statistics(self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
-        config, neighbors = self._config, self.neighbors
+        config, buffers, compiling = self._config, self._buffers, torch.compiler.is_compiling()
+        neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
+        written = self._written
+        if not compiling and (
+            neighbors is not written.neighbors
+            or neighbors._version != written.neighbors_version
+            or step is not written.step
+            or step._version != written.step_version
+            or refreshed_at is not written.refreshed_at
+        ):
+            self._look_at_state(self.weight)
+            neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
+            written = self._written
         found = ops.operator("statistics_", x)(
             x,
             stands,
             bias,
             activation,
             neighbors,
-            self.step,
-            self._refreshed_at,
+            step,
+            refreshed_at,
             self._pulls.ticket,
             config.recompute_every,
             config.temperature,
@@ -347,8 +358,8 @@ class BCLLayer(nn.Linear):
             config.check_finite,
             self._backend,
         )
-        if not torch.compiler.is_compiling():
-            self._written.neighbors_version = neighbors._version  # a refresh is our own
+        if not compiling:
+            written.neighbors_version = neighbors._version  # a refresh is our own
         return found
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
@@ -361,33 +372,20 @@ class BCLLayer(nn.Linear):
         if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(f"input must be {weight.dtype} like the weight (or use autocast), got {input.dtype}")
 
-    def _check_training(self, weight: Tensor) -> int:
+    def _check_training(self, weight: Tensor, offset: Tensor | None) -> int:
         """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""
         compiling = torch.compiler.is_compiling()
-        if (transform := _transform()) is not None:
+        if (transform := _transform(compiling)) is not None:
             raise RuntimeError(
                 f"{transform} would drop the gradient mask and the pull of a BCLLayer in training: call eval() before"
             )
-        if compiling:
-            if self._observers:
-                raise RuntimeError(
-                    "observe() works in eager mode only: call the layer outside torch.compile to observe it"
-                )
-            if not weight.is_leaf:
-                self._check_weight(weight)
-        else:
-            # One look at the weight, and at state that somebody else has written.
-            written, neighbors, step = self._written, self.neighbors, self.step
-            if (
-                weight is not written.weight
-                or neighbors is not written.neighbors
-                or neighbors._version != written.neighbors_version
-                or step is not written.step
-                or step._version != written.step_version
-                or self._refreshed_at is not written.refreshed_at
-                or self.som_offset is not written.som_offset
-            ):
+        if not compiling:
+            if weight is not self._written.weight or offset is not self._written.som_offset:
                 self._look_again(weight)
+        elif self._observers:
+            raise RuntimeError("observe() works in eager mode only: call the layer outside torch.compile to observe it")
+        elif not weight.is_leaf:
+            self._check_weight(weight)
         if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
             raise RuntimeError(
                 f"sync='global' is not built yet and this process group has {ranks()} ranks; allowed: one rank, a "
@@ -433,9 +431,6 @@ class BCLLayer(nn.Linear):
         self._written = _Written(
             self.weight, near, near._version, step, step._version, self._refreshed_at, self.som_offset
         )
-
-    def _wrote_step(self) -> None:
-        self._written.step_version = self.step._version
 
     def _check_objects(self, *seen: Tensor) -> None:
         """Look again where another object has taken a place; `seen` are the buffers, or copies, in compiled code.
@@ -587,12 +582,12 @@ def _product_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _transform() -> str | None:
+def _transform(compiling: bool) -> str | None:
     """The program transform, if one runs, that would record or differentiate the product alone."""
     # Not is_exporting(): torch 2.11 compiles that to True outside of exports too.
     if torch.compiler._is_exporting_flag:
         return "torch.export"
-    if torch.compiler.is_compiling():
+    if compiling:
         return None
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
@@ -600,8 +595,11 @@ def _transform() -> str | None:
         return "torch.func"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")  # whoever traces so has imported it
-    return None if proxies is None or proxies.get_proxy_mode() is None else "make_fx"
+    if torch._C._len_torch_dispatch_stack() == torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0:
+        return None
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # whoever traces so has imported it
+
+    return None if get_proxy_mode() is None else "make_fx"
 
 
 def called_not_read(module: nn.Module, input: tuple[Any, ...]) -> None:

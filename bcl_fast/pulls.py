@@ -107,6 +107,8 @@ class Pulls:
 
     def _around(self, task: int) -> _Backward | None:
         """The innermost of the other backwards that run: the one in which this one does."""
+        if len(self._running) == (task in self._running):  # nothing else runs
+            return None
         others = [reference() for number, reference in self._running.items() if number != task]
         return next((backward for backward in reversed(others) if backward is not None), None)
 
@@ -122,13 +124,12 @@ class Pulls:
             torch.autograd.Variable._execution_engine.queue_callback(end)
         return backward
 
-    @torch._disable_dynamo
     def receive(self, pending: list[Tensor], compiled: bool) -> None:
         """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
         layer = self._layer()
         if layer is None:
             return
-        weight = layer.weight
+        weight = layer._parameters["weight"]  # past nn.Module's slow look-up, as below
         if self.kept is not None and not self._searching:
             self._look_after_kept(weight)
         if layer._observers and ops.capturing(weight.device):
@@ -190,12 +191,13 @@ class Pulls:
         Whatever replaces it (deepcopy, torch.save, to_empty, load_state_dict(assign=True)), or its contents
         (torch.__future__.set_swap_module_params_on_conversion), comes without the hook.
         """
-        if not (isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad):
-            return
         if self._hook is not None:
             hooked, handle = self._hook
             if hooked is weight and handle.id in (weight._post_accumulate_grad_hooks or ()):
                 return
+        if not (isinstance(weight, nn.Parameter) and weight.is_leaf and weight.requires_grad):
+            return
+        if self._hook is not None:
             handle.remove()
         pulls = weakref.ref(self)
 
@@ -230,7 +232,7 @@ class Pulls:
     def _consume(self, weight: Tensor) -> None:
         """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
         layer, task = self._layer(), torch._C._current_graph_task_id()
-        if layer is None or layer.weight is not weight:
+        if layer is None or layer._parameters["weight"] is not weight:
             return
         backward = self._alive(task)
         if backward is None or not backward.arrived:
@@ -257,7 +259,7 @@ class Pulls:
             backward.waiting += arrived
         else:
             backward.pulled = True
-            self._pull(layer, arrived)
+            self._pull(layer, weight, arrived)
 
     @torch._disable_dynamo
     def _end(self, task: int, backward: _Backward, captured: bool) -> None:
@@ -280,16 +282,18 @@ class Pulls:
         if backward.waiting:
             outer = self._around(task)
             if outer is None:
-                self._pull(layer, backward.waiting)
+                self._pull(layer, layer.weight, backward.waiting)
             else:
                 outer.waiting += backward.waiting
         if self.kept is not None:
             self._gradient = _mark(layer.weight.grad)
 
-    @torch.no_grad()  # also in a backward with create_graph=True
-    def _pull(self, layer: nn.Linear, pulls: list[PendingPull]) -> None:
+    def _pull(self, layer: nn.Linear, weight: Tensor, pulls: list[PendingPull]) -> None:
         """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
-        weight, offset, step, last = layer.weight, layer.som_offset, layer.step, pulls[-1]
+        if torch.is_grad_enabled():  # a backward with create_graph=True
+            with torch.no_grad():
+                return self._pull(layer, weight, pulls)
+        offset, step, last = layer._buffers["som_offset"], layer._buffers["step"], pulls[-1]
         observers, record = layer._observers, None
         if observers and last.activation is not None:
             state = weight, offset, layer.bias, last.activation, last.neighbors, layer.config
@@ -309,7 +313,7 @@ class Pulls:
                 if self._optimizer is None:
                     self._apply_average(layer, found_inf=None)
             ops.advance_(step, layer._backend)
-        layer._wrote_step()
+        layer._written.step_version = step._version
         if record is not None:
             for observer in observers:
                 observer(record)
