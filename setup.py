@@ -191,6 +191,7 @@ setup(
         # setuptools: for tests/test_packaging.py
         "test": ["pytest", "pytest-xdist", "hypothesis", "numpy", "setuptools>=77"],
         "bench": ["pytest-benchmark"],
+        "integrations": ["lightning", "accelerate", "transformers", "peft"],  # tests train inside of them
         "peers": ["minisom", "torchsom", "vector-quantize-pytorch"],  # bench/bench_peers.py times them where they are
     },
     entry_points={"console_scripts": ["bcl-fast = bcl_fast.__main__:main"]},

@@ -40,7 +40,8 @@ class BCLLayer(nn.Linear):
 
     Input [..., in_features] -> output [..., out_features]. While training, every backward that accumulates into
     `weight` also moves it: winners get the loss gradient, redundant features are pulled toward samples nobody covers.
-    In `eval()`, under `no_grad()` or with a frozen weight it is exactly `nn.Linear`.
+    In `eval()`, under `no_grad()` or with a frozen weight it is exactly `nn.Linear`. Every row of the input is a
+    sample: of padded sequences leave the padding out, `layer(x[mask])` with mask [...] bool, or it competes too.
 
     Args:
         in_features, out_features, bias, device, dtype: as for `nn.Linear`; out_features >= 2; dtype float32, float64,
@@ -540,8 +541,11 @@ class BCLLayer(nn.Linear):
         """Pull once per optimizer step instead of once per backward, in a hook before that step.
 
         The pulls of all backwards since the last step are averaged, weighted by their number of samples, and dropped
-        where a GradScaler skips the step. Use it with gradient accumulation, GradScaler and retain_graph. Binding is
-        not saved with the layer. Raises ValueError where `optimizer` does not hold the weight of this layer.
+        where a GradScaler skips the step. `step(closure)` pulls once the closure has run, before the update; LBFGS,
+        which runs it many times, after its step. Use it with gradient accumulation, GradScaler, retain_graph, and
+        where several backwards recompute checkpointed forwards; a layer in reentrant checkpoints takes one backward
+        per forward. Wrappers that hold their optimizer as `.optimizer` (accelerate, Lightning) may be given. Binding
+        is not saved with the layer. Raises ValueError where `optimizer` does not hold the weight of this layer.
         """
         optimizer = _unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):

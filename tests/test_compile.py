@@ -152,3 +152,40 @@ def test_observing_raises():
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with layer.observe(lambda record: None), pytest.raises(Exception, match=r"observe\(\) works in eager mode only"):
         compiled(batch())
+
+
+@pytest.mark.parametrize("bound", [False, True], ids=["free", "bound"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_a_whole_compiled_step_trains_alike_and_is_compiled_once(autocast, bound):
+    """What hooks do on the host is not the compiler's: it compiled that anew for every backward, up to its limit."""
+    torch.manual_seed(0)
+    models = [nn.Sequential(BCLLayer(N, D, neighborhood_k=3, recompute_every=3), nn.ReLU(), nn.Linear(D, 5))]
+    models.append(copy.deepcopy(models[0]))
+    states = []
+    for model, compiled in zip(models, (False, True), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if bound:
+            model[0].bind_optimizer(optimizer)
+
+        def step(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(x).float().square().mean()
+            loss.backward()
+            optimizer.step()
+
+        call = torch.compile(step) if compiled else step
+        torch._dynamo.utils.counters.clear()
+        for seed in range(10):
+            call(batch(seed=seed))
+            if seed == 1:
+                frames = dict(torch._dynamo.utils.counters["frames"])
+        assert dict(torch._dynamo.utils.counters["frames"]) == frames
+        assert bool(frames) == compiled
+        states.append(state(model))
+    assert int(models[1][0].step) == 10
+    for name, value in states[0].items():
+        if autocast and name.startswith("2."):  # nn.Linear's own backward, which the compiler rounds in its own way
+            torch.testing.assert_close(states[1][name], value, rtol=1e-2, atol=1e-3)
+        else:
+            torch.testing.assert_close(states[1][name], value, msg=name)

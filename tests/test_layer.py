@@ -289,6 +289,21 @@ def test_leading_dimensions_are_samples(backend, shape):
 
 
 @backends
+def test_padding_is_left_out_by_its_mask(backend):
+    """layer(x[mask]) is what the docstring says: rows that are no samples neither compete nor are rescued."""
+    packed, padded = make(backend), make(backend)
+    x, lengths = batch(12).reshape(3, 4, N), torch.tensor([4, 1, 3])
+    mask = torch.arange(4) < lengths[:, None]
+    x[~mask] = 0.0
+    target = torch.randn(3, 4, D)
+    packed(torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)])).backward(target[mask])
+    output = torch.zeros(3, 4, D)
+    output[mask] = padded(x[mask])
+    (output * target).sum().backward()
+    assert same(state(packed), state(padded)) and packed.weight.grad.equal(padded.weight.grad)
+
+
+@backends
 def test_strided_input(backend):
     plain, strided = make(backend), make(backend)
     x = batch()

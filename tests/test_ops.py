@@ -1,8 +1,11 @@
 """The operators: torch.library's own checks, backend resolution, and counters read without a device."""
 
 import gc
+import subprocess
+import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +15,7 @@ from backends import ON_CPU
 from bcl_fast import BCLLayer, cpu, cuda, ops
 from bcl_fast.testing import VARIANTS, columns, neighbours_of
 
+ROOT = Path(__file__).resolve().parents[1]
 B, D, N, K = 9, 5, 4, 3
 backend = pytest.mark.parametrize("backend", ON_CPU)
 CONFIGS = {name: ops.BCLConfig(**options) for name, options in VARIANTS.items()}
@@ -271,3 +275,32 @@ def test_require_finite_names_the_tensor(backend):
         with pytest.raises(ValueError, match=f"^{name} must be finite .* got 1 NaN or Inf of {bad[place].numel()}"):
             torch.ops.bcl_fast.statistics_(*bad)
     assert arguments[4].equal(neighbors)  # nothing was refreshed before the error
+
+
+RELOAD = """
+import importlib, sys
+import torch
+import bcl_fast
+
+layer, twin = (bcl_fast.BCLLayer(8, 6, neighborhood_k=2) for _ in range(2))
+twin.load_state_dict(layer.state_dict())
+x = torch.randn(9, 8)
+for name in sorted(n for n in sys.modules if n.startswith("bcl_fast.") and n != "bcl_fast.kernels"):
+    importlib.reload(sys.modules[name])
+importlib.reload(bcl_fast)
+new = sys.modules["bcl_fast"].BCLLayer(8, 6, neighborhood_k=2)
+new.load_state_dict(layer.state_dict())
+for each in (layer, twin, new):
+    each(x).square().sum().backward()
+    assert int(each.step) == 1
+compiled = torch.compile(new, fullgraph=True, backend="aot_eager")
+compiled(x).square().sum().backward()
+twin(x).square().sum().backward()
+assert int(new.step) == 2 and new.weight.equal(twin.weight) and not new.weight.equal(layer.weight)
+"""
+
+
+def test_modules_may_be_reloaded():
+    """As notebooks do: what lives goes on pulling, and operators are registered once."""
+    done = subprocess.run([sys.executable, "-c", RELOAD], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
