@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .spec import EPS
+from .norms import shortened, with_norms
 
 PANEL = 1 << 19  # similarities held at once by the neighbour search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
@@ -53,12 +53,13 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
 
 def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
     """Stage `neighbours` (step 1), by row panels: no [D, D] matrix is held."""
-    unit = weight / (torch.linalg.vector_norm(weight, dim=1, keepdim=True) + EPS)
+    rows, norm, _ = with_norms(weight)
+    unit = rows / norm
     D = weight.shape[0]
-    rows = max(16, PANEL // D)
+    panel = max(16, PANEL // D)
     near = torch.empty(D, min(neighborhood_k, D - 1), dtype=torch.int64)
-    for first in range(0, D, rows):
-        near[first : first + rows] = nearest(unit[first : first + rows] @ unit.T, first, neighborhood_k)
+    for first in range(0, D, panel):
+        near[first : first + panel] = nearest(unit[first : first + panel] @ unit.T, first, neighborhood_k)
     return near
 
 
@@ -85,7 +86,7 @@ def competition(
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """Stage `inverse_norm` (step 9b): 1 / (norm + EPS) of each row of [R, N] -> [R]."""
+    """Stage `inverse_norm` (step 9b): 1 / (norm + eps) of each row of [R, N] -> [R]."""
     rows = _rows(rows)
     R, N = rows.shape
     inverse = rows.new_empty(R)
@@ -161,6 +162,7 @@ def targets(
     mean = target.mean(dim=0)
     if target_projection == "centered":
         return target.sub_(mean)
+    mean = shortened(mean)  # its length does not matter
     square = mean @ mean
     return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
 

@@ -12,14 +12,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .norms import power_of_two
 from .reference import Record
 
 ALIVE_ABOVE = 0.01  # the win rate above which a feature counts as alive
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
+    rows = rows / power_of_two(rows)
     norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     return rows / torch.where(norm > 0, norm, 1.0)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    power = power_of_two(rows)
+    return (torch.linalg.vector_norm(rows / power, dim=1, keepdim=True) * power).squeeze(1)
 
 
 def row_cosine(rows: Tensor) -> float:
@@ -117,7 +124,7 @@ def force_norms(gradient: Tensor, before: Tensor, pulled: Tensor, after: Tensor)
     after the optimizer.
     """
     moves = {"gradient": gradient, "pull": pulled - before, "adam": after - pulled}
-    return {name: torch.linalg.vector_norm(move, dim=1) for name, move in moves.items()}
+    return {name: _norm(move) for name, move in moves.items()}
 
 
 def forces(norms: Mapping[str, Tensor]) -> dict[str, float]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .norms import power_of_two
+
 
 def _check(name: str, tensor: Tensor, at_least: int) -> None:
     if not tensor.is_floating_point():
@@ -25,7 +27,7 @@ def weight_similarity_loss(weight: Tensor) -> Tensor:
     D = weight.shape[0]
     some = (weight != 0).any(dim=1, keepdim=True)
     # The norm of a zero row has no gradient: a row of ones stands in, and its unit is masked out again.
-    whole = torch.where(some, weight, 1.0)
+    whole = torch.where(some, weight / power_of_two(weight), 1.0)
     unit = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True) * some
     return (unit.sum(dim=0).square().sum() - unit.square().sum()) / (D * (D - 1))
 

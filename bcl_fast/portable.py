@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .norms import shortened, with_norms
 from .spec import EPS
 
 # Elements of one working tile: on a CPU half a level-2 cache of float32, on an accelerator enough to fill it.
@@ -40,10 +41,6 @@ def _largest(score: Tensor, index: Tensor | None, count: int) -> Tensor:
     return preference.masked_fill_(score > last, C).topk(count, dim=1, sorted=False).indices
 
 
-def _unit_rows(weight: Tensor) -> Tensor:
-    return weight / (torch.linalg.vector_norm(weight, dim=1, keepdim=True) + EPS)
-
-
 def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     """The panel [R, D] of similarities of features first .. first + R - 1 -> their nearest others [R, k] int64."""
     R, D = similarity.shape
@@ -57,7 +54,8 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
 
 def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
     """Stage `neighbours` (step 1), by row panels: no [D, D] matrix is held."""
-    unit = _unit_rows(weight)
+    rows, norm, _ = with_norms(weight)
+    unit = rows / norm
     D = weight.shape[0]
     panels = [nearest(unit[a:b] @ unit.T, a, neighborhood_k) for a, b in _tiles(D, D, weight.device)]
     return torch.cat(panels)
@@ -88,7 +86,9 @@ def _pair_pull(rank_score: Tensor, neighbors: Tensor, pair_feature: Tensor) -> T
 
 def inverse_norm(rows: Tensor) -> Tensor:
     """Stage `inverse_norm` (step 9b): 1 / (norm + EPS) of each row of [R, N] -> [R]."""
-    return (torch.linalg.vector_norm(rows, dim=1) + EPS).reciprocal_()
+    _, norm, power = with_norms(rows)
+    inverse = norm.reciprocal_()
+    return (inverse if power is None else inverse.div_(power)).squeeze(1)
 
 
 def competition(
@@ -235,6 +235,7 @@ def targets(
     mean = target.mean(dim=0)
     if target_projection == "centered":
         return target.sub_(mean)
+    mean = shortened(mean)  # its length does not matter
     square = mean @ mean
     return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
 

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .norms import power_of_two, shortened
 from .spec import EPS, BCLConfig
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """1 / (|row| + eps) for each row of [R, N] -> [R] (SPEC 9b: rinv, winv)."""
-    return 1 / (torch.linalg.vector_norm(rows, dim=1) + EPS)
+    """1 / (|row| + eps) for each row of [R, N] -> [R] (SPEC 9b: rinv, winv), also where |row|² is out of range."""
+    power = power_of_two(rows)
+    return (1 / (torch.linalg.vector_norm(rows / power, dim=1, keepdim=True) + EPS / power) / power).squeeze(1)
 
 
 # --- Step 1: neighbourhoods ------------------------------------------------------------------------------------------
@@ -25,7 +27,9 @@ def inverse_norm(rows: Tensor) -> Tensor:
 
 def cosine_similarity(weight: Tensor) -> Tensor:
     """weight [D, N] -> cosine of every pair of rows [D, D]; a zero row has cosine 0 with everything."""
-    unit = weight * inverse_norm(weight)[:, None]
+    power = power_of_two(weight)
+    rows = weight / power
+    unit = rows * (1 / (torch.linalg.vector_norm(rows, dim=1, keepdim=True) + EPS / power))
     return unit @ unit.T
 
 
@@ -198,6 +202,7 @@ def project(som_target: Tensor, target_projection: str) -> Tensor:
     mean = som_target.mean(dim=0)
     if target_projection == "centered":
         return som_target - mean
+    mean = shortened(mean)  # its length does not matter
     square = mean @ mean
     along = som_target @ mean / torch.where(square > 0, square, 1.0)  # a zero mean changes nothing
     return som_target - along[:, None] * mean

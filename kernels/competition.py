@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
+SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
 BLOCK_B = 8  # float32 are one sector of memory
 # Programs, the features of a tile, and warps. Every program holds BLOCK_B strengths of every feature, and together they
 # should stay in the level-2 cache, of which an H100 has 50 MB: where those of the usual programs take more than CACHE
@@ -105,14 +107,27 @@ def _pairs(neighbors_ptr, rank_score_ptr, pair_feature_ptr, pair_pull_ptr, b, wi
 
 
 @triton.jit
-def _inverse_norm(x_ptr, b, B, N, stride_b, stride_n, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """1 / (|X_b| + eps) (step 9b)."""
+def _square(x_ptr, b, B, N, stride_b, stride_n, scale: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """|scale X_b|²."""
     square = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for start in range(0, N, BLOCK_N):
         n = (start + tl.arange(0, BLOCK_N)[None, :]).to(tl.int64)
         x = tl.load(x_ptr + b[:, None] * stride_b + n * stride_n, (b[:, None] < B) & (n < N), other=0.0).to(tl.float32)
+        x *= scale
         square += x * x
-    return 1 / (tl.sqrt(tl.sum(square, 1)) + EPS)
+    return tl.sum(square, 1)
+
+
+@triton.jit
+def _inverse_norm(x_ptr, b, B, N, stride_b, stride_n, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """1 / (|X_b| + eps) (step 9b)."""
+    square = _square(x_ptr, b, B, N, stride_b, stride_n, 1.0, BLOCK_B, BLOCK_N)
+    inverse = 1 / (tl.sqrt(square) + EPS)
+    huge = ~(square <= LARGEST)
+    if tl.max(huge.to(tl.int32)) > 0:  # eps is nothing beside such a norm
+        square = _square(x_ptr, b, B, N, stride_b, stride_n, SCALE, BLOCK_B, BLOCK_N)
+        inverse = tl.where(huge, SCALE / tl.sqrt(square), inverse)
+    return inverse
 
 
 @triton.jit(do_not_specialize=["B"])

@@ -5,7 +5,21 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)
+LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
+SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
 BLOCK_R, BLOCK_N = 8, 256
+
+
+@triton.jit
+def _square(row_ptr, r, R, N, stride_n, scale: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):
+    """|scale row|² of BLOCK_R rows."""
+    square = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
+        value = tl.load(row_ptr + n.to(tl.int64) * stride_n, (r[:, None] < R) & (n < N), other=0.0).to(tl.float32)
+        value *= scale
+        square += value * value
+    return tl.sum(square, 1)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -13,12 +27,13 @@ def _inverse_norm_kernel(rows_ptr, inverse_norm_ptr, R, N, stride_r, stride_n,
                          BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     row_ptr = rows_ptr + r[:, None] * stride_r
-    square = tl.zeros([BLOCK_R, BLOCK_N], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)[None, :]  # [1, BLOCK_N]
-        value = tl.load(row_ptr + n.to(tl.int64) * stride_n, (r[:, None] < R) & (n < N), other=0.0).to(tl.float32)
-        square += value * value
-    tl.store(inverse_norm_ptr + r, 1 / (tl.sqrt(tl.sum(square, 1)) + EPS), r < R)
+    square = _square(row_ptr, r, R, N, stride_n, 1.0, BLOCK_R, BLOCK_N)
+    inverse = 1 / (tl.sqrt(square) + EPS)
+    huge = ~(square <= LARGEST)
+    if tl.max(huge.to(tl.int32)) > 0:  # eps is nothing beside such a norm
+        square = _square(row_ptr, r, R, N, stride_n, SCALE, BLOCK_R, BLOCK_N)
+        inverse = tl.where(huge, SCALE / tl.sqrt(square), inverse)
+    tl.store(inverse_norm_ptr + r, inverse, r < R)
 
 
 def inverse_norm(rows: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import triton.language as tl
 
 EPS = tl.constexpr(1e-8)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
+SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
 LOW = tl.constexpr(2**31 - 1)  # the bits of a key that hold the column, falling
 EMPTY = tl.constexpr(-(2**63))  # a key below every candidate's
 ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the bits of a step
@@ -59,24 +60,50 @@ def _write(neighbors_ptr, kept, row, R, place, K):
 
 
 @triton.jit
+def _products(row_ptr, column_ptr, row_scale, column_scale, N, stride_n, R: tl.constexpr, C: tl.constexpr,
+              SCALED: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
+    """The products of R rows with C columns [R, C], and the squares of both [R] and [C]."""
+    dot = tl.zeros([R, C], tl.float32)
+    row_square, column_square = tl.zeros([R, BLOCK_N], tl.float32), tl.zeros([C, BLOCK_N], tl.float32)
+    STAGES: tl.constexpr = 1 if SCALED else None  # seldom run, and what is on its way takes registers: it would spill
+    for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
+        n = start + tl.arange(0, BLOCK_N)[None, :]
+        offset = n.to(tl.int64) * stride_n
+        of_row = tl.load(row_ptr + offset, n < N, other=0.0).to(tl.float32)
+        of_column = tl.load(column_ptr + offset, n < N, other=0.0).to(tl.float32)
+        if SCALED:
+            of_row *= row_scale[:, None]
+            of_column *= column_scale[:, None]
+        dot = tl.dot(of_row, tl.trans(of_column), dot, input_precision=PRODUCT)
+        row_square += of_row * of_row
+        column_square += of_column * of_column
+    return dot, tl.sum(row_square, 1), tl.sum(column_square, 1)
+
+
+@triton.jit
+def _scale(square):
+    """By what a feature is multiplied: 1, but where its square leaves the range of float32."""
+    return tl.where(square <= LARGEST, 1.0, SCALE)
+
+
+@triton.jit
 def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):
     """Cosines of the features `row` [R, 1] with `column` [1, C], as near as float32: [R, C]; a zero row gives 0."""
     column = tl.trans(column)
     row_ptr = weight_ptr + tl.minimum(row, D - 1).to(tl.int64) * stride_d  # beyond D: the last, for nobody's use
     column_ptr = weight_ptr + tl.minimum(column, D - 1).to(tl.int64) * stride_d
-    dot = tl.zeros([row.shape[0], column.shape[0]], tl.float32)
-    row_square = tl.zeros([row.shape[0], BLOCK_N], tl.float32)
-    column_square = tl.zeros([column.shape[0], BLOCK_N], tl.float32)
-    for start in range(0, N, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)[None, :]
-        offset = n.to(tl.int64) * stride_n
-        of_row = tl.load(row_ptr + offset, n < N, other=0.0).to(tl.float32)
-        of_column = tl.load(column_ptr + offset, n < N, other=0.0).to(tl.float32)
-        dot = tl.dot(of_row, tl.trans(of_column), dot, input_precision=PRODUCT)
-        row_square += of_row * of_row
-        column_square += of_column * of_column
-    row_inverse = 1 / (tl.sqrt(tl.sum(row_square, 1)) + EPS)
-    column_inverse = 1 / (tl.sqrt(tl.sum(column_square, 1)) + EPS)
+    R: tl.constexpr = row.shape[0]
+    C: tl.constexpr = column.shape[0]
+    dot, row_square, column_square = _products(
+        row_ptr, column_ptr, None, None, N, stride_n, R, C, False, BLOCK_N, PRODUCT
+    )
+    row_scale, column_scale = _scale(row_square), _scale(column_square)
+    if tl.minimum(tl.min(row_scale), tl.min(column_scale)) < 1:
+        dot, row_square, column_square = _products(
+            row_ptr, column_ptr, row_scale, column_scale, N, stride_n, R, C, True, BLOCK_N, PRODUCT
+        )
+    row_inverse = 1 / (tl.sqrt(row_square) + EPS * row_scale)
+    column_inverse = 1 / (tl.sqrt(column_square) + EPS * column_scale)
     return dot * row_inverse[:, None] * column_inverse[None, :]
 
 

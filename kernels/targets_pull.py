@@ -14,6 +14,7 @@ GATHER = 8  # rows of x gathered at once, of a common list of eight winner pairs
 MAX_BLOCK_N = 128  # one warp's width: a narrow block of a large x stays in the level-2 cache while all features read it
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
+FINITE = 2.0**-126, 2.0**127 * (1 - 2.0**-24)  # the smallest normal float32, and half of the largest
 DENSE_ROWS = 16  # a larger whole batch is rescued by a product: a gather would read all of x for every feature
 
 
@@ -178,6 +179,8 @@ def targets(
     mean = target.mean(dim=0)
     if target_projection == "centered":
         return target.sub_(mean)
+    half = (mean.abs().sum() / 2).clamp(*FINITE)
+    mean = mean / half.log2().floor().exp2() * 2.0**-20  # so short that no sum of products with it leaves the range
     square = mean @ mean
     return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
 

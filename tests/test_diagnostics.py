@@ -43,6 +43,16 @@ def test_zero_rows_have_cosine_zero_and_a_single_row_has_none():
     assert math.isnan(diag.row_cosine(torch.ones(1, 3))) and math.isnan(diag.row_abs_cosine(torch.ones(1, 3)))
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_cosines_and_norms_in_any_units(factor):
+    rows = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    for metric in (diag.row_cosine, diag.row_abs_cosine, diag.column_cosine, diag.column_correlation):
+        near(metric(rows * factor), metric(rows))
+    norms = diag.force_norms(rows * factor, torch.zeros_like(rows), rows * factor, rows * factor)
+    torch.testing.assert_close(norms["gradient"].double() / factor, rows.double().norm(dim=1))
+    torch.testing.assert_close(norms["pull"], norms["gradient"])
+
+
 def test_no_square_matrix_gives_the_same_as_all_pairs():
     rows = torch.randn(9, 5, dtype=torch.float64)
     unit = rows / rows.norm(dim=1, keepdim=True)

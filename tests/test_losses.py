@@ -60,6 +60,21 @@ def test_no_activity_at_all(shape):
     assert loss == 0 and activation.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype, exponents", [(torch.float32, (-100, 60, 90)), (F64, (-900, 500, 900))], ids=str)
+def test_weight_similarity_does_not_depend_on_the_norms(dtype, exponents):
+    """Norms are constants of the rows: the gradient shrinks as they grow. Powers of two: no rounding differs."""
+    weight = torch.randn(3, 4, dtype=dtype)
+    scale = tensor([[2.0**e] for e in exponents], dtype=dtype)
+    found = []
+    for rows in (weight, weight * scale):
+        rows.requires_grad_()
+        loss = weight_similarity_loss(rows)
+        loss.backward()
+        found.append((loss.detach(), rows.grad))
+    (loss, gradient), (scaled_loss, scaled_gradient) = found
+    assert scaled_loss.equal(loss) and (scaled_gradient * scale).equal(gradient)
+
+
 def test_descent_on_them_diversifies():
     torch.manual_seed(0)
     weight = (torch.randn(1, 8) + 0.3 * torch.randn(6, 8)).requires_grad_()

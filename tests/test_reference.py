@@ -229,6 +229,18 @@ def test_step_13_pull_moves_the_weight_or_the_offset():
     close(offset, tensor([[1.0, 1.2], [1.0, 1.1]]))
 
 
+@pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e30), (F64, 1e200)], ids=str)
+def test_norms_whose_squares_are_out_of_range(dtype, huge):
+    rows = tensor([[3.0, 4.0], [0.0, 0.0], [3.0, INF], [3.0, NAN]], dtype=dtype)
+    close(ref.inverse_norm(rows)[:3], tensor([0.2, 1e8, 0.0], dtype=dtype))
+    assert ref.inverse_norm(rows)[3].isnan()
+    close(ref.inverse_norm(rows[:1] * huge) * huge, tensor([0.2], dtype=dtype))
+    close(ref.cosine_similarity(tensor([[3.0, 4.0], [4.0, 3.0]], dtype=dtype) * huge)[0, 1], tensor(0.96, dtype=dtype))
+    target = tensor([[3.0, 3.0], [1.0, -3.0]], dtype=dtype)  # mean (2, 0)
+    for factor in (huge, 1 / huge):
+        close(ref.project(target * factor, "orthogonal") / factor, tensor([[0.0, 3.0], [0.0, -3.0]], dtype=dtype))
+
+
 # --- Laws ------------------------------------------------------------------------------------------------------------
 
 

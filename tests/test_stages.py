@@ -9,6 +9,7 @@ from backends import DEVICE, ON_CPU, SLOW, candidates, over_backends, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bcl_fast import BCLConfig, ops
 from bcl_fast import reference as ref
 from bcl_fast.testing import COLUMNS, budget, columns, compete, neighbours_of, relative_error
 
@@ -279,6 +280,103 @@ def test_neighbours_by_float64_regret(backend, dtype, B, D, N):
     best = cosine.clone().fill_diagonal_(-torch.inf).sort(dim=1, descending=True).values[:, : near.shape[1]]
     regret = (best - cosine.gather(1, near)).clamp(min=0)
     assert float(regret.max()) <= 1e-6
+
+
+# --- The whole range of a dtype ---------------------------------------------------------------------------------------
+
+
+# Powers of two: no rounding differs. Squares leave float32 at 2^64 and float64 at 2^512.
+EXPONENTS = {torch.float32: (0, 30, 63, 64, 65, 90, 126), torch.float64: (0, 300, 511, 512, 513, 800, 1022)}
+
+
+def every_dtype(**options):
+    """Parametrise a test over `name`, a backend or the reference, and the dtypes that it serves."""
+    rows = [(name, t) for t in DTYPES for name in ["reference", *(n for n, _ in candidates(dtype=t, **options))]]
+    return pytest.mark.parametrize("name, dtype", rows, ids=str)
+
+
+def scaled_rows(dtype, N=50):
+    """Rows of many magnitudes, and what 1 / (|row| + eps) is, each told from the same row near 1."""
+    exponents = EXPONENTS[dtype]
+    near_one = columns("random", len(exponents), N, torch.float64).clamp(-1.5, 1.5).to(dtype)
+    inverse = 1 / torch.linalg.vector_norm(near_one.double(), dim=1)  # eps = 1e-8 is within the tolerance
+    scale = torch.tensor([2.0**e for e in exponents], dtype=torch.float64)
+    return (near_one.double() * scale[:, None]).to(dtype), inverse, scale
+
+
+def check_inverse_norms(found, inverse, scale):
+    assert found.dtype in EXPONENTS
+    error = (found.double() * scale / inverse - 1).abs()  # a norm may be out of range where its inverse is not
+    assert (error <= torch.where(found < torch.finfo(found.dtype).tiny, 1e-3, 1e-6)).all(), error
+
+
+@every_dtype()
+def test_norms_whose_squares_are_out_of_range(name, dtype):
+    rows, inverse, scale = scaled_rows(dtype)
+    check_inverse_norms(stage("inverse_norm", name)(rows), inverse, scale)
+    B = len(rows)
+    for x in (rows, rows.T.contiguous().T):
+        won = compete(stage("competition", name), columns("random", B, 5, dtype), neighbours_of(5, 2), x=x)
+        check_inverse_norms(won["x_inverse_norm"], inverse, scale)
+
+
+@backend
+def test_norms_of_rows_with_nan_and_inf(backend):
+    rows = columns("random", 6, 33)
+    rows[1, 3], rows[2, 4], rows[3, 5], rows[4] = torch.inf, -torch.inf, torch.nan, 1e30
+    rows[3, 6] = torch.inf
+    won = compete(stage("competition", backend), columns("random", 6, 5), neighbours_of(5, 2), x=rows)
+    for found in (stage("inverse_norm", backend)(rows), won["x_inverse_norm"]):
+        assert found[1] == 0 and found[2] == 0 and found[3].isnan()
+        torch.testing.assert_close(found[[0, 4, 5]], ref.inverse_norm(rows.double())[[0, 4, 5]].float())
+
+
+@every_dtype(stage="neighbours")
+def test_neighbours_do_not_depend_on_the_features_norms(name, dtype):
+    weight = columns("random", 37, 19, dtype) + 0.5
+    scale = torch.tensor([2.0 ** EXPONENTS[dtype][d % 6] for d in range(37)], dtype=dtype)
+    find = stage("neighbours", name)
+    assert find(weight * scale[:, None], 8).equal(find(weight, 8))
+
+
+@over_backends(stage="neighbours")
+def test_neighbours_of_features_with_nan_and_inf(backend):
+    weight = columns("random", 23, 9)
+    weight[2, 3], weight[11, 5], weight[5] = torch.inf, torch.nan, 1e25
+    assert stage("neighbours", backend)(weight, 22).equal(ref.neighbours(weight, 22))
+
+
+@pytest.mark.parametrize("name", ["reference", *(name for name, _ in candidates(stage="targets"))])
+@pytest.mark.parametrize("exponent", [-70, 63, 66, 100])
+def test_projected_targets_scale_with_the_samples(name, exponent):
+    x, *rest = choices(23, 7, 10, 3, 5, torch.float32)
+    x = x - x.mean()
+    expected = stage("targets", name)(x, *rest, "orthogonal") * 2.0**exponent
+    assert stage("targets", name)(x * 2.0**exponent, *rest, "orthogonal").equal(expected)
+
+
+def chosen_for(backend, x, weight, temperature, affinity):
+    """winner, pair_feature and rescue_rows of a training forward on these samples, as the layer asks for them."""
+    counters = torch.tensor(1), torch.tensor(0), torch.tensor(0)
+    tensors = x, weight, None, x @ weight.T, neighbours_of(weight.shape[0], 4), *counters
+    tensors = [None if t is None else t.to(DEVICE[backend]) for t in tensors]
+    c = BCLConfig(temperature=temperature, affinity=affinity)
+    _, winner, _, pair_feature, _, rescue_rows, *_ = ops.operator("statistics_", tensors[0])(
+        *tensors, c.recompute_every, c.temperature, c.affinity, c.need_weighting, c.rescue_weighting, c.rescue_k,
+        c.forces, c.gradient_mask, c.rescue_onset, c.pull_onset, c.check_finite, backend,
+    )  # fmt: skip
+    return winner.cpu(), pair_feature.cpu(), rescue_rows.cpu().sort(dim=1).values
+
+
+@pytest.mark.parametrize("backend", ["reference", *(name for name, _ in candidates())])
+@pytest.mark.parametrize("affinity", RULES)
+@pytest.mark.parametrize("factor", [2.0**63, 2.0**80, 1e19])
+def test_a_batch_in_other_units_has_the_same_winners_and_rescued_samples(backend, affinity, factor):
+    """Margins scale too: a temperature in the same units makes the competition the same."""
+    x, weight = columns("random", 41, 130), columns("random", 11, 130, seed=1)
+    expected = chosen_for(backend, x, weight, 5.0, affinity)
+    for found, same in zip(chosen_for(backend, x * factor, weight, 5.0 / factor, affinity), expected, strict=True):
+        assert found.equal(same)
 
 
 @over_backends(stage="neighbours")

@@ -68,7 +68,7 @@ struct Kernels {
     // Rows [first, last) of the batch; adds to sums [2, D]: rank_score, and rank_score / coverage. scratch: see
     // competition_scratch.
     void (*competition)(const Competition<Real>&, int64_t first, int64_t last, Real* scratch, double* sums);
-    // 1 / (the Euclidean norm of one row [N] + eps).
+    // 1 / (the Euclidean norm of one row [N] + eps), in the whole range of Real.
     Real (*inverse_norm)(const Real* row, int64_t N);
     // Features [first, last). scratch: see selection_scratch, in bytes.
     void (*selection)(const Selection<Real>&, int64_t first, int64_t last, char* scratch);

@@ -67,7 +67,18 @@ __global__ void norm_kernel(const Competition c) {
             square += value * value;
         }
         square = sum_of_warp(square);
-        if (lane == 0) c.x_inverse_norm[b] = 1 / (sqrtf(square) + EPS);
+        float inverse = 1 / (sqrtf(square) + EPS);
+        if (!(square <= LARGEST)) {  // scaled into range; eps is nothing beside such a norm
+            constexpr float SCALE = 0x1p-96f;
+            square = 0;
+#pragma unroll 1
+            for (int64_t n = lane; n < c.N; n += 32) {
+                const float value = c.x[b * c.x_stride_b + n * c.x_stride_n] * SCALE;
+                square += value * value;
+            }
+            inverse = SCALE / sqrtf(sum_of_warp(square));
+        }
+        if (lane == 0) c.x_inverse_norm[b] = inverse;
     }
 }
 
