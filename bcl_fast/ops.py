@@ -322,12 +322,27 @@ def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+LEAST_NORM = 1e-6  # of which EPS = 1e-8 is one percent
+
+
 def require_finite(**tensors: Tensor) -> None:
     """Raise a ValueError that names the first tensor holding NaN or Inf (`check_finite` of SPEC 3)."""
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise ValueError(f"{name} must be finite (check_finite=True), got {bad} NaN or Inf of {tensor.numel()}")
+
+
+def require_norms(x: Tensor) -> None:
+    """Raise a ValueError that names rows of x [B, N], not zero, of which EPS is a share that shrinks their cosines."""
+    short = torch.linalg.vector_norm(_float(x), dim=1) < LEAST_NORM
+    short &= (x != 0).any(dim=1)  # squares may underflow
+    if bool(short.any()):
+        rows = short.nonzero()[:, 0]
+        raise ValueError(
+            f"rows of x must be zero or of norm >= {LEAST_NORM:g} (check_finite=True), got {len(rows)} of "
+            f"{len(x)} that are shorter, the first of them row {int(rows[0])}"
+        )
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -433,6 +448,7 @@ def statistics_(
     """
     if check_finite:
         require_finite(x=x, weight=weight, activation=activation)
+        require_norms(x)
     ticket, due, task = owner.clone(), True, torch._C._current_graph_task_id()
     if task != NO_BACKWARD and (recomputed := owner_of(ticket)) is not None:
         ticket.neg_()

@@ -75,7 +75,7 @@ class BCLConfig:
     rescue_onset: float = 0.0  # 0 .. 1, rescue only below this win rate; 0 = always
     pull_onset: float = 0.0  # 0 .. 1, pull only below this win rate; 0 = always
     som_space: str = "weight"  # weight, offset
-    check_finite: bool = False  # True: NaN or Inf raises, at the cost of a device synchronisation
+    check_finite: bool = False  # True: NaN, Inf, or rows of x with 0 < |x| < 1e-6 raise; waits for the device
     sync: str = "global"  # global, local: across the ranks of a process group
 
     def __post_init__(self) -> None:

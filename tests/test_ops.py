@@ -265,6 +265,23 @@ def test_a_dead_owner_is_forgotten():
 
 
 @backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_check_finite_names_samples_too_short_for_a_cosine(backend, dtype):
+    arguments = list(statistics_arguments(backend, ops.BCLConfig(check_finite=True)))
+    for place in (0, 1, 3):
+        arguments[place] = arguments[place].to(dtype if place == 0 else ops.exact(dtype))
+    arguments[2] = None
+    x = arguments[0]
+    x[1], x[2] = 0, x[2] * 1e-4  # a zero row has cosine 0 by definition
+    torch.ops.bcl_fast.statistics_(*arguments)
+    x[[5, 7]] *= 1e-8
+    x[6] = torch.tensor([1e-30, 0, 0, 0])  # its square underflows
+    message = r"^rows of x must be zero or of norm >= 1e-06 .* got 3 of 9 that are shorter, the first of them row 5"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.bcl_fast.statistics_(*arguments)
+
+
+@backend
 def test_require_finite_names_the_tensor(backend):
     arguments = list(statistics_arguments(backend, ops.BCLConfig(check_finite=True)))
     neighbors = arguments[4].clone()
