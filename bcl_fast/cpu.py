@@ -14,6 +14,7 @@ from .norms import shortened, with_norms
 
 PANEL = 1 << 19  # similarities held at once by the neighbour search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
+NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the library returns, beside 0
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
@@ -31,9 +32,19 @@ def instruction_set() -> str:
     return native.cpu().bcl_cpu_isa().decode()
 
 
-def _call(stage: str, dtype: torch.dtype, *arguments: int | float | None) -> None:
-    if getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(*arguments, torch.get_num_threads()):
+def _call(stage: str, dtype: torch.dtype, *arguments: int | float | None) -> int:
+    """Run a stage: 0, or which of its indices the library refused."""
+    status = getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(*arguments, torch.get_num_threads())
+    if status == NO_MEMORY:
         raise MemoryError(f"no memory for the stage {stage}")
+    if status == BAD_SIZE:
+        raise ValueError(f"the stage {stage} does not take inputs of these shapes")
+    return status
+
+
+def _outside(name: str, index: Tensor, size: int) -> ValueError:
+    value = int(index[(index < 0) | (index >= size)][0])
+    return ValueError(f"{name} must hold indices 0 .. {size - 1}, got {value}")
 
 
 def _rows(matrix: Tensor) -> Tensor:
@@ -74,7 +85,9 @@ def competition(
 ) -> tuple[Tensor, ...]:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
     activation, neighbors, x = _rows(activation), neighbors.contiguous(), _rows(x.to(activation.dtype))
-    (B, D), k = activation.shape, neighbors.shape[1]
+    (B, D), (features, k) = activation.shape, neighbors.shape
+    if not 1 <= D == features or k < 1 or neighbors.dtype != torch.int64:
+        raise native.bad_neighbors(neighbors, D)
     real, whole = activation.new_empty, neighbors.new_empty
     results = (
         real(B, D), real(B), real(D), real(D), whole(B), whole(B, k), real(B, k), real(B), real(B), real(D), real(D)
@@ -134,9 +147,15 @@ def _targets(
     rescue = rescue_rows.contiguous(), rescue_weight.contiguous()
     k, r = pairs[0].shape[1], rescue[0].shape[1]
     weight, offset, som_strength, som_lr = pulled or (None, None, None, 0.0)
-    _call("targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(native.pointer, pairs), k,
-          *map(native.pointer, rescue), r, winner_share.data_ptr(), native.pointer(weight), native.pointer(offset),
-          destination.data_ptr(), N, native.pointer(som_strength), som_lr)  # fmt: skip
+    refused = _call(
+        "targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(native.pointer, pairs), k,
+        *map(native.pointer, rescue), r, winner_share.data_ptr(), native.pointer(weight), native.pointer(offset),
+        destination.data_ptr(), N, native.pointer(som_strength), som_lr,
+    )  # fmt: skip
+    if refused == BAD_PAIR_FEATURE:
+        raise _outside("pair_feature", pair_feature, D)
+    if refused == BAD_RESCUE_ROW:
+        raise _outside("rescue_rows", rescue_rows, B)
 
 
 def targets(
@@ -215,10 +234,11 @@ def _masked(
         return grad_output, grad_output.sum(dim=0)
     grad_output, mask = _rows(grad_output), mask.contiguous()
     B, D = mask.shape
-    masked, total = torch.empty_like(mask) if out is None else out, mask.new_empty(D)
+    packed = out is not None and out.is_contiguous()
+    masked, total = out if packed else torch.empty_like(mask), mask.new_empty(D)
     _call("gradient", mask.dtype, grad_output.data_ptr(), grad_output.stride(0), mask.data_ptr(), B, D,
           masked.data_ptr(), total.data_ptr())  # fmt: skip
-    return masked, total
+    return masked if out is None or packed else out.copy_(masked), total
 
 
 def rank(key: Tensor) -> Tensor:

@@ -96,7 +96,9 @@ def competition(
     What no operator returns, such as coverage and need, lies where the scratch memory begins.
     """
     x, neighbors = x.float(), neighbors.contiguous()
-    (B, D), k = activation.shape, neighbors.shape[1]
+    (B, D), (features, k) = activation.shape, neighbors.shape
+    if not 1 <= D == features or k < 1 or neighbors.dtype != torch.int64:
+        raise native.bad_neighbors(neighbors, D)
     real, whole = activation.new_empty, neighbors.new_empty
     rank_score, winner, pair_feature, pair_pull = real(B, D), whole(B), whole(B, k), real(B, k)
     winner_share, som_strength = real(D), real(D)
@@ -120,7 +122,7 @@ def selection(
     rescue_weighting: str,
     rescue_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Stage `selection` (step 9b) for the rule `rank` and at most 64 samples a feature."""
+    """Stage `selection` (step 9b) for the rule `rank` and 1 to 64 samples a feature."""
     (B, D), r = activation.shape, min(rescue_k, activation.shape[0])
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, x_inverse_norm, need)]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-CPU_ABI = 4  # of csrc/cpu/api.cpp
+CPU_ABI = 5  # of csrc/cpu/api.cpp
 CUDA_ABI = 2  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
 INEXACT = "was built with -ffast-math or a part of it, which changes results: install again without such flags"
@@ -36,6 +36,12 @@ _CPU_ARGUMENTS = {
 def pointer(tensor: Any) -> int | None:
     """Where the elements of a tensor begin; None for none."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def bad_neighbors(neighbors: Any, D: int) -> ValueError:
+    """For neighbors of another shape or dtype than the libraries read, whatever indices they hold: users load them."""
+    given = f"{neighbors.dtype} {list(neighbors.shape)}"
+    return ValueError(f"neighbors must be torch.int64 [{D}, k] with D, k >= 1, got {given}")
 
 
 _SCRATCH_AND_STREAM = [c_void_p, POINTER(c_size_t), c_int, c_void_p]

@@ -101,6 +101,7 @@ def competition(
     pull_onset: float,
 ) -> tuple[Tensor, ...]:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
+    neighbors = neighbors.clamp(0, neighbors.shape[0] - 1)  # as the reference: damaged state may hold anything
     margin = _margin(activation, neighbors)
     winner = margin.argmax(dim=1)
     rank_score = margin.mul_(temperature).sigmoid_()
@@ -163,7 +164,7 @@ def _select_tile(
     position = _largest(score.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf), sample, r)
     rows = position if sample is None else sample.gather(1, position)
     if rescue_weighting == "hard":
-        return rows, torch.full(rows.shape, 1 / r, dtype=key.dtype, device=key.device)
+        return rows, torch.full(rows.shape, 1 / max(r, 1), dtype=key.dtype, device=key.device)
     value = affinity.gather(1, position)
     if rule == "rank":
         value = value / (B - 1) if B > 1 else torch.ones_like(value)

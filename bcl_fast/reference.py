@@ -46,6 +46,11 @@ def nearest(similarity: Tensor, neighborhood_k: int) -> Tensor:
 # --- Steps 2 to 8: competition ---------------------------------------------------------------------------------------
 
 
+def features(neighbors: Tensor) -> Tensor:
+    """neighbors [D, k] with every index outside of 0 .. D - 1 replaced by the nearest inside."""
+    return neighbors.clamp(0, neighbors.shape[0] - 1)
+
+
 def strength(activation: Tensor) -> Tensor:
     """S = |A| (step 2): [B, D] -> [B, D]."""
     return activation.abs()
@@ -164,7 +169,7 @@ def select(score: Tensor, rescue_k: int) -> Tensor:
 def rescue_weight(weighted_affinity: Tensor, rows: Tensor, rescue_weighting: str) -> Tensor:
     """The share of every chosen sample in its feature's target (step 9b): [B, D], [D, r] -> [D, r]."""
     if rescue_weighting == "hard":
-        return torch.full_like(rows, 1 / rows.shape[1], dtype=weighted_affinity.dtype)
+        return torch.full_like(rows, 1 / max(rows.shape[1], 1), dtype=weighted_affinity.dtype)
     value = weighted_affinity.T.gather(1, rows).clamp(min=0)
     return value / (value.sum(dim=1, keepdim=True) + EPS)
 
@@ -263,8 +268,10 @@ def competition(
     activation [B, D], neighbors [D, k], x [B, N]; forces and onsets are the options of SPEC 3. Returns, in the order of
     `COMPETITION`: rank_score [B, D]; coverage [B]; novelty, win_rate [D]; winner [B] int64; pair_feature [B, k] int64,
     the winner's neighbours, and pair_pull [B, k], the rank_score * local_novelty of each; x_inverse_norm and need [B]
-    of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11.
+    of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11. A neighbour that is no feature, as damaged
+    state may hold it, counts as the nearest index that is one.
     """
+    neighbors = features(neighbors)
     m = margin(strength(activation), neighbors)
     R = rank_score(m, temperature)
     coverage, rate, w = image_coverage(R), win_rate(R), winner(m)
@@ -392,7 +399,7 @@ def record(
     step: int, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Tensor, neighbors: Tensor, config: BCLConfig
 ) -> Record:
     """All of steps 2 to 11 on one batch: x [B, N], weight [D, N], bias [D], activation [B, D], neighbors [D, k]."""
-    B = x.shape[0]
+    B, neighbors = x.shape[0], features(neighbors)
     S = strength(activation)
     m = margin(S, neighbors)
     R = rank_score(m, config.temperature)

@@ -32,6 +32,12 @@ def _ordered(x):
 
 
 @triton.jit
+def _feature(index, D):
+    """What a neighbour counts as: damaged state may hold anything, and what is no feature is the nearest that is."""
+    return tl.minimum(tl.maximum(index, 0), D - 1)
+
+
+@triton.jit
 def _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d,
                BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """|A| of BLOCK_B samples, feature by feature (step 2)."""
@@ -57,7 +63,7 @@ def _rank_scores(strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B,
         strength = tl.load(strength_ptr + d * BLOCK_B + s, d < D, other=0.0)
         rival = tl.zeros([BLOCK_D, BLOCK_B], tl.int32)  # magnitudes order like their bits, NaN last
         for i in range(K):
-            j = tl.load(neighbors_ptr + d * K + i, d < D, other=0)
+            j = _feature(tl.load(neighbors_ptr + d * K + i, d < D, other=0), D)
             rival = tl.maximum(rival, tl.load(strength_ptr + j * BLOCK_B + s, d < D, other=0.0)
                                .to(tl.int32, bitcast=True))  # fmt: skip
         margin = strength - rival.to(tl.float32, bitcast=True)
@@ -94,12 +100,12 @@ def _pairs(neighbors_ptr, rank_score_ptr, pair_feature_ptr, pair_pull_ptr, b, wi
     for i_start in range(0, K, BLOCK_K):
         i = i_start + tl.arange(0, BLOCK_K)[None, :]
         inside = (b[:, None] < B) & (i < K)
-        feature = tl.load(neighbors_ptr + winner[:, None] * K + i, inside, other=0)  # [BLOCK_B, BLOCK_K]
+        feature = _feature(tl.load(neighbors_ptr + winner[:, None] * K + i, inside, other=0), D)  # [BLOCK_B, BLOCK_K]
         claimed = tl.zeros_like(feature).to(tl.float32)
         for q_start in range(0, K, BLOCK_K):
             q = q_start + tl.arange(0, BLOCK_K)[None, None, :]
             both = inside[:, :, None] & (q < K)
-            j = tl.load(neighbors_ptr + feature[:, :, None] * K + q, both, other=0)
+            j = _feature(tl.load(neighbors_ptr + feature[:, :, None] * K + q, both, other=0), D)
             claimed += tl.sum(tl.load(row_ptr[:, :, None] + j, both, other=0.0), 2)
         pull = tl.load(row_ptr + feature, inside, other=0.0) / (1 + claimed)
         tl.store(pair_feature_ptr + b[:, None] * K + i, feature, inside)
@@ -193,11 +199,14 @@ def competition(
     rescue_onset: float,
     pull_onset: float,
 ) -> tuple[torch.Tensor, ...]:
-    """activation [B, D] and x [B, N] any strides, neighbors [D, k] contiguous int64 -> rank_score [B, D], coverage [B],
+    """activation [B, D], x [B, N] and neighbors [D, k] int64, any strides -> rank_score [B, D], coverage [B],
     novelty, win_rate [D], winner [B], pair_feature, pair_pull [B, k], x_inverse_norm, need [B], winner_share,
     som_strength [D]: int64 the winner and pair_feature, float32 the others."""
-    (B, D), N, K = activation.shape, x.shape[1], neighbors.shape[1]
-
+    (B, D), N, (features, K) = activation.shape, x.shape[1], neighbors.shape
+    if not 1 <= D == features or K < 1 or neighbors.dtype != torch.int64:  # state that users load
+        given = f"{neighbors.dtype} {list(neighbors.shape)}"
+        raise ValueError(f"neighbors must be torch.int64 [{D}, k] with D, k >= 1, got {given}")
+    neighbors = neighbors.contiguous()
     real, whole = activation.new_empty, neighbors.new_empty  # half the time of torch.empty
     rank_score, coverage, pair_pull, x_inverse_norm, need = real(B, D), real(B), real(B, K), real(B), real(B)
     novelty, win_rate, winner_share, som_strength = real(D), real(D), real(D), real(D)

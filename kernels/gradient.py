@@ -51,7 +51,9 @@ def gradient(
     dtype and may be the mask, or to storage of its own.
     """
     (B, D), device = grad_output.shape, grad_output.device
-    masked = torch.empty(B, D, dtype=dtype or torch.float32, device=device) if out is None else out
+    mask, winner = (None if given is None else given.contiguous() for given in (mask, winner))
+    packed = out is not None and out.is_contiguous()
+    masked = out if packed else torch.empty(B, D, dtype=dtype or torch.float32, device=device)
     total = torch.empty(D, dtype=torch.float32, device=device)
     BLOCK_D = min(128, 1 << (D - 1).bit_length())
     BLOCK_B = TILE // BLOCK_D
@@ -67,4 +69,4 @@ def gradient(
             partial, None, None, None, total, S, D, -(-S // BLOCK_B) * BLOCK_B, D, 1,
             False, False, False, BLOCK_B, BLOCK_D,
         )  # fmt: skip
-    return masked, total
+    return masked if out is None or packed else out.copy_(masked), total

@@ -184,11 +184,14 @@ def refresh_(
     refreshed_at: torch.Tensor,
     recompute_every: int,
 ) -> None:
-    """weight [D, N] any strides; rewrites neighbors [D, k] contiguous and refreshed_at where they are due at `step`.
+    """weight [D, N] any strides; rewrites neighbors [D, k] and refreshed_at where they are due at `step`.
 
     step and refreshed_at are int64 scalars on the device, read and written there; step < 2^40 - 1.
     """
-    _launch(weight, neighbors, step, refreshed_at, recompute_every)
+    packed = neighbors.contiguous()
+    _launch(weight, packed, step, refreshed_at, recompute_every)
+    if packed is not neighbors:
+        neighbors.copy_(packed)
 
 
 def nearest(similarity: torch.Tensor, first: int, neighborhood_k: int) -> torch.Tensor:

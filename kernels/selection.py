@@ -264,7 +264,7 @@ def selection(
     B, D = activation.shape
     r, ranked, soft = min(rescue_k or B, B), affinity_rule == "rank", rescue_weighting == "soft"
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
-    scale = 1 / r if not soft else 1 / max(B - 1, 1) if ranked else 1.0
+    scale = 1 / max(r, 1) if not soft else 1 / max(B - 1, 1) if ranked else 1.0
     arguments = activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares
     if r > MOST or (ranked and B > MOST_RUNS * RUN):
         _by_sorting(*arguments, affinity_rule, r, soft, scale)

@@ -18,6 +18,12 @@ FINITE = 2.0**-126, 2.0**127 * (1 - 2.0**-24)  # the smallest normal float32, an
 DENSE_ROWS = 16  # a larger whole batch is rescued by a product: a gather would read all of x for every feature
 
 
+@triton.jit
+def _inside(index, n):
+    """Indices come from our own stages and lie in 0 .. n - 1; whatever they are, no other memory is touched."""
+    return tl.minimum(tl.maximum(index, 0), n - 1)
+
+
 @triton.jit(do_not_specialize=["pairs", "chunk", "chunks"])
 def _pairs_kernel(
     pair_feature_ptr, pair_pull_ptr, cursor_ptr, start_ptr, row_ptr, pull_ptr, pairs, chunk, chunks, D,
@@ -37,7 +43,7 @@ def _pairs_kernel(
         tl.store(cursor_ptr + d + wide, 0, d + wide < D)
     tl.debug_barrier()
     for p in range(first, stop, STREAM):
-        feature = tl.load(pair_feature_ptr + p + wide, p + wide < stop, other=0)
+        feature = _inside(tl.load(pair_feature_ptr + p + wide, p + wide < stop, other=0), D)
         tl.atomic_add(cursor_ptr + feature, 1, p + wide < stop, sem="relaxed")
     tl.debug_barrier()
     before = 0
@@ -51,10 +57,11 @@ def _pairs_kernel(
     tl.debug_barrier()
     for p in range(first, stop, TILE):
         pair, mask = p + lane, p + lane < stop
-        feature = tl.load(pair_feature_ptr + pair, mask, other=0).to(tl.int32)
+        feature = _inside(tl.load(pair_feature_ptr + pair, mask, other=0), D).to(tl.int32)
         place = first + tl.load(cursor_ptr + feature, mask, other=0)
         for q in range(0, TILE, COMPARE):
-            other = tl.load(pair_feature_ptr + p + q + few, p + q + few < stop, other=0).to(tl.int32)
+            other = tl.load(pair_feature_ptr + p + q + few, p + q + few < stop, other=0)
+            other = _inside(other, D).to(tl.int32)
             earlier = (other[:, None] == feature[None, :]) & (q + few[:, None] < lane[None, :])
             place += tl.sum(earlier.to(tl.int32), axis=0)
         tl.store(row_ptr + place, pair // K, mask)
@@ -65,19 +72,19 @@ def _pairs_kernel(
 
 
 @triton.jit
-def _listed(position, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr):
+def _listed(position, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr, B):
     """The samples at these positions of a feature's list, `won` pairs and then rescued rows, and their weights."""
     place = position + tl.sum(tl.where(position[None, :] >= end[:, None], jump[:, None], 0), axis=0)
     is_won, is_rescued = position < won, (position >= won) & (position < listed)
     row = tl.load(row_ptr + place, is_won, other=0) + tl.load(rescue_rows_ptr + position, is_rescued, other=0)
     pull = tl.load(pull_ptr + place, is_won, other=0.0)
-    return row, pull + tl.load(rescue_weight_ptr + position, is_rescued, other=0.0)
+    return _inside(row, B), pull + tl.load(rescue_weight_ptr + position, is_rescued, other=0.0)
 
 
-@triton.jit(do_not_specialize=["chunk", "chunks", "r"])
+@triton.jit(do_not_specialize=["B", "chunk", "chunks", "r"])
 def _pull_kernel(
     destination_ptr, weight_ptr, som_strength_ptr, step_ptr, x_ptr, start_ptr, row_ptr, pull_ptr,
-    rescue_rows_ptr, rescue_weight_ptr, winner_share_ptr, som_lr_ptr, N, chunk, chunks, r,
+    rescue_rows_ptr, rescue_weight_ptr, winner_share_ptr, som_lr_ptr, B, N, chunk, chunks, r,
     stride_d, stride_n, weight_stride_d, weight_stride_n, x_stride_b, x_stride_n,
     MAX_CHUNKS: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +102,7 @@ def _pull_kernel(
     pull_ptr += head
     rescue_rows_ptr += d * r - won
     rescue_weight_ptr += d * r - won
-    row, weight = _listed(lane, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr)
+    row, weight = _listed(lane, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr, B)
     toward_won = tl.zeros([BLOCK_N], tl.float32)
     toward_rescued = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([GATHER], tl.float32)
@@ -104,7 +111,7 @@ def _pull_kernel(
         mask = (position < listed)[:, None] & (n < N)[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride_b + n[None, :] * x_stride_n, mask, other=0.0).to(tl.float32)
         next_row, next_weight = _listed(  # while x is on its way
-            position + GATHER, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr
+            position + GATHER, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr, B
         )
         pull = tl.where(position < won, weight, 0.0)
         toward_won += tl.sum(pull[:, None] * x, axis=0)
@@ -137,9 +144,11 @@ def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair
     A large whole batch is left out.
     """
     (B, N), D, k = x.shape, winner_share.shape[0], pair_feature.shape[1]
-    r = 0 if _takes_whole_batch(x, rescue_rows) else rescue_rows.shape[1]
+    r = 0 if B == 0 or _takes_whole_batch(x, rescue_rows) else rescue_rows.shape[1]
     chunk_rows = max(CHUNK_ROWS, -(-B // MAX_CHUNKS))  # triton.cdiv takes microseconds on the host
-    chunk, chunks = chunk_rows * k, -(-B // chunk_rows)
+    chunk, chunks = chunk_rows * k, max(-(-B // chunk_rows), 1)
+    if D == 0:
+        return
     cursor = torch.empty(chunks, D, dtype=torch.int32, device=x.device)
     start = torch.empty(D + 1, chunks, dtype=torch.int32, device=x.device)
     row = torch.empty(B * k, dtype=torch.int64, device=x.device)
@@ -151,7 +160,7 @@ def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair
     weight_stride = (0, 0) if weight is None else weight.stride()
     _pull_kernel[D, -(-N // BLOCK_N)](
         destination, weight, som_strength, step, x, start, row, pull,
-        rescue_rows.contiguous(), rescue_weight.contiguous(), winner_share.contiguous(), som_lr, N, chunk, chunks, r,
+        rescue_rows.contiguous(), rescue_weight.contiguous(), winner_share.contiguous(), som_lr, B, N, chunk, chunks, r,
         *destination.stride(), *weight_stride, *x.stride(), MAX_CHUNKS, GATHER, BLOCK_N, num_warps=1)  # fmt: skip
 
 

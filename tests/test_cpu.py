@@ -117,6 +117,69 @@ def test_infinite_similarities_are_the_largest_numbers():
     assert cpu.nearest(similarity, 0, 9).equal(ref.nearest(similarity, 9))
 
 
+@pytest.mark.parametrize("value", [-1, 19, 41, -(2**63), 2**31, 2**32, 2**40, 2**63 - 1])
+@pytest.mark.parametrize("name, place, size", [("pair_feature", 1, 19), ("rescue_rows", 3, 41)])
+def test_an_index_out_of_bounds_is_an_error_that_names_it(name, place, size, value):
+    value = -7 if name == "rescue_rows" and value == 19 else value
+    B, D, N = 41, 19, 33
+    pairs = neighbours_of(D, 3)[torch.arange(B) % D], torch.ones(B, 3)
+    rescue = torch.arange(D * 5).view(D, 5) % B, torch.ones(D, 5)
+    given = [columns("random", B, N), *pairs, *rescue, torch.ones(D)]
+    given[place].view(-1)[-1] = value
+    weight, step = columns("random", D, N), (torch.ones(D), torch.tensor(0.1))
+    before = weight.clone()
+    for offset in (None, torch.zeros(D, N)):
+        with pytest.raises(ValueError, match=rf"^{name} must hold indices 0 \.\. {size - 1}, got {value}$"):
+            cpu.targets_pull_(weight, offset, *step, *given, "none")
+        assert weight.equal(before) and (offset is None or offset.count_nonzero() == 0)
+    with pytest.raises(ValueError, match=f"^{name} must hold"):
+        cpu.targets(*given, "centered")
+
+
+def test_indices_of_a_whole_batch_are_looked_at_too():
+    x, rows = columns("random", 4, 3), torch.arange(4).repeat(5, 1)
+    pairs = torch.zeros(4, 2, dtype=torch.int64), torch.ones(4, 2)
+    for value in (-1, 4, 2**40):
+        rows[2, 1] = value
+        with pytest.raises(RuntimeError, match="out of bounds"):  # torch's own: a product takes the place of sums
+            cpu.targets(x, *pairs, rows, torch.ones(5, 4), torch.ones(5), "none")
+
+
+@pytest.mark.parametrize("shape, dtype", [((6, 3), int), ((5, 0), int), ((5, 3), torch.int32)], ids=str)
+def test_neighbors_of_another_shape_are_refused(shape, dtype):
+    neighbors = torch.zeros(shape, dtype=torch.int64 if dtype is int else dtype)
+    with pytest.raises(ValueError, match=r"^neighbors must be torch.int64 \[5, k\] with D, k >= 1, got torch.int"):
+        compete(cpu.competition, columns("random", 7, 5), neighbors)
+
+
+BAD_SIZES = {
+    "competition": [(-1, 5, 2, 3), (7, 0, 2, 3), (7, 2**31, 2, 3), (7, 5, 0, 3), (7, 5, 2, -1)],  # B, D, k, N
+    "selection": [(2**31, 5, 2), (7, -1, 2), (7, 5, 8), (7, 5, -1)],  # B, D, r
+    "nearest": [(7, 5, 5), (7, 0, 1), (7, 5, -1)],  # rows, D, k
+    # B, N, D, k, r
+    "targets": [(2**31, 3, 5, 2, 2), (7, -1, 5, 2, 2), (7, 3, -1, 2, 2), (7, 3, 5, -1, 2), (7, 3, 5, 2, -1)],
+}
+
+
+@pytest.mark.parametrize("name, sizes", [(name, sizes) for name, rows in BAD_SIZES.items() for sizes in rows], ids=str)
+def test_the_interface_refuses_sizes_that_no_input_has(name, sizes):
+    """Before it looks at any memory: here there is none."""
+    none = None
+    call = {
+        "competition": lambda B, D, k, N: (none, 5, B, D, none, k, 5.0, none, 3, N, 0, 0.0, 0.0, *[none] * 11, 1),
+        "selection": lambda B, D, r: (none, 5, B, D, none, none, none, none, 0, 0, r, none, none, 1),
+        "nearest": lambda rows, D, k: (none, 5, rows, D, 0, k, none, 1),
+        "targets": lambda B, N, D, k, r: (
+            none, 3, B, N, D, none, none, k, none, none, r, none, none, none, none, 3, none, 0.1, 1
+        ),
+    }[name](*sizes)  # fmt: skip
+    assert getattr(native.cpu(), f"bcl_cpu_{name}_f32")(*call) == cpu.BAD_SIZE
+
+
+def test_nobody_is_near_a_single_feature():
+    assert cpu.nearest(torch.ones(3, 1), 5, 8).shape == (3, 0) and cpu.neighbours(torch.ones(1, 4), 8).shape == (1, 0)
+
+
 def test_bits_do_not_depend_on_the_number_of_threads():
     B, D, N = 1031, 301, 97  # enough work for several threads
     activation, x = columns("random", B, D), columns("random", B, N)

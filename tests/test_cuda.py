@@ -128,6 +128,17 @@ def test_selection_and_rank_plans(B, D):
 # --- Every way through the kernels ------------------------------------------------------------------------------------
 
 
+def check_damaged(activation, neighbors):
+    """Indices that are no feature's count as the nearest that are, bit by bit."""
+    inside = neighbors.clamp(0, len(neighbors) - 1)
+    results = [
+        stage("competition", "cuda")(activation, near, 5.0, activation, "coupled", 0.0, 0.0)
+        for near in (neighbors, inside)
+    ]
+    assert all(got.equal(same) for got, same in zip(*results, strict=True))
+    assert results[0][4].equal(ref.winner(ref.margin(activation.abs(), inside)))
+
+
 @on_host
 @over_forms("competition")
 @pytest.mark.parametrize(
@@ -164,6 +175,9 @@ def test_competition_wherever_the_strengths_lie(monkeypatch, host, where, rows, 
         margin = ref.margin(activation.abs(), neighbors)
         assert won[4].equal(ref.winner(margin))
         torch.testing.assert_close(won[0], ref.rank_score(margin, 5.0), rtol=1e-5, atol=1e-6, equal_nan=True)
+        damaged = neighbors.clone()
+        damaged[::3, 0], damaged[1::3, -1], damaged[::5, 1] = -1, 1 << 40, D
+        check_damaged(activation[:2], damaged)
 
 
 @served
@@ -175,6 +189,30 @@ def test_competition_in_every_form(monkeypatch, form):
     strided = columns("random", 2 * 19, 3 * 413)[::2, ::3]
     check_competition("cuda", strided, neighbours_of(413, 5), x=columns("random", 7, 19, seed=2).T)
     check_competition("cuda", strided.T.contiguous().T, neighbours_of(413, 5), temperature=0.5)
+
+
+@served
+@over_forms("competition")
+@pytest.mark.parametrize("k", [1, 8, 9])
+def test_damaged_neighbors_in_every_form(monkeypatch, form, k):
+    monkeypatch.setitem(cuda.LAUNCH, "competition", form)
+    for D in (40, 1100):
+        neighbors = neighbours_of(D, k).clone()
+        neighbors[::2, 0], neighbors[1::4, -1], neighbors[3::4, k // 2] = -(1 << 63), 1 << 32, (1 << 63) - 1
+        check_damaged(columns("quantised", 9, D), neighbors)
+
+
+@served
+def test_neighbors_and_sizes_that_are_refused():
+    activation, ones = columns("random", 7, 5).to(DEVICE["cuda"]), torch.ones(7, device=DEVICE["cuda"])
+    for shape, dtype in (((6, 3), torch.int64), ((5, 0), torch.int64), ((5, 3), torch.int32)):
+        neighbors = torch.zeros(shape, dtype=dtype, device=DEVICE["cuda"])
+        with pytest.raises(ValueError, match=r"^neighbors must be torch.int64 \[5, k\]"):
+            cuda.competition(activation, neighbors, 5.0, activation, "decoupled", 0.0, 0.0)
+    for r, some in ((0, 7), (65, 7), (2, 0)):
+        wide = columns("random", 100, 5).to(DEVICE["cuda"]) if r == 65 else activation[:some]
+        with pytest.raises(RuntimeError, match="stage selection failed: sizes that it does not take"):
+            cuda.selection(wide, None, ones.new_ones(len(wide)), None, None, "rank", "hard", r)
 
 
 @served

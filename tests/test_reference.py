@@ -229,6 +229,15 @@ def test_step_13_pull_moves_the_weight_or_the_offset():
     close(offset, tensor([[1.0, 1.2], [1.0, 1.1]]))
 
 
+def test_a_neighbour_that_is_no_feature_counts_as_the_nearest_that_is():
+    damaged = tensor([[-5], [2**62], [0]])
+    close(ref.features(damaged), tensor([[0], [2], [0]]))
+    won = ref.competition(ACTIVATION, damaged, 5.0, ACTIVATION, "decoupled", 0.0, 0.0)
+    for got, expected in zip(won, ref.competition(ACTIVATION, tensor([[0], [2], [0]]), 5.0, ACTIVATION, "decoupled",
+                                                  0.0, 0.0), strict=True):  # fmt: skip
+        assert got.equal(expected)
+
+
 @pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e30), (F64, 1e200)], ids=str)
 def test_norms_whose_squares_are_out_of_range(dtype, huge):
     rows = tensor([[3.0, 4.0], [0.0, 0.0], [3.0, INF], [3.0, NAN]], dtype=dtype)

@@ -379,6 +379,89 @@ def test_a_batch_in_other_units_has_the_same_winners_and_rescued_samples(backend
         assert found.equal(same)
 
 
+# --- Damaged state, hostile sizes -------------------------------------------------------------------------------------
+
+HOSTILE = (-5, -1, -(2**31), -(2**63), 2**31, 2**32 + 1, 2**40, 2**63 - 1)
+
+
+@backend
+@pytest.mark.parametrize("k", [1, 3, 9, 20])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_neighbour_that_is_no_feature_counts_as_the_nearest_that_is(backend, k, dtype):
+    if (backend, None) not in candidates(dtype=dtype):
+        pytest.skip("float32 only")
+    D = 13
+    neighbors = neighbours_of(D, 8, seed=3).repeat(1, 3)[:, :k].clone()  # more than there are others too
+    places = torch.randperm(D * k, generator=torch.Generator().manual_seed(4))[: D * k // 2]
+    hostile = torch.tensor([*HOSTILE, D, D + 1])
+    neighbors.view(-1)[places] = hostile[torch.arange(len(places)) % len(hostile)]
+    inside = neighbors.clamp(0, D - 1)
+    activation, x = columns("quantised", 29, D, dtype), columns("random", 29, 7, dtype)
+    before = neighbors.clone()
+    got, same = (compete(stage("competition", backend), activation, near, x=x) for near in (neighbors, inside))
+    own = compete(ref.competition, activation, neighbors, x=x)
+    assert all(got[name].equal(same[name]) for name in got) and neighbors.equal(before)
+    assert got["winner"].equal(own["winner"]) and got["pair_feature"].equal(own["pair_feature"])
+    assert all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
+
+
+@backend
+def test_neighbors_of_another_layout_are_read_as_they_are(backend):
+    neighbors = neighbours_of(13, 4)
+    activation = columns("random", 9, 13)
+    spread = torch.full((8, 39), -1)
+    spread[::2, ::3] = neighbors.T
+    got, own = (
+        compete(stage("competition", backend), activation, near) for near in (spread[::2, ::3].T, neighbors)
+    )  # fmt: skip
+    assert all(got[name].equal(own[name]) for name in got)
+
+
+@over_backends(stage="gradient")
+def test_a_masked_gradient_goes_where_it_is_asked_for(backend):
+    grad, mask, spread = columns("random", 9, 13), columns("random", 9, 13, seed=1).sigmoid(), torch.zeros(26, 18).T
+    place = spread[::2, ::2].copy_(mask)
+    masked, total = stage("gradient", backend)(grad, place, None, place)
+    assert place.equal(grad * mask) and masked.equal(place) and relative_error(total, place.sum(dim=0)) <= 1e-6
+    assert spread[1::2].count_nonzero() == 0 and spread[:, 1::2].count_nonzero() == 0
+
+
+@backend
+def test_an_empty_batch_has_no_winners(backend):
+    got, own = (compete(stage("competition", name), torch.empty(0, 5), neighbours_of(5, 2)) for name in
+                (backend, "reference"))  # fmt: skip
+    for name, value in got.items():
+        torch.testing.assert_close(value, own[name], equal_nan=True)
+    none = torch.empty(0)
+    for rule, weighting in (("rank", "hard"), ("cosine", "soft")):
+        given = torch.empty(0, 5), None, none, torch.ones(5), none, rule, weighting, 3
+        rows, shares = stage("selection", backend)(*given)
+        assert rows.shape == shares.shape == (5, 0)
+
+
+@backend
+def test_two_features_no_neighbours_no_inputs_do_no_harm(backend):
+    """An error or a result, but nothing out of bounds: the interpreter and the sanitizers look at every address."""
+
+    def attempt(name, *arguments):
+        try:
+            stage(name, backend)(*arguments)
+        except (IndexError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            assert "outside" not in str(error), error
+
+    sizes = (0, 5, 3, 2), (3, 1, 3, 0), (3, 1, 3, 1), (3, 0, 3, 1), (3, 5, 0, 2), (3, 5, 3, 9), (3, 5, 3, 0)
+    for B, D, N, k in sizes:
+        activation, x = columns("random", B, D), columns("random", B, N)
+        attempt("competition", activation, torch.zeros(D, k, dtype=torch.int64), 5.0, x, "decoupled", 0.0, 0.0)
+        attempt("neighbours", columns("random", D, N), 8)
+        attempt("rank", activation)
+        attempt("gradient", activation, activation, None)
+        for r in (0, 1, B, B + 1):
+            pairs = torch.zeros(B, k, dtype=torch.int64), torch.zeros(B, k)
+            rescue = torch.zeros(D, r, dtype=torch.int64), torch.zeros(D, r)
+            attempt("targets", x, *pairs, *rescue, torch.ones(D), "none")
+
+
 @over_backends(stage="neighbours")
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("k", [1, 3, 40])

@@ -12,7 +12,7 @@ from backends import INTERPRETED
 from interpreter import Launches, Place, Traffic
 from test_layer import N, batch, check_one_step, make, same, state
 from test_ops import pending, statistics_arguments
-from test_stages import check_selection, needs
+from test_stages import check_selection, choices, needs
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -206,6 +206,30 @@ def test_competition_in_other_forms(monkeypatch, form):
         monkeypatch.setattr(competition, name, value)
     for name, value in compete(competition.competition, activation, neighbors).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("value", [-1, -(2**63), 2**31, 2**32 + 1, 2**63 - 1])
+def test_indices_out_of_bounds_touch_no_other_memory(value):
+    """They count as the nearest inside; the interpreter looks at every address."""
+    B, D, N = 37, 300, 5
+    x, pairs, pull, rows, shares, share = choices(B, D, N, 3, 5, torch.float32)
+    pairs, rows = pairs.clone(), rows.clone()
+    pairs[::2, 1], rows[::3, 2] = value, value
+    found = []
+    for feature, row in ((pairs, rows), (pairs.clamp(0, D - 1), rows.clamp(0, B - 1))):
+        weight = torch.zeros(D, N)
+        arguments = x, feature, pull, row, shares, share, "none"
+        ops.stage("targets_pull_", "triton")(weight, None, share, torch.tensor(0.1), *arguments)
+        found.append((weight, ops.stage("targets", "triton")(*arguments)))
+    for got, expected in zip(*found, strict=True):
+        assert got.equal(expected) and got.isfinite().all()
+
+
+def test_a_refresh_writes_neighbors_of_any_layout():
+    weight, spread = columns("random", 9, 5), torch.full((6, 27), -7)
+    near, step = spread[::2, ::3].T, torch.tensor(50)
+    ops.stage("refresh_", "triton")(weight, near, step, torch.tensor(-1), 50)
+    assert near.equal(reference.neighbours(weight, 3)) and (spread[1::2] == -7).all()
 
 
 def test_strengths_of_competing_programs_stay_in_the_cache():

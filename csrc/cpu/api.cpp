@@ -2,6 +2,9 @@
 //
 // Sums over the batch are formed in blocks of rows that do not depend on the number of threads, and added up in the
 // order of the blocks: results are the same bits for any number of threads.
+//
+// Indices may hold anything: no function reads or writes outside of what its sizes span. What it refuses it leaves
+// unwritten, and returns a Status.
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -102,11 +105,14 @@ struct Blocks {
     explicit Blocks(int64_t B) {
         rows = (B + MOST_BLOCKS - 1) / MOST_BLOCKS;
         rows = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
-        count = (B + rows - 1) / rows;
+        count = B > 0 ? (B + rows - 1) / rows : 0;
     }
 };
 
-enum Status { DONE = 0, NO_MEMORY = 1 };
+// Refused: sizes that no input has, or an index outside of 0 .. D - 1 or of 0 .. B - 1.
+enum Status { DONE = 0, NO_MEMORY = 1, BAD_SIZE = 2, BAD_PAIR_FEATURE = 3, BAD_RESCUE_ROW = 4 };
+
+bool countable(int64_t n) { return n >= 0 && n <= INT32_MAX; }
 
 // Per feature: steps 5 and 7, the shares and strengths of steps 10 and 11 that follow from them, and their options.
 template <class Real>
@@ -123,11 +129,19 @@ struct Forces {
     }
 };
 
+// A neighbour that is no feature counts as the nearest that is: neighbors [D, k] is state that a user loads.
 template <class Real>
-int competition(const Competition<Real>& c, const Forces<Real>& forces, int threads) {
+int competition(Competition<Real> c, const int64_t* neighbors, const Forces<Real>& forces, int threads) {
+    if (c.B < 0 || c.D < 1 || !countable(c.D) || c.k < 1 || c.N < 0) return BAD_SIZE;
     const Blocks blocks(c.B);
     Buffer<double> sums(blocks.count * 2 * c.D);
-    if (!sums.data) return NO_MEMORY;
+    Buffer<int32_t> near(c.D * c.k);
+    if (!sums.data || !near.data) return NO_MEMORY;
+    for (int64_t i = 0; i < c.D * c.k; i++) {
+        const int64_t j = neighbors[i];
+        near.data[i] = uint64_t(j) < uint64_t(c.D) ? int32_t(j) : j < 0 ? 0 : int32_t(c.D - 1);
+    }
+    c.neighbors = near.data;
     memset(sums.data, 0, blocks.count * 2 * c.D * sizeof(double));
     const int64_t bytes = competition_scratch(c.D) * sizeof(Real);
     const bool done = parallel(threads, c.B * (c.D + c.N), blocks.count, bytes, [&](int64_t i, char* scratch) {
@@ -195,6 +209,8 @@ void share(const Selection<Real>& s, int64_t d) {
 template <class Real, class Bits>
 int selection(Selection<Real> s, int threads) {
     const int64_t B = s.B, P = padded(B);
+    if (!countable(B) || s.D < 0 || s.r < 0 || s.r > B) return BAD_SIZE;
+    if (s.r == 0) return DONE;
     Buffer<int32_t> order(2 * P);
     Buffer<Real> sorted(3 * P);
     if (!order.data || !sorted.data) return NO_MEMORY;
@@ -235,6 +251,12 @@ int selection(Selection<Real> s, int threads) {
 template <class Real>
 int targets(const Targets<Real>& t, int64_t B, int64_t D, const int64_t* pair_feature, const Real* pair_pull, int64_t k,
             const int64_t* rescue_rows, const Real* rescue_weight, int64_t r, const Real* winner_share, int threads) {
+    if (!countable(B) || D < 0 || k < 0 || r < 0 || t.N < 0) return BAD_SIZE;
+    bool outside = false;
+    for (int64_t i = 0; i < D * r; i++) outside |= uint64_t(rescue_rows[i]) >= uint64_t(B);
+    if (outside) return BAD_RESCUE_ROW;
+    for (int64_t i = 0; i < B * k; i++) outside |= uint64_t(pair_feature[i]) >= uint64_t(D);
+    if (outside) return BAD_PAIR_FEATURE;
     Buffer<int64_t> start(D + 1), end(D);
     Buffer<int32_t> samples(B * k + D * r);
     Buffer<Real> shares(B * k + D * r);
@@ -291,6 +313,8 @@ int gradient(const Real* gradient, int64_t stride, const Real* mask, int64_t B, 
 template <class Real>
 int nearest(const Real* similarity, int64_t stride, int64_t rows, int64_t D, int64_t first, int64_t k, int64_t* near,
             int threads) {
+    if (k < 0 || k >= D) return BAD_SIZE;
+    if (k == 0) return DONE;
     const bool done = parallel(threads, rows * D, rows, k * sizeof(Real), [&](int64_t i, char* scratch) {
         kernels<Real>().nearest(similarity + i * stride, D, first + i, k, near + i * k, (Real*)scratch);
     });
@@ -319,8 +343,8 @@ int rank(const Real* key, int64_t stride, int64_t B, int64_t D, int64_t* rank, i
 }  // namespace
 }  // namespace bcl
 
-// The number changes with any signature below.
-API int bcl_cpu_abi() { return 4; }
+// The number changes with any signature below, and with what a Status means.
+API int bcl_cpu_abi() { return 5; }
 API const char* bcl_cpu_isa() { return bcl::isa; }
 
 #define INTERFACE(Real, Bits, suffix)                                                                                  \
@@ -330,10 +354,10 @@ API const char* bcl_cpu_isa() { return bcl::isa; }
         double pull_onset, Real* rank_score, Real* coverage, Real* novelty, Real* win_rate, int64_t* winner,           \
         int64_t* pair_feature, Real* pair_pull, Real* x_inverse_norm, Real* need, Real* winner_share,                  \
         Real* som_strength, int threads) {                                                                             \
-        return bcl::competition<Real>({activation, stride, B, D, neighbors, k, Real(temperature), x, x_stride, N,      \
+        return bcl::competition<Real>({activation, stride, B, D, nullptr, k, Real(temperature), x, x_stride, N,        \
                                        rank_score, coverage, winner, pair_feature, pair_pull, x_inverse_norm, need},   \
-                                      {coupled != 0, Real(rescue_onset), Real(pull_onset), novelty, win_rate,          \
-                                       winner_share, som_strength}, threads);                                          \
+                                      neighbors, {coupled != 0, Real(rescue_onset), Real(pull_onset), novelty,         \
+                                                  win_rate, winner_share, som_strength}, threads);                     \
     }                                                                                                                  \
     API int bcl_cpu_selection_##suffix(const Real* activation, int64_t stride, int64_t B, int64_t D, const Real* bias, \
                                        const Real* x_inverse_norm, const Real* weight_inverse_norm, const Real* need,  \

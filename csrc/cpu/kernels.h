@@ -19,7 +19,7 @@ template <class Real>
 struct Competition {  // steps 2 to 8; of step 9b what belongs to a sample
     const Real* activation;  // [B, D]
     int64_t stride, B, D;
-    const int64_t* neighbors;  // [D, k]
+    const int32_t* neighbors;  // [D, k], each 0 .. D - 1
     int64_t k;
     Real temperature;
     const Real* x;  // [B, N]

@@ -85,7 +85,7 @@ __global__ void norm_kernel(const Competition c) {
 template <class Id>
 __global__ void pack_kernel(const int64_t* neighbors, int64_t D, int64_t k, Id* ids) {
     for (int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < D * k; i += int64_t(gridDim.x) * blockDim.x)
-        ids[i % k * D + i / k] = Id(neighbors[i]);
+        ids[i % k * D + i / k] = Id(feature(neighbors[i], D));
 }
 
 // The first neighbour fills up what is missing of eight.
@@ -93,7 +93,7 @@ __global__ void pack_eight_kernel(const int64_t* neighbors, int64_t D, int64_t k
     for (int64_t d = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; d < D; d += int64_t(gridDim.x) * blockDim.x) {
         Eight eight;
 #pragma unroll
-        for (int i = 0; i < HELD; i++) eight.of[i] = uint16_t(neighbors[d * k + (i < k ? i : 0)]);
+        for (int i = 0; i < HELD; i++) eight.of[i] = uint16_t(feature(neighbors[d * k + (i < k ? i : 0)], D));
         ids[d] = eight;
     }
 }
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competiti
         each([&](int d, int, int f) {
 #pragma unroll
             for (int i = 0; i < HELD; i += 2) {
-                const int64_t one = c.neighbors[int64_t(d) * k + (i < k ? i : 0)];
-                const int64_t other = c.neighbors[int64_t(d) * k + (i + 1 < k ? i + 1 : 0)];
+                const int64_t one = feature(c.neighbors[int64_t(d) * k + (i < k ? i : 0)], D);
+                const int64_t other = feature(c.neighbors[int64_t(d) * k + (i + 1 < k ? i + 1 : 0)], D);
                 near[f][i / 2] = uint32_t(one) | uint32_t(other) << 16;
             }
         });
@@ -271,10 +271,10 @@ __global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competiti
         // Step 6, a warp for each pair.
         for (int task = warp * blocks + block; task < rows * k; task += WARPS * blocks) {
             const int i = task / k, q = task % k;
-            const int64_t f = c.neighbors[head.winner[i] * k + q];
+            const int64_t f = feature(c.neighbors[head.winner[i] * k + q], D);
             const float* row = c.rank_score + (b + i) * D;
             float claimed = 0;
-            for (int j = lane; j < k; j += 32) claimed += row[c.neighbors[f * k + j]];
+            for (int j = lane; j < k; j += 32) claimed += row[feature(c.neighbors[f * k + j], D)];
             claimed = sum_of_warp(claimed);
             if (lane == 0) {
                 c.pair_feature[(b + i) * k + q] = f;

@@ -20,7 +20,7 @@
 namespace bcl {
 namespace {
 
-constexpr int NOT_COMPILED = -1, TOO_LITTLE = -2;  // CUDA's errors are positive
+constexpr int NOT_COMPILED = -1, TOO_LITTLE = -2, NOT_SERVED = -3;  // CUDA's errors are positive
 
 // Whether a call is over, for there is an error or it only asked.
 bool over(int* error, const Device& device, int64_t wanted, const char* memory, size_t* bytes) {
@@ -62,6 +62,7 @@ bool compiled(const CompetitionForm& form) {
 int competition(Competition c, Forces f, CompetitionForm form, char* memory, size_t* bytes, int device_number,
                 void* stream) {
     if (!compiled(form)) return NOT_COMPILED;
+    if (c.B < 0 || c.D < 1 || c.k < 1) return NOT_SERVED;
     Device device(device_number);
     auto plan_for = [&](int64_t clusters) {
         return competition_plan(c.B, c.D, c.k, device.multiprocessors(), device.shared_bytes(), clusters, form);
@@ -126,6 +127,7 @@ int selection(Selection s, SelectionForm form, char* memory, size_t* bytes, int 
             found = &each;
     }
     if (!found) return NOT_COMPILED;
+    if (s.D < 1 || s.r < 1 || s.r > s.B || s.r > SURVIVORS) return NOT_SERVED;
     Device device(device_number);
     const SelectionPlan plan = selection_plan(s.B, s.D, s.r, device.multiprocessors(), form);
     int error;
@@ -208,6 +210,7 @@ API int bcl_cuda_on_host() {
 
 API const char* bcl_cuda_error(int error) {
     if (error == bcl::NOT_COMPILED) return "this combination of the launch table is not compiled";
+    if (error == bcl::NOT_SERVED) return "sizes that it does not take";
     return error == bcl::TOO_LITTLE ? "too little scratch memory" : bcl::explain(error);
 }
 
