@@ -15,6 +15,7 @@ from . import ops
 from .rounding import add_rounded_
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+MOST_SKIPPED = 20  # steps in a row that a scaler may skip while it finds its scale
 
 
 @dataclass
@@ -87,6 +88,7 @@ class Pulls:
         self._gradient: _Mark | None = None  # at the end of the last backward that kept something
         self._gradient_stepped: _Mark | None = None  # at its last step
         self._weight: _Mark | None = None  # when something was kept
+        self._skipped = 0  # since its last step
 
     @property
     def idle(self) -> bool:
@@ -363,6 +365,10 @@ class Pulls:
     def optimizer(self) -> torch.optim.Optimizer | None:
         return None if self._optimizer is None else self._optimizer()
 
+    @property
+    def _bound_to(self) -> str:
+        return "an optimizer that is gone" if self.optimizer is None else type(self.optimizer).__name__
+
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull in the steps of this optimizer, and no other's, from now on."""
         for handle in self._optimizer_hooks:
@@ -443,7 +449,7 @@ class Pulls:
                 f"{type(optimizer).__name__} steps the weight of a BCLLayer bound to it, but no backward has brought a "
                 "pull since its last step: pulls come with backwards that accumulate into the weight in train()"
             )
-        self._arrived, self._gradient_stepped = False, gradient
+        self._arrived, self._gradient_stepped, self._skipped = False, gradient, 0
         self._apply_average(layer, getattr(optimizer, "found_inf", None))
 
     def _look_after_kept(self, weight: Tensor) -> None:
@@ -455,13 +461,18 @@ class Pulls:
             emptied = gradient is not None and seen != _mark(gradient) and not gradient.any()
             if gradient is None or emptied:
                 self.kept = None
+                self._skipped += 1
+                if self._skipped == MOST_SKIPPED + 1:
+                    self._warn_once(
+                        f"the gradients of a BCLLayer were thrown away {self._skipped} times in a row, and its pulls "
+                        f"with them, without a step of {self._bound_to}, to which the layer is bound: bind the "
+                        "optimizer that steps"
+                    )
                 return
         if self._weight != _mark(weight):
-            optimizer = self.optimizer
-            name = "the optimizer" if optimizer is None else type(optimizer).__name__
             self._warn_once(
-                f"the weight of a BCLLayer was changed while pulls waited for a step of {name}, to which the layer is "
-                "bound: if another optimizer trains it, bind that one, else no pull will ever happen"
+                f"the weight of a BCLLayer was changed while pulls waited for a step of {self._bound_to}, to which the "
+                "layer is bound: if another optimizer trains it, bind that one, else no pull will ever happen"
             )
 
 

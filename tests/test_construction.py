@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from test_integrations import DATA, OPTIONS, may_start_afresh, network, train
-from test_layer import D, N, make, same, state
+from test_layer import D, N, backends, batch, make, same, state
 from torch import nn
 
 from bcl_fast.layer import BCLLayer
@@ -287,6 +287,49 @@ def test_good_buffers_written_by_hand_are_trusted(no_warning):
         model[1].neighbors.copy_(twin[1].neighbors)
     model[1].step = twin[1].step.clone()
     continue_alike(model, twin)
+
+
+def test_a_step_written_past_its_version_is_read():
+    """On the CPU the counter is read, not remembered."""
+    layer, other = make(recompute_every=5), make(recompute_every=5)
+    for each in (layer, other):
+        each(batch()).square().sum().backward()
+    layer.step.data.fill_(5)
+    with torch.no_grad():
+        other.step.fill_(5)
+    for each in (layer, other):
+        each.zero_grad()
+        each(batch(seed=2)).square().sum().backward()
+    assert same(state(layer), state(other)) and int(layer._refreshed_at) == 5
+    layer.step.data.fill_(-4)
+    with pytest.raises(ValueError, match="step must be >= 0, got -4"):
+        layer(batch())
+
+
+@pytest.mark.parametrize("value", [-5, D, 2**40, -(2**63), 2**63 - 1])
+@backends
+def test_neighbors_written_past_their_version_count_as_the_nearest_index(backend, value):
+    layer, other = make(backend), make(backend)
+    for each in (layer, other):
+        each(batch()).square().sum().backward()
+    layer.neighbors.data[2:6, 1] = value
+    other.neighbors.data[2:6, 1] = min(max(value, 0), D - 1)
+    for each in (layer, other):
+        each.zero_grad()
+        each(batch(seed=2)).square().sum().backward()
+    assert layer.weight.equal(other.weight) and layer.weight.grad.equal(other.weight.grad)
+
+
+def test_the_backend_is_chosen_again_for_another_weight():
+    """As accelerate and transformers fill a layer of the meta device: past load_state_dict."""
+    with torch.device("meta"):
+        layer = make()
+    twin = make()
+    assert layer.backend == "portable"
+    layer.weight, layer.bias = nn.Parameter(twin.weight.detach().clone()), nn.Parameter(twin.bias.detach().clone())
+    for each in (layer, twin):
+        each(batch()).square().sum().backward()
+    assert layer.backend == twin.backend == "cpu" and same(state(layer), state(twin))
 
 
 # --- Conversions ----------------------------------------------------------------------------------------------------

@@ -264,6 +264,22 @@ def test_a_layer_bound_to_an_optimizer_that_does_not_train_it_says_so_once():
     assert all("was changed while pulls waited for a step of SGD" in message for message in messages)
 
 
+def test_a_layer_bound_to_an_optimizer_that_never_steps_says_so_once():
+    """A wrapper that steps main parameters of its own leaves no trace on the weight's version."""
+    model, optimizer = model_of(bound=sgd)
+
+    def train():
+        for seed in range(30):
+            loss_of(model, seed).backward()
+            for parameter in model.parameters():
+                parameter.data.sub_(0.1 * parameter.grad)
+            optimizer.zero_grad()
+
+    messages = told(train)
+    assert len(messages) == 2
+    assert all("thrown away 21 times in a row" in m and "without a step of SGD" in m for m in messages)
+
+
 def test_a_bound_layer_whose_gradients_come_without_a_backward_of_its_own_says_so_once():
     model, optimizer = model_of(bound=sgd)
 
