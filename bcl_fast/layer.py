@@ -6,7 +6,6 @@ import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,25 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import ops, state
 from .autograd import MaskedLinear
 from .pulls import LOW_PRECISION, Pulls, ranks
 from .spec import BCLConfig, check_number
+from .state import Written
 
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
-
-
-@dataclass
-class _Written:
-    """Tensors of a layer's state, and their versions, as the layer itself left them: what it need not look at again."""
-
-    weight: Tensor | None = None
-    neighbors: Tensor | None = None
-    neighbors_version: int = -1
-    step: Tensor | None = None
-    step_version: int = -1
-    refreshed_at: Tensor | None = None
-    som_offset: Tensor | None = None
 
 
 class BCLLayer(nn.Linear):
@@ -134,18 +121,12 @@ class BCLLayer(nn.Linear):
         if "step" in self._buffers:  # nn.Linear calls this before the buffers exist
             self._reset_competition()
 
-    def _fresh_competition(self, device: torch.device) -> dict[str, Tensor]:
-        """The saved buffers of a layer at step 0."""
-        D, k = self.neighbors.shape
-        place, feature = torch.arange(k, device=device), torch.arange(D, device=device)[:, None]
-        neighbors = place + (place >= feature)  # valid indices, none of them one's own
-        fresh = {"neighbors": neighbors, "step": torch.zeros_like(self.step, device=device)}
-        if self.som_offset is not None:
-            fresh["som_offset"] = torch.zeros_like(self.som_offset, device=device)
-        return fresh
+    def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
+        """The saved buffers at step 0."""
+        return state.fresh(*self.neighbors.shape, self.som_offset, device)
 
     def _reset_competition(self) -> None:
-        for name, value in self._fresh_competition(self.neighbors.device).items():
+        for name, value in self._fresh_state(self.neighbors.device).items():
             self._buffers[name].copy_(value)
         self._refreshed_at.fill_(-1)
         self._trust_state()
@@ -156,7 +137,7 @@ class BCLLayer(nn.Linear):
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
-            fresh = {prefix + name: value for name, value in self._fresh_competition(weight.device).items()}
+            fresh = {prefix + name: value for name, value in self._fresh_state(weight.device).items()}
             if not fresh.keys() & state_dict.keys():
                 state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
         for name in ("neighbors", "step"):
@@ -172,13 +153,13 @@ class BCLLayer(nn.Linear):
         if len(missing) == 1:
             self._start_afresh(f"{missing[0]} is missing from a state_dict that has the rest of the competition")
         elif not missing:
-            self._written, self._never_written = _Written(), False
-            if _has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
+            self._written, self._never_written = Written(), False
+            if state.has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
                 raise ValueError(wrong)
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
-        self._written = _Written(refreshed_at=self._refreshed_at)
+        self._written = Written(refreshed_at=self._refreshed_at)
         self._never_written = False
         self._choose_backend()
         self._pulls = Pulls(self)
@@ -205,9 +186,9 @@ class BCLLayer(nn.Linear):
         self._choose_backend()
         self._pulls.attach(self.weight)
         after = self.neighbors, self.step
-        if not all(map(_same_numbers, before, after)):  # to_empty() left whatever the memory held
+        if not all(map(state.same_numbers, before, after)):  # to_empty() left whatever the memory held
             self._reset_competition()
-            self._written = _Written()
+            self._written = Written()
             self._never_written = True
         elif self._written.neighbors is before[0] and self._written.step is before[1]:
             self._trust_state()
@@ -218,8 +199,8 @@ class BCLLayer(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        super().__setstate__(attributes)
         self._start_runtime()
 
     @classmethod
@@ -427,9 +408,9 @@ class BCLLayer(nn.Linear):
         near, step = self.neighbors, self.step
         self._never_written = False
         if near.is_inference() or step.is_inference():  # they have no versions
-            self._written = _Written()
+            self._written = Written()
             return
-        self._written = _Written(
+        self._written = Written(
             self.weight, near, near._version, step, step._version, self._refreshed_at, self.som_offset
         )
 
@@ -470,7 +451,7 @@ class BCLLayer(nn.Linear):
         self._check_kinds(weight)
         if self._never_written:
             self._start_afresh("neighbors were never written (to_empty, skip_init)")
-        elif _has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
+        elif state.has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
             ours = self.step is written.step or self.neighbors is written.neighbors
             if ours or not wrong.startswith("neighbors"):
                 raise ValueError(wrong)
@@ -487,48 +468,20 @@ class BCLLayer(nn.Linear):
         if self._refreshed_at.is_meta:
             self._refreshed_at = torch.full((), -1, device=weight.device)
         if any(getattr(self, name).is_meta for name in ("neighbors", "step")):
-            for name, value in self._fresh_competition(weight.device).items():
+            for name, value in self._fresh_state(weight.device).items():
                 setattr(self, name, value)
 
     def _check_kinds(self, weight: Tensor) -> None:
-        """Raise a ValueError for a buffer that is of another shape, kind or device than the layer needs.
-
-        Integers of any width are the same numbers.
-        """
-        D, k = self.out_features, min(self._config.neighborhood_k, self.out_features - 1)
-        expected = {"neighbors": ((D, k), torch.int64), "step": ((), torch.int64), "_refreshed_at": ((), torch.int64)}
-        if self._config.som_space == "offset":
-            expected["som_offset"] = (tuple(weight.shape), weight.dtype)
-        for name, (shape, dtype) in expected.items():
+        """Raise a ValueError for a buffer that is of another shape, dtype or device than this weight needs."""
+        k = min(self._config.neighborhood_k, self.out_features - 1)
+        for name, kind in state.kinds(weight, k, self._config.som_space).items():
             buffer = getattr(self, name)
-            if not isinstance(buffer, Tensor):
-                raise ValueError(f"{name} must be {list(shape)} {dtype} on {weight.device}, got {buffer!r}")
-            if dtype == torch.int64 and buffer.dtype in (torch.int32, torch.int16, torch.int8, torch.uint8):
-                setattr(self, name, buffer := buffer.long())
-            if (tuple(buffer.shape), buffer.dtype, buffer.device) != (shape, dtype, weight.device):
-                got = f"{list(buffer.shape)} {buffer.dtype} on {buffer.device}"
-                raise ValueError(f"{name} must be {list(shape)} {dtype} on {weight.device}, got {got}")
+            right = state.of_kind(name, buffer, kind, weight.device)
+            if right is not buffer:
+                setattr(self, name, right)
 
     def _wrong_state(self) -> str | None:
-        """What is wrong with the numbers of the state, as an error says it, or None."""
-        near, step, offset = self.neighbors, self.step, self.som_offset
-        (D, k), own = near.shape, torch.arange(near.shape[0], device=near.device)[:, None]
-        doubled = (near.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
-        wrong = ((near < 0) | (near >= D) | (near == own)).any(dim=1) | doubled
-        finite = step >= 0 if offset is None else offset.isfinite().all()
-        bad, now, finite = torch.stack([wrong.any().to(step.dtype), step, finite.to(step.dtype)]).tolist()
-        if bad:
-            row = int(wrong.nonzero()[0])
-            return (
-                f"neighbors must be, for each feature, {k} different others of 0 .. {D - 1}, "
-                f"got {near[row].tolist()} for feature {row}"
-            )
-        if not 0 <= now < ops.MOST_STEPS:
-            return f"step must be >= 0 and < 2^40, got {now}"
-        if offset is not None and not finite:
-            place = tuple((~offset.isfinite()).nonzero()[0].tolist())
-            return f"som_offset must be finite, got {offset[place]} at {list(place)}"
-        return None
+        return state.wrong(self.neighbors, self.step, self.som_offset)
 
     # --- The pull ----------------------------------------------------------------------------------------------------
 
@@ -621,15 +574,3 @@ def _kind(tensor: Tensor) -> str:
     if tensor.is_nested:
         return "a nested tensor"
     return str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)
-
-
-def _has_numbers(tensor: Tensor) -> bool:
-    """Whether a tensor can be looked at: one of the meta device, or a fake, cannot."""
-    return not tensor.is_meta and type(tensor) in ops.PLAIN
-
-
-def _same_numbers(before: Tensor, after: Tensor) -> bool:
-    """Whether a buffer has come through a move of the module as it was."""
-    if before is after or not _has_numbers(after):
-        return True
-    return _has_numbers(before) and bool(torch.equal(before.to(after.device), after))

@@ -1,0 +1,86 @@
+"""What the saved buffers of a layer are at step 0, and what they may never be (SPEC sections 2.1 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+WIDENED = (torch.int32, torch.int16, torch.int8, torch.uint8)  # the same numbers as in int64
+Kind = tuple[tuple[int, ...], torch.dtype]
+
+
+@dataclass
+class Written:
+    """A layer's weight and buffers, and their versions, as it left them itself: what it need not look at again."""
+
+    weight: Tensor | None = None
+    neighbors: Tensor | None = None
+    neighbors_version: int = -1
+    step: Tensor | None = None
+    step_version: int = -1
+    refreshed_at: Tensor | None = None
+    som_offset: Tensor | None = None
+
+
+def fresh(D: int, k: int, som_offset: Tensor | None, device: torch.device) -> dict[str, Tensor]:
+    """The saved buffers of a layer of D features and k neighbours at step 0; the offset like `som_offset`, if any."""
+    place, feature = torch.arange(k, device=device), torch.arange(D, device=device)[:, None]
+    neighbors = place + (place >= feature)  # valid indices, none of them one's own
+    buffers = {"neighbors": neighbors, "step": torch.zeros((), dtype=torch.int64, device=device)}
+    return buffers if som_offset is None else {**buffers, "som_offset": torch.zeros_like(som_offset, device=device)}
+
+
+def kinds(weight: Tensor, k: int, som_space: str) -> dict[str, Kind]:
+    """The shape and dtype of every buffer of a layer with this weight [D, N] and k neighbours."""
+    whole = torch.int64
+    found: dict[str, Kind] = {"neighbors": ((weight.shape[0], k), whole), "step": ((), whole)}
+    found["_refreshed_at"] = (), whole
+    return found if som_space == "weight" else {**found, "som_offset": (tuple(weight.shape), weight.dtype)}
+
+
+def of_kind(name: str, buffer: Tensor | None, kind: Kind, device: torch.device) -> Tensor:
+    """The buffer, integers widened to int64; a ValueError that names one of another kind or on another device."""
+    shape, dtype = kind
+    if isinstance(buffer, Tensor) and dtype == torch.int64 and buffer.dtype in WIDENED:
+        buffer = buffer.long()
+    if isinstance(buffer, Tensor) and (tuple(buffer.shape), buffer.dtype, buffer.device) == (shape, dtype, device):
+        return buffer
+    got = f"{list(buffer.shape)} {buffer.dtype} on {buffer.device}" if isinstance(buffer, Tensor) else repr(buffer)
+    raise ValueError(f"{name} must be {list(shape)} {dtype} on {device}, got {got}")
+
+
+def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> str | None:
+    """What is wrong with the numbers of these buffers, as an error says it, or None. One synchronisation on a GPU."""
+    (D, k), own = neighbors.shape, torch.arange(neighbors.shape[0], device=neighbors.device)[:, None]
+    doubled = (neighbors.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
+    bad = ((neighbors < 0) | (neighbors >= D) | (neighbors == own)).any(dim=1) | doubled
+    finite = torch.ones_like(step) if som_offset is None else som_offset.isfinite().all().to(step.dtype)
+    some_bad, now, all_finite = torch.stack([bad.any().to(step.dtype), step, finite]).tolist()
+    if some_bad:
+        feature = int(bad.nonzero()[0])
+        return (
+            f"neighbors must be, for each feature, {k} different others of 0 .. {D - 1}, "
+            f"got {neighbors[feature].tolist()} for feature {feature}"
+        )
+    if not 0 <= now < ops.MOST_STEPS:
+        return f"step must be >= 0 and < 2^40, got {now}"
+    if not all_finite:
+        place = (~som_offset.isfinite()).nonzero()[0].tolist()
+        return f"som_offset must be finite, got {som_offset[tuple(place)]} at {place}"
+    return None
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor can be looked at: one of the meta device, or a fake, cannot."""
+    return not tensor.is_meta and type(tensor) in ops.PLAIN
+
+
+def same_numbers(before: Tensor, after: Tensor) -> bool:
+    """Whether a buffer has come through a move of its module as it was."""
+    if before is after or not has_numbers(after):
+        return True
+    return has_numbers(before) and bool(torch.equal(before.to(after.device), after))
