@@ -122,6 +122,33 @@ def test_two_bound_layers(window):
     assert same(got, plain("adamw", window=window, layers=2))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed needs a GPU")
+@windows
+@binds
+def test_half_mixed_precision_with_its_scaler(bind, window):
+    """The plain loop with a GradScaler that tests on the CPU stand for, on the device that Lightning has it for."""
+    module = Module(bind=bind)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    fitted = lightning.Trainer(
+        accelerator="gpu", devices=1, max_epochs=2, precision="16-mixed", accumulate_grad_batches=window, **quiet
+    )
+    fitted.fit(module, loader())
+    model, scaler = network().cuda(), torch.amp.GradScaler("cuda")
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    bind_all(model, optimizer)
+    for _ in range(2):
+        for i, (x, y) in enumerate(DATA):
+            with torch.autocast("cuda", torch.float16):
+                loss = F.cross_entropy(model(x.cuda()), y.cuda())
+            if i % window == 0:
+                optimizer.zero_grad()
+            scaler.scale(loss / window).backward()
+            if (i + 1) % window == 0 or i + 1 == len(DATA):
+                scaler.step(optimizer)
+                scaler.update()
+    assert same(state(module.network.cuda()), state(model))
+
+
 def test_last_pull_is_not_left_over_and_none_is_late():
     """One batch, one step: the whole pull is in the weight when it returns."""
     module = Module(bind="configure_optimizers")
