@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import ops
+
+
+class _Once(torch.autograd.Function):
+    """A gradient, tied to what it was made of, whose own derivative is an error and not a zero."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *origins: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "BCLLayer has no second derivative in training, where its mask is a choice: call eval() for gradients of "
+            "gradients"
+        )
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -40,23 +54,33 @@ class MaskedLinear(torch.autograd.Function):
         ctx.dtype, ctx.gradient_mask, ctx.backend = dtype, gradient_mask, backend
         ctx.weight_dtype, ctx.compiled = weight.dtype, torch.compiler.is_compiling()
         # What is saved may come back copied (save_on_cpu) or made anew (checkpoint); this forward's own ticket may not.
-        ctx.ticket, ctx.moves = (None, 0) if ctx.compiled else (pending[0], moves)
+        ctx.ticket, ctx.moves, ctx.weight = (None, 0, None) if ctx.compiled else (pending[0], moves, weight)
         return activation.to(dtype) if activation.dtype != dtype else activation.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor):
+        if ctx.compiled or not torch.is_grad_enabled():
+            return MaskedLinear._gradients(ctx, grad_output)
+        with torch.no_grad():
+            gradients = MaskedLinear._gradients(ctx, grad_output)
+        origins = grad_output, ctx.saved_tensors[0], ctx.weight
+        return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
+
+    @staticmethod
+    def _gradients(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, winner, *pending = ctx.saved_tensors
         ticket, *choices = pending
         if ctx.ticket is not None and ticket is not ctx.ticket:
             ops.require_still(ticket, ctx.ticket, ctx.moves)
             ticket = ctx.ticket
         direct = not ctx.compiled and ops.direct(grad_output)
+        # autograd.grad(is_grads_batched=True) brings several gradients as one, which has no memory of its own.
+        batched = direct and torch._C._functorch.is_legacy_batchedtensor(grad_output)
         # With retain_graph=True the mask is read again.
-        reuse = direct and not torch._C._autograd._get_current_graph_task_keep_graph()
+        reuse = direct and not batched and not torch._C._autograd._get_current_graph_task_keep_graph()
         masked, bias_gradient = ops.operator("masked_gradient", grad_output)(
             grad_output, mask, winner, ctx.gradient_mask, ctx.dtype, [ticket, x, *choices], ctx.compiled, reuse,
-            ctx.backend,
+            ops.GENERAL if batched else ctx.backend,
         )  # fmt: skip
         with ops.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None

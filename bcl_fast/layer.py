@@ -240,8 +240,11 @@ class BCLLayer(nn.Linear):
                 if offset is not None and offset is not self._written.som_offset and _transform(False) is None:
                     self._look_at_state(weight)
                     offset = self.som_offset
-                if self.training:
-                    self._pulls.first_pass(weight)
+                if not torch.is_grad_enabled():
+                    if self.training:
+                        self._pulls.first_pass(weight, self._buffers["step"])
+                else:
+                    self._pulls.received = True
             return self._linear(input, weight, bias, offset)
         moves = self._check_training(weight, offset)
         self._check_input(input, weight)
@@ -494,11 +497,12 @@ class BCLLayer(nn.Linear):
         """Pull once per optimizer step instead of once per backward, in a hook before that step.
 
         The pulls of all backwards since the last step are averaged, weighted by their number of samples, and dropped
-        where a GradScaler skips the step. `step(closure)` pulls once the closure has run, before the update; LBFGS,
-        which runs it many times, after its step. Use it with gradient accumulation, GradScaler, retain_graph, and
-        where several backwards recompute checkpointed forwards; a layer in reentrant checkpoints takes one backward
-        per forward. Wrappers that hold their optimizer as `.optimizer` (accelerate, Lightning) may be given. Binding
-        is not saved with the layer. Raises ValueError where `optimizer` does not hold the weight of this layer.
+        with gradients that `zero_grad()` throws away, as where a GradScaler skips the step. `step(closure)` pulls once
+        the closure has run, before the update; LBFGS, which runs it many times, after its step. Use it with gradient
+        accumulation, GradScaler, retain_graph, and where several backwards recompute checkpointed forwards; a layer in
+        reentrant checkpoints takes one backward per forward. Wrappers that hold their optimizer as `.optimizer`
+        (accelerate, Lightning) may be given. Binding is not saved with the layer. Raises ValueError where `optimizer`
+        does not hold the weight of this layer.
         """
         optimizer = _unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -552,7 +556,7 @@ def _transform(compiling: bool) -> str | None:
         return "torch.func"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if torch._C._len_torch_dispatch_stack() == torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0:
+    if not torch._C._len_torch_function_stack():  # where make_fx puts a mode of its own, too
         return None
     from torch.fx.experimental.proxy_tensor import get_proxy_mode  # whoever traces so has imported it
 

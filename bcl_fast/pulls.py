@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from . import ops
 from .rounding import add_rounded_
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-MOST_SKIPPED = 20  # steps in a row that a scaler may skip while it finds its scale
+PATIENCE = 20  # times in a row that something may happen before a warning: a scaler skips steps at first
 
 
 @dataclass
@@ -74,8 +75,9 @@ class Pulls:
         self.ticket = ops.register_owner(self)
         self.moves = 0  # how often a pull has moved the weight or its offset
         self._running: dict[int, weakref.ref[_Backward]] = {}
-        # Of reentrant checkpointing, since the last move: forwards without autograd, and pulls of their recomputation.
-        self._first_passes, self._recomputed = 0.0, 0
+        # Of reentrant checkpointing, since the last move: first passes, pulls of their recomputation, and the versions
+        # of `step` at those first passes.
+        self._first_passes, self._recomputed, self._steps = 0.0, 0, set()
         self._hook: tuple[nn.Parameter, Any] | None = None  # the weight that is hooked, and its hook
         self.received = False  # whether a forward ever took part in a backward
         self._warned: set[str] = set()
@@ -83,12 +85,12 @@ class Pulls:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._optimizer_hooks: tuple[Any, ...] = ()
         self.kept: _Kept | None = None
-        self._arrived = False  # since its last step
-        self._searching = False  # LBFGS, in a step that has evaluated before
-        self._gradient: _Mark | None = None  # at the end of the last backward that kept something
-        self._gradient_stepped: _Mark | None = None  # at its last step
+        self._arrived = False  # since it was bound, any pull
+        self._holding = False  # in a step, where gradients are the optimizer's own affair
+        self._has_gradient = False  # at the end of the last backward that kept something
         self._weight: _Mark | None = None  # when something was kept
-        self._skipped = 0  # since its last step
+        # In a row, without what should come between: steps without any pull, gradients thrown away, other changes.
+        self._without, self._dropped, self._changed = 0, 0, 0
 
     @property
     def idle(self) -> bool:
@@ -122,7 +124,7 @@ class Pulls:
                 self._running = {t: reference for t, reference in self._running.items() if reference() is not None}
             backward = _Backward()
             self._running[task] = weakref.ref(backward)
-            end = partial(self._end, task, backward, ops.capturing(weight.device))
+            end = functools.partial(self._end, task, backward, ops.capturing(weight.device))
             torch.autograd.Variable._execution_engine.queue_callback(end)
         return backward
 
@@ -132,7 +134,7 @@ class Pulls:
         if layer is None:
             return
         weight = layer._parameters["weight"]  # past nn.Module's slow look-up, as below
-        if self.kept is not None and not self._searching:
+        if self.kept is not None:
             self._look_after_kept(weight)
         if layer._observers and ops.capturing(weight.device):
             raise RuntimeError("observe() cannot look into a CUDA graph: leave its block before the capture")
@@ -148,13 +150,23 @@ class Pulls:
         self.received = True
         self.attach(weight)
 
-    def first_pass(self, weight: Tensor) -> None:
-        """Called by a training forward without autograd, which may be the first of reentrant checkpointing."""
+    def first_pass(self, weight: Tensor, step: Tensor) -> None:
+        """Called by a training forward without autograd, which may be the first pass of reentrant checkpointing.
+
+        It is where a forward of an autograd function, by whatever library, has called it.
+        """
         task = torch._C._current_graph_task_id()
-        if task == ops.NO_BACKWARD:
-            self._first_passes += 1
-        else:  # a checkpoint inside another, of which the recomputation runs
+        if task != ops.NO_BACKWARD:  # a checkpoint inside another, of which the recomputation runs
             self._backward(task, weight)
+            return
+        frame = sys._getframe(2)
+        while frame is not None:
+            code = frame.f_code
+            if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+                self._first_passes += 1
+                self._steps.add(step._version)
+                return
+            frame = frame.f_back
 
     def called_by_compiled_code(self, *state: Tensor) -> None:
         """Called by a training forward inside compiled code, which does not count its first passes.
@@ -169,15 +181,17 @@ class Pulls:
     def recompute(self, task: int) -> bool:
         """Called by a forward inside the running backward `task`, which recomputes one for activation checkpointing.
 
-        Returns whether it may refresh the neighbours: only a first pass without autograd has left that to it.
+        Returns whether it may refresh the neighbours: only a first pass of this step has left that to it.
         """
         layer = self._layer()
-        if layer is not None and self._backward(task, layer.weight).pulled:
+        if layer is None:
+            return True
+        if self._backward(task, layer.weight).pulled:
             raise RuntimeError(
                 "a BCLLayer is recomputed after a pull of the same backward moved its weight: one that is used both "
                 "inside and outside of reentrant checkpoints needs torch.utils.checkpoint(..., use_reentrant=False)"
             )
-        return self._first_passes > self._recomputed
+        return self._first_passes == torch.inf or layer.step._version in self._steps
 
     def require_still(self, moves: int) -> None:
         """Raise where the weight has moved since the forward that saw `moves` of them and is now recomputed."""
@@ -207,7 +221,11 @@ class Pulls:
         def consume(weight: Tensor) -> None:
             owner = pulls()
             if owner is not None:
-                owner._consume(weight)
+                try:
+                    owner._consume(weight)
+                except BaseException:  # whose traceback may live on, and with it the record of this backward
+                    owner._running.pop(torch._C._current_graph_task_id(), None)
+                    raise
 
         handle = weight.register_post_accumulate_grad_hook(consume)
         # Before hooks that take the gradient away, or step an optimizer: autograd goes by the order of insertion.
@@ -240,8 +258,9 @@ class Pulls:
         if backward is None or not backward.arrived:
             if layer.training and not self.received:
                 self._warn_once(
-                    "the weight of a BCLLayer got a gradient, but no forward of the layer took part: whatever reads "
-                    "its `weight` without calling it, as nn.MultiheadAttention does, has no competition and no pull"
+                    "the weight of a BCLLayer got a gradient, but no forward of the layer took part: if it is never "
+                    "called, as nn.MultiheadAttention only reads the `weight` of its out_proj, there is no competition "
+                    "and no pull"
                 )
             return
         arrived, backward.arrived = backward.arrived, []
@@ -274,21 +293,23 @@ class Pulls:
         layer = self._layer()
         if layer is None:
             return
+        outer = self._around(task)
         if backward.arrived:
-            if captured:
+            if outer is not None:  # an autograd.grad inside a backward, which accumulates what that has found
+                outer.arrived += backward.arrived
+            elif captured:
                 raise RuntimeError(
                     "a CUDA graph captured a backward of BCLLayer that does not accumulate into its weight: its "
                     "replays would never pull (torch.cuda.make_graphed_callables does so): capture whole training "
                     "steps with bcl_fast.graphed, or loss.backward(); for gradients alone use eval()"
                 )
         if backward.waiting:
-            outer = self._around(task)
             if outer is None:
                 self._pull(layer, layer.weight, backward.waiting)
             else:
                 outer.waiting += backward.waiting
         if self.kept is not None:
-            self._gradient = _mark(layer.weight.grad)
+            self._has_gradient = layer.weight.grad is not None
 
     def _pull(self, layer: nn.Linear, weight: Tensor, pulls: list[PendingPull]) -> None:
         """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
@@ -300,16 +321,16 @@ class Pulls:
         if observers and last.activation is not None:
             state = weight, offset, layer.bias, last.activation, last.neighbors, layer.config
             record = ops.record(ops.read_counter(step), last.x, *state)
-        self._arrived = True
-        if layer._pulls_now and ranks() > 1:
+        self._arrived, pulls_now = True, layer._pulls_now
+        if pulls_now and ranks() > 1:
             self._warn_once("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift")
-        if layer._pulls_now and self._optimizer is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
+        if pulls_now and self._optimizer is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
             choices = *last.choices, layer._config.target_projection, layer._backend
             forces = last.som_strength, layer._som_lr_cell
             ops.operator("targets_pull_", weight)(weight, offset, step, *forces, last.x, *choices)
             self._moved()
         else:
-            if layer._pulls_now:
+            if pulls_now:
                 for pull in pulls:
                     self._average(layer, pull)
                 if self._optimizer is None:
@@ -323,6 +344,7 @@ class Pulls:
     def _moved(self) -> None:
         self.moves += 1
         self._first_passes = self._recomputed = 0
+        self._steps.clear()
 
     def _average(self, layer: nn.Linear, pull: PendingPull) -> None:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""
@@ -371,8 +393,7 @@ class Pulls:
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull in the steps of this optimizer, and no other's, from now on."""
-        for handle in self._optimizer_hooks:
-            handle.remove()
+        self._unbind()
         pulls = weakref.ref(self)
 
         @torch._disable_dynamo
@@ -391,12 +412,19 @@ class Pulls:
             optimizer.register_step_pre_hook(before_step),
             optimizer.register_step_post_hook(after_step),
         )
+        _listeners(optimizer).add(self)
+        self._arrived, self._without = False, 0
+
+    def _unbind(self) -> None:
+        for handle in self._optimizer_hooks:
+            handle.remove()
+        if (optimizer := self.optimizer) is not None:
+            _listeners(optimizer).discard(self)
+        self._optimizer, self._optimizer_hooks = None, ()
 
     def release(self) -> None:
         """Leave the weight and the optimizer alone from now on."""
-        for handle in self._optimizer_hooks:
-            handle.remove()
-        self._optimizer, self._optimizer_hooks = None, ()
+        self._unbind()
         self.detach()
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -409,25 +437,28 @@ class Pulls:
         layer = self._layer()
         if layer is None:
             return None
-        self._searching = False
+        self._holding = False
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._step(layer, optimizer)
             return None
         begin, search = _mark(layer.weight), isinstance(optimizer, torch.optim.LBFGS)
+        self._holding, evaluated = True, False
 
         def evaluate() -> Any:
+            nonlocal evaluated
             trial = not search and _mark(layer.weight) != begin
             before, self.kept = self.kept, None if trial else self.kept
+            self._holding = trial or evaluated  # the first to run may find that the step before was skipped
             try:
                 loss = closure()
             except BaseException:
-                self._searching = False
+                self._holding = False
                 raise
             finally:
                 if trial:
                     self.kept = before
-            self._searching = search
+            self._holding = evaluated = True
             if not (trial or search):
                 self._step(layer, optimizer)
             return loss
@@ -437,43 +468,66 @@ class Pulls:
         return (args[0], evaluate, *args[2:]), kwargs
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self._searching, layer = False, self._layer()
+        self._holding, layer = False, self._layer()
         if layer is not None and self.kept is not None:  # LBFGS; or its closure was a trial, or never evaluated
             self._step(layer, optimizer)
 
     @torch.no_grad()
     def _step(self, layer: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
-        gradient = _mark(layer.weight.grad)
-        if not self._arrived and layer.training and gradient is not None and gradient != self._gradient_stepped:
-            self._warn_once(
-                f"{type(optimizer).__name__} steps the weight of a BCLLayer bound to it, but no backward has brought a "
-                "pull since its last step: pulls come with backwards that accumulate into the weight in train()"
-            )
-        self._arrived, self._gradient_stepped, self._skipped = False, gradient, 0
+        if not self._arrived and layer.training and layer.weight.grad is not None:
+            self._without += 1
+            if self._without == PATIENCE:
+                self._warn_once(
+                    f"{type(optimizer).__name__} has stepped the weight of a BCLLayer bound to it {PATIENCE} times, "
+                    "but no backward has ever brought a pull: pulls come with backwards that accumulate into the "
+                    "weight in train()"
+                )
+        self._dropped = self._changed = 0
         self._apply_average(layer, getattr(optimizer, "found_inf", None))
 
-    def _look_after_kept(self, weight: Tensor) -> None:
-        """Before another backward: drop what is kept where its step was skipped, warn where it may never come."""
-        gradient, seen = weight.grad, self._gradient
-        # A scaler that skips a step leaves it to zero_grad() to throw the gradients away. One that had left before the
-        # end of its backward, to be summed up elsewhere, says nothing.
-        if seen is not None and not ops.capturing(weight.device):
-            emptied = gradient is not None and seen != _mark(gradient) and not gradient.any()
-            if gradient is None or emptied:
-                self.kept = None
-                self._skipped += 1
-                if self._skipped == MOST_SKIPPED + 1:
-                    self._warn_once(
-                        f"the gradients of a BCLLayer were thrown away {self._skipped} times in a row, and its pulls "
-                        f"with them, without a step of {self._bound_to}, to which the layer is bound: bind the "
-                        "optimizer that steps"
-                    )
-                return
-        if self._weight != _mark(weight):
+    def gradients_dropped(self) -> None:
+        """Called where gradients are thrown away: what waits for their step goes along, as where it is skipped."""
+        if self.kept is None or self._holding:
+            return
+        self.kept = None
+        self._dropped += 1
+        if self._dropped == PATIENCE:
             self._warn_once(
-                f"the weight of a BCLLayer was changed while pulls waited for a step of {self._bound_to}, to which the "
-                "layer is bound: if another optimizer trains it, bind that one, else no pull will ever happen"
+                f"the gradients of a BCLLayer were thrown away {PATIENCE} times in a row, and its pulls with them, "
+                f"without a step of {self._bound_to}, to which the layer is bound: bind the optimizer that steps, or "
+                "call eval() where gradients alone are wanted"
             )
+
+    def _look_after_kept(self, weight: Tensor) -> None:
+        """Before another backward: drop what is kept with its gradient, warn where its step may never come."""
+        # Gradients that had left before the end of their backward, to be summed up elsewhere, say nothing.
+        if weight.grad is None and self._has_gradient:
+            self.gradients_dropped()
+        elif not self._holding and self._weight != _mark(weight):
+            self._changed += 1
+            if self._changed == PATIENCE:
+                self._warn_once(
+                    f"the weight of a BCLLayer was changed {PATIENCE} times while pulls waited for a step of "
+                    f"{self._bound_to}, to which the layer is bound: if another optimizer trains it, bind that one, "
+                    "else no pull will ever happen"
+                )
+
+
+def _listeners(optimizer: torch.optim.Optimizer) -> weakref.WeakSet[Pulls]:
+    """The pulls that this optimizer tells when its `zero_grad` is called: torch has hooks for its steps alone."""
+    listeners = optimizer.__dict__.get("_bcl_listeners")
+    if listeners is None:
+        listeners, zero_grad = weakref.WeakSet(), optimizer.zero_grad
+
+        @functools.wraps(zero_grad)
+        @torch._disable_dynamo
+        def told(*args: Any, **kwargs: Any) -> None:
+            for pulls in listeners:
+                pulls.gradients_dropped()
+            zero_grad(*args, **kwargs)
+
+        optimizer._bcl_listeners, optimizer.zero_grad = listeners, told
+    return listeners
 
 
 def ranks() -> int:
