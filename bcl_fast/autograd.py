@@ -59,16 +59,18 @@ class MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
+        saved = ctx.saved_tensors  # once: checkpoint gives them away
         if ctx.compiled or not torch.is_grad_enabled():
-            return MaskedLinear._gradients(ctx, grad_output)
+            return MaskedLinear._gradients(ctx, grad_output, *saved)
         with torch.no_grad():
-            gradients = MaskedLinear._gradients(ctx, grad_output)
-        origins = grad_output, ctx.saved_tensors[0], ctx.weight
+            gradients = MaskedLinear._gradients(ctx, grad_output, *saved)
+        origins = grad_output, saved[0], ctx.weight
         return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
 
     @staticmethod
-    def _gradients(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask, winner, *pending = ctx.saved_tensors
+    def _gradients(
+        ctx, grad_output: Tensor, x: Tensor, weight: Tensor | None, mask: Tensor, winner: Tensor, *pending: Tensor
+    ) -> tuple[Tensor | None, ...]:
         ticket, *choices = pending
         if ctx.ticket is not None and ticket is not ctx.ticket:
             ops.require_still(ticket, ctx.ticket, ctx.moves)

@@ -517,14 +517,15 @@ def _listeners(optimizer: torch.optim.Optimizer) -> weakref.WeakSet[Pulls]:
     """The pulls that this optimizer tells when its `zero_grad` is called: torch has hooks for its steps alone."""
     listeners = optimizer.__dict__.get("_bcl_listeners")
     if listeners is None:
-        listeners, zero_grad = weakref.WeakSet(), optimizer.zero_grad
+        listeners, itself = weakref.WeakSet(), weakref.ref(optimizer)  # it must not keep itself alive
+        kind, patched = type(optimizer), optimizer.__dict__.get("zero_grad")
 
-        @functools.wraps(zero_grad)
+        @functools.wraps(kind.zero_grad)
         @torch._disable_dynamo
         def told(*args: Any, **kwargs: Any) -> None:
             for pulls in listeners:
                 pulls.gradients_dropped()
-            zero_grad(*args, **kwargs)
+            kind.zero_grad(itself(), *args, **kwargs) if patched is None else patched(*args, **kwargs)
 
         optimizer._bcl_listeners, optimizer.zero_grad = listeners, told
     return listeners

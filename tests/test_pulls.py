@@ -1,6 +1,9 @@
 """When pulls happen, in training loops of every kind: closures, gradients that leave, recomputation, copies."""
 
+import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -639,6 +642,36 @@ def test_second_derivatives_raise_in_training_and_are_nn_linears_in_eval(backend
     got, expected = SECOND[how](layer), SECOND[how](linear)
     if how == "hessian":
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("how", RECOMPUTED)
+def test_a_backward_that_builds_a_graph_trains_alike(how):
+    plain, other = square(None, {}), square(None, {})
+    for layer, segment in ((plain, lambda function, x: function(x)), (other, RECOMPUTED[how])):
+        for seed in range(3):
+            loss = segment(layer, batch(seed=seed).requires_grad_()).square().mean()
+            if how in ("plain", "non-reentrant", "offloaded"):  # reentrant checkpoints build none
+                loss.backward(create_graph=True)
+            else:
+                loss.backward()
+            layer.zero_grad()
+    assert same(state(plain), state(other)) and int(other.step) == 3
+
+
+def test_a_bound_optimizer_is_not_kept_alive():
+    """Its moments are as large as the model: they must go with it, not with the next garbage collection."""
+    model, optimizer = model_of(bound=torch.optim.Adam)
+    loss_of(model, 1).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    gone, copied = weakref.ref(optimizer), copy.deepcopy(optimizer)
+    assert "zero_grad" not in vars(copied)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 @backends
