@@ -231,12 +231,15 @@ class BCLLayer(nn.Linear):
     # --- Forward -----------------------------------------------------------------------------------------------------
 
     def forward(self, input: Tensor) -> Tensor:
-        # nn.Module looks its tensors up in Python, which is felt in a small step: once each, and buffers past it.
-        weight, bias, offset = self.weight, self.bias, self._buffers["som_offset"]
         if isinstance(input, torch.fx.Proxy):
-            return self._traced_by_fx(input, weight, bias, offset)
+            return self._traced_by_fx(input)
+        # nn.Module looks its tensors up in Python, which is felt in a small step: past it, where they are its own.
+        parameters, offset = self._parameters, self._buffers["som_offset"]
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        compiling = torch.compiler.is_compiling()
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 if offset is not None and offset is not self._written.som_offset and _transform(False) is None:
                     self._look_at_state(weight)
                     offset = self.som_offset
@@ -246,7 +249,7 @@ class BCLLayer(nn.Linear):
                 else:
                     self._pulls.received = True
             return self._linear(input, weight, bias, offset)
-        moves = self._check_training(weight, offset)
+        moves = self._check_training(weight, offset, compiling)
         self._check_input(input, weight)
         if input.numel() == 0:
             self._pulls.received = True
@@ -260,7 +263,7 @@ class BCLLayer(nn.Linear):
                     activation = F.linear(x, stands, bias)
                 else:
                     activation = ops.operator("product", x)(x, stands, bias, dtype)
-                mask, winner, *pending = self._statistics(x, stands, bias, activation)
+                mask, winner, *pending = self._statistics(x, stands, bias, activation, compiling)
                 if self._observers:
                     pending += [activation.clone(), self.neighbors.clone()]
             output = MaskedLinear.apply(
@@ -283,7 +286,7 @@ class BCLLayer(nn.Linear):
             self._check_input(input, weight)
             raise
 
-    def _traced_by_fx(self, input: Any, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Any:
+    def _traced_by_fx(self, input: Any) -> Any:
         """A node that calls this layer, as for any module of torch.nn: the graph then trains and evaluates as here.
 
         Quantization, which knows no such module, gets the product itself in eval().
@@ -294,7 +297,8 @@ class BCLLayer(nn.Linear):
             return input.tracer.create_proxy("call_module", name, (input,), {})
         if self.training:
             raise RuntimeError("torch.fx traces a BCLLayer in training as part of a model only: call eval() before")
-        return F.linear(input, weight if offset is None else weight + offset, bias)
+        weight, offset = self.weight, self.som_offset
+        return F.linear(input, weight if offset is None else weight + offset, self.bias)
 
     def __prepare_scriptable__(self) -> nn.Linear:
         """What torch.jit.script compiles instead of this layer."""
@@ -306,9 +310,11 @@ class BCLLayer(nn.Linear):
             linear.weight = nn.Parameter(self.weight.detach() + self.som_offset)
         return linear.eval()
 
-    def _statistics(self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor) -> tuple[Tensor, ...]:
+    def _statistics(
+        self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
+    ) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
-        config, buffers, compiling = self._config, self._buffers, torch.compiler.is_compiling()
+        config, buffers = self._config, self._buffers
         neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
         written = self._written
         if not compiling and (
@@ -357,9 +363,8 @@ class BCLLayer(nn.Linear):
         if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
             raise TypeError(f"input must be {weight.dtype} like the weight (or use autocast), got {input.dtype}")
 
-    def _check_training(self, weight: Tensor, offset: Tensor | None) -> int:
+    def _check_training(self, weight: Tensor, offset: Tensor | None, compiling: bool) -> int:
         """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""
-        compiling = torch.compiler.is_compiling()
         if (transform := _transform(compiling)) is not None:
             raise RuntimeError(
                 f"{transform} would drop the gradient mask and the pull of a BCLLayer in training: call eval() before"
