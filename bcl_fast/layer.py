@@ -153,14 +153,13 @@ class BCLLayer(nn.Linear):
         if len(missing) == 1:
             self._start_afresh(f"{missing[0]} is missing from a state_dict that has the rest of the competition")
         elif not missing:
-            self._written, self._never_written = Written(), False
-            if state.has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
-                raise ValueError(wrong)
+            self._written = Written()
+            if (wrong := self._wrong_state()) is not None:
+                raise ValueError(wrong.message)
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
         self._written = Written(refreshed_at=self._refreshed_at)
-        self._never_written = False
         self._choose_backend()
         self._pulls = Pulls(self)
         self._observers: tuple[Callable[[Any], None], ...] = ()
@@ -188,13 +187,12 @@ class BCLLayer(nn.Linear):
         after = self.neighbors, self.step
         if not all(map(state.same_numbers, before, after)):  # to_empty() left whatever the memory held
             self._reset_competition()
-            self._written = Written()
-            self._never_written = True
+            self._written = Written(nobody=True)
         elif self._written.neighbors is before[0] and self._written.step is before[1]:
             self._trust_state()
         return self
 
-    _RUNTIME = ("_backend", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up", "_never_written")
+    _RUNTIME = ("_backend", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -414,7 +412,6 @@ class BCLLayer(nn.Linear):
     def _trust_state(self) -> None:
         """Take the weight and the state for what this layer itself has written."""
         near, step = self.neighbors, self.step
-        self._never_written = False
         if near.is_inference() or step.is_inference():  # they have no versions
             self._written = Written()
             return
@@ -457,13 +454,13 @@ class BCLLayer(nn.Linear):
         written = self._written
         self._complete_state(weight)
         self._check_kinds(weight)
-        if self._never_written:
+        if written.nobody:
             self._start_afresh("neighbors were never written (to_empty, skip_init)")
-        elif state.has_numbers(self.neighbors) and (wrong := self._wrong_state()) is not None:
+        elif (wrong := self._wrong_state()) is not None:
             ours = self.step is written.step or self.neighbors is written.neighbors
-            if ours or not wrong.startswith("neighbors"):
-                raise ValueError(wrong)
-            self._start_afresh(wrong)
+            if ours or wrong.buffer != "neighbors":
+                raise ValueError(wrong.message)
+            self._start_afresh(wrong.message)
         if self._refreshed_at is not written.refreshed_at:
             self._refreshed_at.fill_(-1)
         self._trust_state()
@@ -488,8 +485,8 @@ class BCLLayer(nn.Linear):
             if right is not buffer:
                 setattr(self, name, right)
 
-    def _wrong_state(self) -> str | None:
-        return state.wrong(self.neighbors, self.step, self.som_offset)
+    def _wrong_state(self) -> state.Wrong | None:
+        return state.wrong(self.neighbors, self.step, self.som_offset) if state.has_numbers(self.neighbors) else None
 
     # --- The pull ----------------------------------------------------------------------------------------------------
 

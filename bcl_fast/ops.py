@@ -376,12 +376,6 @@ def product_fake(x, weight, bias, dtype):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=exact(dtype))
 
 
-def neighbours(weight: Tensor, neighborhood_k: int, backend: str) -> Tensor:
-    """Step 1: the nearest others of each feature of weight [D, N] -> [D, min(neighborhood_k, D - 1)] int64."""
-    with no_autocast(weight.device.type):
-        return stage("neighbours", backend)(_float(weight), neighborhood_k)
-
-
 def _refresh_neighbours_(
     weight: Tensor, neighbors: Tensor, step: Tensor, refreshed_at: Tensor, recompute_every: int, backend: str
 ) -> None:
@@ -395,7 +389,7 @@ def _refresh_neighbours_(
     if now < 0:  # written where no version shows it
         raise ValueError(f"step must be >= 0, got {now}")
     if now % recompute_every == 0 and read_counter(refreshed_at) != now:
-        neighbors.copy_(neighbours(weight, neighbors.shape[1], backend))
+        neighbors.copy_(stage("neighbours", backend)(_float(weight), neighbors.shape[1]))
         write_counter_(refreshed_at, now)
 
 

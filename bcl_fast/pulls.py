@@ -56,15 +56,9 @@ class _Kept(NamedTuple):
     captured: bool  # in a CUDA graph
 
 
-class _Mark(NamedTuple):
-    """A tensor and its version, without keeping it: to see later whether it is as it was."""
-
-    number: int
-    version: int
-
-
-def _mark(tensor: Tensor | None) -> _Mark | None:
-    return None if tensor is None else _Mark(id(tensor), tensor._version)
+def _mark(weight: Tensor) -> tuple[int, int]:
+    """Which object a weight is, and in which version: to see later whether it is as it was."""
+    return id(weight), weight._version
 
 
 class Pulls:
@@ -88,7 +82,7 @@ class Pulls:
         self._arrived = False  # since it was bound, any pull
         self._holding = False  # in a step, where gradients are the optimizer's own affair
         self._has_gradient = False  # at the end of the last backward that kept something
-        self._weight: _Mark | None = None  # when something was kept
+        self._weight: tuple[int, int] | None = None  # when something was kept
         # In a row, without what should come between: steps without any pull, gradients thrown away, other changes.
         self._without, self._dropped, self._changed = 0, 0, 0
 

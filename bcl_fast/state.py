@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,14 @@ class Written:
     step_version: int = -1
     refreshed_at: Tensor | None = None
     som_offset: Tensor | None = None
+    nobody: bool = False  # has written the buffers: they hold what the memory held
+
+
+class Wrong(NamedTuple):
+    """What is wrong with the numbers of a buffer."""
+
+    buffer: str
+    message: str  # as an error says it
 
 
 def fresh(D: int, k: int, som_offset: Tensor | None, device: torch.device) -> dict[str, Tensor]:
@@ -53,8 +62,8 @@ def of_kind(name: str, buffer: Tensor | None, kind: Kind, device: torch.device) 
     raise ValueError(f"{name} must be {list(shape)} {dtype} on {device}, got {got}")
 
 
-def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> str | None:
-    """What is wrong with the numbers of these buffers, as an error says it, or None. One synchronisation on a GPU."""
+def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong | None:
+    """What is wrong with the numbers of these buffers, or None. One synchronisation on a GPU."""
     (D, k), own = neighbors.shape, torch.arange(neighbors.shape[0], device=neighbors.device)[:, None]
     doubled = (neighbors.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
     bad = ((neighbors < 0) | (neighbors >= D) | (neighbors == own)).any(dim=1) | doubled
@@ -62,15 +71,16 @@ def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> str | N
     some_bad, now, all_finite = torch.stack([bad.any().to(step.dtype), step, finite]).tolist()
     if some_bad:
         feature = int(bad.nonzero()[0])
-        return (
+        return Wrong(
+            "neighbors",
             f"neighbors must be, for each feature, {k} different others of 0 .. {D - 1}, "
-            f"got {neighbors[feature].tolist()} for feature {feature}"
+            f"got {neighbors[feature].tolist()} for feature {feature}",
         )
     if not 0 <= now < ops.MOST_STEPS:
-        return f"step must be >= 0 and < 2^40, got {now}"
+        return Wrong("step", f"step must be >= 0 and < 2^40, got {now}")
     if not all_finite:
         place = (~som_offset.isfinite()).nonzero()[0].tolist()
-        return f"som_offset must be finite, got {som_offset[tuple(place)]} at {place}"
+        return Wrong("som_offset", f"som_offset must be finite, got {som_offset[tuple(place)]} at {place}")
     return None
 
 
