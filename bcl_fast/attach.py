@@ -68,7 +68,7 @@ def attach_bcl(model: nn.Module, name: str, **arguments: Any) -> AttachedBCL:
     `arguments` are those of `BCLLayer.from_linear`. The model's optimizer stays valid, every place that holds the layer
     gets the new one, and hooks go along. Raises ValueError for a name that is not an `nn.Linear` inside `model`, and
     lists those that are; and for what is no plain product, or is never called: a BCLLayer, a class with a forward of
-    its own, a parametrised, pruned or lazy weight, the layers that nn.MultiheadAttention and its like read.
+    its own, a parametrized, pruned or lazy weight, the layers that nn.MultiheadAttention and its like read.
     """
     linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and isinstance(m, nn.Linear)}
     if name not in linears:
@@ -88,7 +88,7 @@ def _why_not(linear: nn.Linear, places: list[_Place]) -> str | None:
     if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
         return f"is a {kind.__name__} without a weight yet: run the model once before"
     if not {"weight", "bias"} <= linear._parameters.keys():
-        return "is parametrised (weight_norm, spectral_norm, prune, ...): make that permanent, or remove it, before"
+        return "is parametrized (weight_norm, spectral_norm, prune, ...): make that permanent, or remove it, before"
     if kind.forward is not nn.Linear.forward or "forward" in linear.__dict__:
         return f"is a {kind.__name__} with a forward of its own"
     readers = [c.__name__ for parent, _ in places for c in type(parent).__mro__ if c.__name__ in _READERS]

@@ -75,11 +75,11 @@ class MaskedLinear(torch.autograd.Function):
         if ctx.ticket is not None and ticket is not ctx.ticket:
             ops.require_still(ticket, ctx.ticket, ctx.moves)
             ticket = ctx.ticket
-        direct = not ctx.compiled and ops.direct(grad_output)
+        bypass = not ctx.compiled and ops.can_bypass_dispatcher(grad_output)
         # autograd.grad(is_grads_batched=True) brings several gradients as one, which has no memory of its own.
-        batched = direct and torch._C._functorch.is_legacy_batchedtensor(grad_output)
+        batched = bypass and torch._C._functorch.is_legacy_batchedtensor(grad_output)
         # With retain_graph=True the mask is read again.
-        reuse = direct and not batched and not torch._C._autograd._get_current_graph_task_keep_graph()
+        reuse = bypass and not batched and not torch._C._autograd._get_current_graph_task_keep_graph()
         masked, bias_gradient = ops.operator("masked_gradient", grad_output)(
             grad_output, mask, winner, ctx.gradient_mask, ctx.dtype, [ticket, x, *choices], ctx.compiled, reuse,
             ops.GENERAL if batched else ctx.backend,

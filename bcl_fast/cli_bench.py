@@ -16,7 +16,7 @@ from .environment import device_types, devices
 from .experiments import console as show
 from .experiments.sweep import numbers
 from .measure import floor, results, rows, scaling
-from .measure.contestants import NAMES, Size
+from .measure.implementations import NAMES, Size
 from .records import DamagedFile, read_record, replacing, trusting, write_record
 from .spec import check_choice, check_number
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import native
 from .norms import shortened, with_norms
 
-PANEL = 1 << 19  # similarities held at once by the neighbour search
+PANEL = 1 << 19  # similarities held at once by the neighbor search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
 NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the library returns, beside 0
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -62,8 +62,8 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     return near
 
 
-def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
-    """Stage `neighbours` (step 1), by row panels: no [D, D] matrix is held."""
+def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
+    """Stage `neighbors` (step 1), by row panels: no [D, D] matrix is held."""
     rows, norm, _ = with_norms(weight)
     unit = rows / norm
     D = weight.shape[0]
@@ -88,9 +88,10 @@ def competition(
     (B, D), (features, k) = activation.shape, neighbors.shape
     if not 1 <= D == features or k < 1 or neighbors.dtype != torch.int64:
         raise native.bad_neighbors(neighbors, D)
-    real, whole = activation.new_empty, neighbors.new_empty
+    floats, indices = activation.new_empty, neighbors.new_empty
     results = (
-        real(B, D), real(B), real(D), real(D), whole(B), whole(B, k), real(B, k), real(B), real(B), real(D), real(D)
+        floats(B, D), floats(B), floats(D), floats(D), indices(B), indices(B, k), floats(B, k), floats(B), floats(B),
+        floats(D), floats(D),
     )  # fmt: skip
     _call("competition", activation.dtype, activation.data_ptr(), activation.stride(0), B, D, neighbors.data_ptr(), k,
           temperature, x.data_ptr(), x.stride(0), x.shape[1], forces == "coupled", rescue_onset, pull_onset,

@@ -19,7 +19,7 @@ KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}  # of ranks
 
 # Where forms of a stage compete: which is taken, read at every call (csrc/cuda/plan.h explains the numbers).
 LAUNCH: dict[str, dict[str, int]] = {
-    # near: 0, a feature's neighbours in registers, 1, read eight at once; cluster: 1, four rows in a cluster of blocks
+    # near: 0, a feature's neighbors in registers, 1, read eight at once; cluster: 1, four rows in a cluster of blocks
     # where one block holds fewer.
     "competition": {"near": 1, "threads": 1024, "cluster": 0},
     # Samples a warp has on their way, bins of a column's keys, warps of a block, samples visited in a round.
@@ -99,9 +99,9 @@ def competition(
     (B, D), (features, k) = activation.shape, neighbors.shape
     if not 1 <= D == features or k < 1 or neighbors.dtype != torch.int64:
         raise native.bad_neighbors(neighbors, D)
-    real, whole = activation.new_empty, neighbors.new_empty
-    rank_score, winner, pair_feature, pair_pull = real(B, D), whole(B), whole(B, k), real(B, k)
-    winner_share, som_strength = real(D), real(D)
+    floats, indices = activation.new_empty, neighbors.new_empty
+    rank_score, winner, pair_feature, pair_pull = floats(B, D), indices(B), indices(B, k), floats(B, k)
+    winner_share, som_strength = floats(D), floats(D)
     scratch = _call("competition", activation, (B, D, k), activation.data_ptr(), *activation.stride(), B, D,
                     neighbors.data_ptr(), k, temperature, x.data_ptr(), *x.stride(), x.shape[1], forces == "coupled",
                     rescue_onset, pull_onset, rank_score.data_ptr(), winner.data_ptr(), pair_feature.data_ptr(),

@@ -52,12 +52,12 @@ def column_cosine(matrix: Tensor) -> float:
 
 
 def column_correlation(matrix: Tensor) -> float:
-    """Mean off-diagonal Pearson correlation of the columns of [B, D] (aff_corr, rp_corr): the cosine when centred."""
+    """Mean off-diagonal Pearson correlation of the columns of [B, D] (aff_corr, rp_corr): the cosine when centered."""
     return column_cosine(matrix - matrix.mean(dim=0))
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the singular values of [R, C], normalised to sum 1; 0 for a zero matrix."""
+    """exp of the entropy of the singular values of [R, C], normalized to sum 1; 0 for a zero matrix."""
     values = torch.linalg.svdvals(rows.double())
     total = values.sum()
     return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0

@@ -256,12 +256,12 @@ class BCLLayer(nn.Linear):
         with ops.no_autocast(input.device.type):
             with torch.no_grad():
                 shifted = None if offset is None else weight + offset
-                stands = weight if shifted is None else shifted
+                effective_weight = weight if shifted is None else shifted
                 if x.dtype == weight.dtype == dtype and dtype not in LOW_PRECISION:
-                    activation = F.linear(x, stands, bias)
+                    activation = F.linear(x, effective_weight, bias)
                 else:
-                    activation = ops.operator("product", x)(x, stands, bias, dtype)
-                mask, winner, *pending = self._statistics(x, stands, bias, activation, compiling)
+                    activation = ops.operator("product", x)(x, effective_weight, bias, dtype)
+                mask, winner, *pending = self._statistics(x, effective_weight, bias, activation, compiling)
                 if self._observers:
                     pending += [activation.clone(), self.neighbors.clone()]
             output = MaskedLinear.apply(
@@ -276,10 +276,10 @@ class BCLLayer(nn.Linear):
             if offset is None:
                 return F.linear(input, weight, bias)
             try:
-                stands = weight + offset
+                effective_weight = weight + offset
             except NotImplementedError:  # a quantized weight can be multiplied only
                 return F.linear(input, weight, bias) + F.linear(input, offset)
-            return F.linear(input, stands, bias)
+            return F.linear(input, effective_weight, bias)
         except (RuntimeError, TypeError):
             self._check_input(input, weight)
             raise
@@ -309,7 +309,7 @@ class BCLLayer(nn.Linear):
         return linear.eval()
 
     def _statistics(
-        self, x: Tensor, stands: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
+        self, x: Tensor, effective_weight: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
     ) -> tuple[Tensor, ...]:
         """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
         config, buffers = self._config, self._buffers
@@ -327,7 +327,7 @@ class BCLLayer(nn.Linear):
             written = self._written
         found = ops.operator("statistics_", x)(
             x,
-            stands,
+            effective_weight,
             bias,
             activation,
             neighbors,
@@ -396,8 +396,8 @@ class BCLLayer(nn.Linear):
             raise RuntimeError("weight is a DTensor, spread over ranks: that of a BCLLayer must be whole to be pulled")
         if not weight.is_leaf:
             raise RuntimeError(
-                "weight must be a leaf: BCLLayer cannot train a parametrised weight (torch.nn.utils.parametrize, "
-                "weight_norm, ...), because the pull writes it in place; remove the parametrisation"
+                "weight must be a leaf: BCLLayer cannot train a parametrized weight (torch.nn.utils.parametrize, "
+                "weight_norm, ...), because the pull writes it in place; remove the parametrization"
             )
         if not isinstance(weight, nn.Parameter):
             raise RuntimeError(
@@ -444,10 +444,10 @@ class BCLLayer(nn.Linear):
 
     @torch.no_grad()
     def _look_at_state(self, weight: Tensor) -> None:
-        """Check the state once, whoever has written it (one synchronisation on a GPU).
+        """Check the state once, whoever has written it (one synchronization on a GPU).
 
         While a CUDA graph is captured nothing is looked at; kernels clamp. A competition of which nobody has written
-        the neighbours and the step starts afresh, with a warning; anything else that is wrong is a ValueError.
+        the neighbors and the step starts afresh, with a warning; anything else that is wrong is a ValueError.
         """
         if ops.capturing(weight.device):
             return

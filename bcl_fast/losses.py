@@ -35,7 +35,7 @@ def weight_similarity_loss(weight: Tensor) -> Tensor:
 def activation_entropy_loss(activation: Tensor) -> Tensor:
     """Negative entropy (nats) of how a batch's activity spreads over features, activation [..., D]: a scalar.
 
-    p[d] = mean over samples of |activation[., d]|, normalised to sum 1. Least (-log D) where all features are equally
+    p[d] = mean over samples of |activation[., d]|, normalized to sum 1. Least (-log D) where all features are equally
     active, 0 where one is. A feature without activity counts 0 and gets no gradient; so does an all-zero batch.
     """
     _check("activation", activation, 1)

@@ -2,7 +2,7 @@
 
 Every stage of SPEC 2 has one name and one signature in every backend; `DISPATCH` says who serves it. Around the
 stages stand five operators that torch.compile sees as opaque (torch.library, with fakes): the product where it is not
-float32's own, the statistics and choices of a forward with the neighbour refresh, the masked gradient of a backward,
+float32's own, the statistics and choices of a forward with the neighbor refresh, the masked gradient of a backward,
 the pull, and its increment alone.
 """
 
@@ -28,7 +28,7 @@ from .spec import BCLConfig
 
 # Stage -> backend -> where the function of that name is found. `cuda` is Triton but where CUDA_SERVES says otherwise.
 DISPATCH: dict[str, dict[str, str]] = {
-    "neighbours": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.neighbours"},
+    "neighbors": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.neighbors"},
     "competition": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.competition"},
     "inverse_norm": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.inverse_norm"},
     "selection": {"reference": "reference", "portable": "portable", "cpu": "cpu", "triton": "kernels.selection"},
@@ -46,8 +46,8 @@ CUDA_SERVES: dict[str, Callable[..., bool]] = {
     "selection": lambda *arguments: arguments[5] == "rank" and 0 < arguments[7] <= 32,  # affinity_rule, rescue_k
     "rank": lambda *arguments: True,
 }
-# Backends that decide on the device whether neighbours are due, and count steps there: nothing waits for the host.
-REFRESH = {"triton": "kernels.neighbours", "cuda": "kernels.neighbours"}
+# Backends that decide on the device whether neighbors are due, and count steps there: nothing waits for the host.
+REFRESH = {"triton": "kernels.neighbors", "cuda": "kernels.neighbors"}
 ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
 UNMEASURED = ON_GPU  # no record of bench/results is from a GPU yet
 BACKENDS = ("reference", "portable", "cpu", *ON_GPU)
@@ -259,7 +259,7 @@ if "_library" in globals():  # importlib.reload: torch has one library of this n
 _library = torch.library.Library("bcl_fast", "DEF")
 _functions: dict[str, Callable[..., Any]] = {}
 PLAIN = (Tensor, torch.nn.Parameter)
-MOST_STEPS = 1 << 40  # of which `refresh_` on a device keeps count
+MAX_STEPS = 1 << 40  # of which `refresh_` on a device keeps count
 NO_BACKWARD = -1  # what torch says for the number of the running backward where none runs
 
 
@@ -297,17 +297,17 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
             return function(*arguments)
 
 
-def direct(tensor: Tensor) -> bool:
-    """Whether nobody looks at what is done with `tensor`: no compiler, and it is not more than numbers."""
+def can_bypass_dispatcher(tensor: Tensor) -> bool:
+    """Whether a plain function may stand in for an operator on `tensor`: no compiler runs, and it is a plain tensor."""
     return not torch.compiler.is_compiling() and type(tensor) in PLAIN and not tensor.is_meta
 
 
 def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """The operator of this name for arguments such as `tensor`: the function itself where it is `direct`.
+    """The operator of this name for arguments such as `tensor`, past the dispatcher where that is allowed.
 
     The dispatcher costs 10 us; a compiler, and tensors that are more than numbers, must go through it.
     """
-    return _functions[name] if direct(tensor) else getattr(torch.ops.bcl_fast, name)
+    return _functions[name] if can_bypass_dispatcher(tensor) else getattr(torch.ops.bcl_fast, name)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
@@ -322,7 +322,7 @@ def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-LEAST_NORM = 1e-6  # of which EPS = 1e-8 is one percent
+MIN_NORM = 1e-6  # of which EPS = 1e-8 is one percent
 
 
 def require_finite(**tensors: Tensor) -> None:
@@ -335,12 +335,12 @@ def require_finite(**tensors: Tensor) -> None:
 
 def require_norms(x: Tensor) -> None:
     """Raise a ValueError that names rows of x [B, N], not zero, of which EPS is a share that shrinks their cosines."""
-    short = torch.linalg.vector_norm(_float(x), dim=1) < LEAST_NORM
+    short = torch.linalg.vector_norm(_float(x), dim=1) < MIN_NORM
     short &= (x != 0).any(dim=1)  # squares may underflow
     if bool(short.any()):
         rows = short.nonzero()[:, 0]
         raise ValueError(
-            f"rows of x must be zero or of norm >= {LEAST_NORM:g} (check_finite=True), got {len(rows)} of "
+            f"rows of x must be zero or of norm >= {MIN_NORM:g} (check_finite=True), got {len(rows)} of "
             f"{len(x)} that are shorter, the first of them row {int(rows[0])}"
         )
 
@@ -376,7 +376,7 @@ def product_fake(x, weight, bias, dtype):
     return x.new_empty(x.shape[0], weight.shape[0], dtype=exact(dtype))
 
 
-def _refresh_neighbours_(
+def _refresh_neighbors_(
     weight: Tensor, neighbors: Tensor, step: Tensor, refreshed_at: Tensor, recompute_every: int, backend: str
 ) -> None:
     """Step 1 where it is due: at multiples of `recompute_every`, once per value of `step` (int64 scalars)."""
@@ -389,7 +389,7 @@ def _refresh_neighbours_(
     if now < 0:  # written where no version shows it
         raise ValueError(f"step must be >= 0, got {now}")
     if now % recompute_every == 0 and read_counter(refreshed_at) != now:
-        neighbors.copy_(stage("neighbours", backend)(_float(weight), neighbors.shape[1]))
+        neighbors.copy_(stage("neighbors", backend)(_float(weight), neighbors.shape[1]))
         write_counter_(refreshed_at, now)
 
 
@@ -448,7 +448,7 @@ def statistics_(
         ticket.neg_()
         due = recomputed.recompute(task)
     if due:
-        _refresh_neighbours_(weight, neighbors, step, refreshed_at, recompute_every, backend)
+        _refresh_neighbors_(weight, neighbors, step, refreshed_at, recompute_every, backend)
     bias = None if bias is None else bias.to(activation.dtype)
     rank_score, _, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength = stage(
         "competition", backend
@@ -472,14 +472,15 @@ def statistics__fake(x, weight, bias, activation, neighbors, step, refreshed_at,
     (B, D), k = activation.shape, neighbors.shape[1]
     r = torch.sym_min(rescue_k, B) if rescue_k else B
 
-    def real(*shape):
+    def floats(*shape):
         return activation.new_empty(shape)
 
-    def whole(*shape):
+    def indices(*shape):
         return activation.new_empty(shape, dtype=torch.int64)
 
-    mask = real(B, D) if gradient_mask == "soft" else real(0)
-    return mask, whole(B), torch.empty_like(owner), whole(B, k), real(B, k), whole(D, r), real(D, r), real(D), real(D)
+    mask = floats(B, D) if gradient_mask == "soft" else floats(0)
+    pairs, rescue = (indices(B, k), floats(B, k)), (indices(D, r), floats(D, r))
+    return mask, indices(B), torch.empty_like(owner), *pairs, *rescue, floats(D), floats(D)
 
 
 @_operator(
@@ -568,8 +569,9 @@ def targets_pull__fake(weight, som_offset, step, som_strength, som_lr, *choices)
 def som_increment(weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, *choices: Any) -> Tensor:
     """v (target - W) [D, N] in the dtype of the statistics: a pull to be averaged or rounded before it is applied."""
     x, *choices, backend = choices
-    stands = _float(weight if som_offset is None else weight + som_offset)
-    return stage("targets", backend)(x.to(stands.dtype), *choices).sub_(stands).mul_(som_strength[:, None])
+    effective_weight = _float(weight if som_offset is None else weight + som_offset)
+    target = stage("targets", backend)(x.to(effective_weight.dtype), *choices)
+    return target.sub_(effective_weight).mul_(som_strength[:, None])
 
 
 @_fake
@@ -594,7 +596,7 @@ def record(
     from . import reference
 
     dtype = activation.dtype
-    stands = weight.to(dtype, copy=True) if som_offset is None else (weight + som_offset).to(dtype)
+    effective_weight = weight.to(dtype, copy=True) if som_offset is None else (weight + som_offset).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.record(step, x.to(dtype), stands, bias, activation, neighbors, config)
+        return reference.record(step, x.to(dtype), effective_weight, bias, activation, neighbors, config)

@@ -1,7 +1,7 @@
 """The stages in plain torch operations, for any device: one product, the rest sparse.
 
 The functions, their arguments and their results are those of the stages in `reference`; here is why they are fast.
-The cosine is read off the layer's own output, so no further [B, D] x N product is formed. Neighbours are looked up
+The cosine is read off the layer's own output, so no further [B, D] x N product is formed. Neighbors are looked up
 in row tiles that stay in cache, never as a [B, D, k] tensor. Ranks come from one sort per column, and both targets
 are sums of a few rows of X.
 """
@@ -19,7 +19,7 @@ from .spec import EPS
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 25
 
 # Where torch is built with FBGEMM it sorts flat integers of at least this many elements by radix.
-RADIX_SORT, RADIX_LEAST = "fbgemm" in torch.backends.quantized.supported_engines, 1 << 15
+RADIX_SORT, RADIX_MIN = "fbgemm" in torch.backends.quantized.supported_engines, 1 << 15
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:
@@ -52,8 +52,8 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     return near.gather(1, similarity.gather(1, near).argsort(dim=1, descending=True, stable=True))
 
 
-def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
-    """Stage `neighbours` (step 1), by row panels: no [D, D] matrix is held."""
+def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
+    """Stage `neighbors` (step 1), by row panels: no [D, D] matrix is held."""
     rows, norm, _ = with_norms(weight)
     unit = rows / norm
     D = weight.shape[0]
@@ -66,7 +66,7 @@ def _margin(activation: Tensor, neighbors: Tensor) -> Tensor:
     (B, D), by_place = activation.shape, neighbors.T.contiguous()
     margin = torch.empty_like(activation, memory_format=torch.contiguous_format)
     for a, b in _tiles(B, D, activation.device):
-        strength = activation[a:b].abs().T.contiguous()  # a neighbour's strengths are one row
+        strength = activation[a:b].abs().T.contiguous()  # a neighbor's strengths are one row
         rival = strength.index_select(0, by_place[0])
         other = torch.empty_like(rival)
         for place in by_place[1:]:
@@ -127,7 +127,7 @@ def competition(
 def _descending(key: Tensor) -> Tensor:
     """Stable order of each row from the largest down, NaN first: [R, C] -> [R, C] int64. -0 equals +0."""
     R, C = key.shape
-    if not (RADIX_SORT and key.device.type == "cpu" and key.dtype == torch.float32 and key.numel() >= RADIX_LEAST):
+    if not (RADIX_SORT and key.device.type == "cpu" and key.dtype == torch.float32 and key.numel() >= RADIX_MIN):
         return key.sort(dim=1, descending=True, stable=True).indices
     # One radix sort of all rows, 3.5 times as fast as a comparison sort of each: (row, falling bits of the key).
     bits = (key + 0.0).masked_fill_(key.isnan(), torch.nan).view(torch.int32)  # +0 and NaN with one sign each

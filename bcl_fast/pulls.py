@@ -175,7 +175,7 @@ class Pulls:
     def recompute(self, task: int) -> bool:
         """Called by a forward inside the running backward `task`, which recomputes one for activation checkpointing.
 
-        Returns whether it may refresh the neighbours: only a first pass of this step has left that to it.
+        Returns whether it may refresh the neighbors: only a first pass of this step has left that to it.
         """
         layer = self._layer()
         if layer is None:

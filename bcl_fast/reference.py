@@ -2,7 +2,7 @@
 
 This is the oracle. It is written to be read, forms every tensor the SPEC names, and computes in the dtype it is
 given, so that float64 works. The last section composes the steps into the stages every backend offers.
-`B` samples, `D` features, `N` inputs, `K` neighbours.
+`B` samples, `D` features, `N` inputs, `K` neighbors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def inverse_norm(rows: Tensor) -> Tensor:
     return (1 / (torch.linalg.vector_norm(rows / power, dim=1, keepdim=True) + EPS / power) / power).squeeze(1)
 
 
-# --- Step 1: neighbourhoods ------------------------------------------------------------------------------------------
+# --- Step 1: neighborhoods ------------------------------------------------------------------------------------------
 
 
 def cosine_similarity(weight: Tensor) -> Tensor:
@@ -57,12 +57,12 @@ def strength(activation: Tensor) -> Tensor:
 
 
 def margin(strength: Tensor, neighbors: Tensor) -> Tensor:
-    """By how much a feature beats its strongest neighbour (step 3): [B, D], [D, k] -> [B, D]."""
+    """By how much a feature beats its strongest neighbor (step 3): [B, D], [D, k] -> [B, D]."""
     return strength - strength[:, neighbors].amax(dim=2)
 
 
 def rank_score(margin: Tensor, temperature: float) -> Tensor:
-    """R, soft "I win this sample against my neighbours", in (0, 1) (step 3): [B, D] -> [B, D]."""
+    """R, soft "I win this sample against my neighbors", in (0, 1) (step 3): [B, D] -> [B, D]."""
     return torch.sigmoid(temperature * margin)
 
 
@@ -77,7 +77,7 @@ def feature_novelty(rank_score: Tensor, coverage: Tensor) -> Tensor:
 
 
 def local_novelty(rank_score: Tensor, neighbors: Tensor) -> Tensor:
-    """How little the neighbours claim a sample (step 6): [B, D], [D, k] -> [B, D]."""
+    """How little the neighbors claim a sample (step 6): [B, D], [D, k] -> [B, D]."""
     return 1 / (1 + rank_score[:, neighbors].sum(dim=2))
 
 
@@ -95,7 +95,7 @@ def winner(margin: Tensor) -> Tensor:
 
 
 def winner_mask(winner: Tensor, neighbors: Tensor) -> Tensor:
-    """M: True where a feature is a neighbour of the sample's winner (step 8): [B], [D, k] -> [B, D] bool."""
+    """M: True where a feature is a neighbor of the sample's winner (step 8): [B], [D, k] -> [B, D] bool."""
     mask = torch.zeros(winner.shape[0], neighbors.shape[0], dtype=torch.bool, device=winner.device)
     return mask.scatter_(1, neighbors[winner], True)
 
@@ -104,7 +104,7 @@ def winner_mask(winner: Tensor, neighbors: Tensor) -> Tensor:
 
 
 def winner_pull(rank_score: Tensor, local_novelty: Tensor, winner_mask: Tensor) -> Tensor:
-    """P: the weight with which each sample pulls its winner's neighbours (step 9a): [B, D]; columns sum to 1 or 0."""
+    """P: the weight with which each sample pulls its winner's neighbors (step 9a): [B, D]; columns sum to 1 or 0."""
     pull = rank_score * local_novelty * winner_mask
     return pull / (pull.sum(dim=0) + EPS)
 
@@ -249,8 +249,8 @@ COMPETITION = (  # what the stage `competition` returns
 )  # fmt: skip
 
 
-def neighbours(weight: Tensor, neighborhood_k: int) -> Tensor:
-    """Stage `neighbours` (step 1): weight [D, N] -> [D, min(neighborhood_k, D - 1)] int64."""
+def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
+    """Stage `neighbors` (step 1): weight [D, N] -> [D, min(neighborhood_k, D - 1)] int64."""
     return nearest(cosine_similarity(weight), neighborhood_k)
 
 
@@ -267,8 +267,8 @@ def competition(
 
     activation [B, D], neighbors [D, k], x [B, N]; forces and onsets are the options of SPEC 3. Returns, in the order of
     `COMPETITION`: rank_score [B, D]; coverage [B]; novelty, win_rate [D]; winner [B] int64; pair_feature [B, k] int64,
-    the winner's neighbours, and pair_pull [B, k], the rank_score * local_novelty of each; x_inverse_norm and need [B]
-    of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11. A neighbour that is no feature, as damaged
+    the winner's neighbors, and pair_pull [B, k], the rank_score * local_novelty of each; x_inverse_norm and need [B]
+    of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11. A neighbor that is no feature, as damaged
     state may hold it, counts as the nearest index that is one.
     """
     neighbors = features(neighbors)
@@ -313,7 +313,7 @@ def targets(
 ) -> Tensor:
     """Stage `targets_pull`, its first half (sums of step 9a, step 10): x [B, N] and the choices -> som_target [D, N].
 
-    pair_feature [B, k] int64 are the neighbours of each sample's winner, pair_pull [B, k] their weights; rescue_rows
+    pair_feature [B, k] int64 are the neighbors of each sample's winner, pair_pull [B, k] their weights; rescue_rows
     [D, r] int64 and rescue_weight [D, r] come from `selection`; winner_share [D].
     """
     B, D = x.shape[0], winner_share.shape[0]
@@ -330,9 +330,9 @@ def targets_pull_(
 
     `choices` are the arguments of `targets`; som_strength [D], som_lr a scalar in the dtype of the weight.
     """
-    stands = weight if som_offset is None else weight + som_offset
+    effective_weight = weight if som_offset is None else weight + som_offset
     destination = weight if som_offset is None else som_offset
-    destination.addcmul_(som_increment(stands, targets(*choices), som_strength), som_lr)
+    destination.addcmul_(som_increment(effective_weight, targets(*choices), som_strength), som_lr)
 
 
 def gradient(

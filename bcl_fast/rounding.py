@@ -7,7 +7,7 @@ from torch import Tensor
 
 # The bits of a normal number's fraction, and the exponent (as frexp gives it) of the smallest normal number.
 _FRACTION_BITS = {torch.float16: 10, torch.bfloat16: 7}
-_LEAST_EXPONENT = {torch.float16: -13, torch.bfloat16: -125}
+_MIN_EXPONENT = {torch.float16: -13, torch.bfloat16: -125}
 
 
 def _noise(shape: torch.Size, seed: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def stochastic_round(value: Tensor, dtype: torch.dtype, seed: Tensor) -> Tensor:
 
     seed is an int64 scalar tensor: the same seed and value give the same bits.
     """
-    exponent = torch.frexp(value).exponent.clamp(min=_LEAST_EXPONENT[dtype])
+    exponent = torch.frexp(value).exponent.clamp(min=_MIN_EXPONENT[dtype])
     ulp = torch.ldexp(torch.ones_like(value), exponent - (_FRACTION_BITS[dtype] + 1))
     steps = value / ulp  # exact: ulp is a power of two
     rounded = torch.floor(steps + _noise(value.shape, seed)) * ulp

@@ -62,9 +62,9 @@ class BCLConfig:
     """
 
     som_lr: float = 0.005  # >= 0, step size of the SOM pull
-    neighborhood_k: int = 8  # >= 1, neighbours per feature (at most D - 1 are used)
+    neighborhood_k: int = 8  # >= 1, neighbors per feature (at most D - 1 are used)
     temperature: float = 5.0  # > 0, slope of the competition's sigmoid
-    recompute_every: int = 50  # >= 1, steps between neighbour refreshes
+    recompute_every: int = 50  # >= 1, steps between neighbor refreshes
     affinity: str = "rank"  # rank, clamped_cosine, cosine
     need_weighting: bool = True  # False: "pure affinity"
     rescue_weighting: str = "hard"  # hard, soft

@@ -36,7 +36,7 @@ class Wrong(NamedTuple):
 
 
 def fresh(D: int, k: int, som_offset: Tensor | None, device: torch.device) -> dict[str, Tensor]:
-    """The saved buffers of a layer of D features and k neighbours at step 0; the offset like `som_offset`, if any."""
+    """The saved buffers of a layer of D features and k neighbors at step 0; the offset like `som_offset`, if any."""
     place, feature = torch.arange(k, device=device), torch.arange(D, device=device)[:, None]
     neighbors = place + (place >= feature)  # valid indices, none of them one's own
     buffers = {"neighbors": neighbors, "step": torch.zeros((), dtype=torch.int64, device=device)}
@@ -44,10 +44,10 @@ def fresh(D: int, k: int, som_offset: Tensor | None, device: torch.device) -> di
 
 
 def kinds(weight: Tensor, k: int, som_space: str) -> dict[str, Kind]:
-    """The shape and dtype of every buffer of a layer with this weight [D, N] and k neighbours."""
-    whole = torch.int64
-    found: dict[str, Kind] = {"neighbors": ((weight.shape[0], k), whole), "step": ((), whole)}
-    found["_refreshed_at"] = (), whole
+    """The shape and dtype of every buffer of a layer with this weight [D, N] and k neighbors."""
+    index = torch.int64
+    found: dict[str, Kind] = {"neighbors": ((weight.shape[0], k), index), "step": ((), index)}
+    found["_refreshed_at"] = (), index
     return found if som_space == "weight" else {**found, "som_offset": (tuple(weight.shape), weight.dtype)}
 
 
@@ -63,7 +63,7 @@ def of_kind(name: str, buffer: Tensor | None, kind: Kind, device: torch.device) 
 
 
 def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong | None:
-    """What is wrong with the numbers of these buffers, or None. One synchronisation on a GPU."""
+    """What is wrong with the numbers of these buffers, or None. One synchronization on a GPU."""
     (D, k), own = neighbors.shape, torch.arange(neighbors.shape[0], device=neighbors.device)[:, None]
     doubled = (neighbors.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
     bad = ((neighbors < 0) | (neighbors >= D) | (neighbors == own)).any(dim=1) | doubled
@@ -76,7 +76,7 @@ def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong |
             f"neighbors must be, for each feature, {k} different others of 0 .. {D - 1}, "
             f"got {neighbors[feature].tolist()} for feature {feature}",
         )
-    if not 0 <= now < ops.MOST_STEPS:
+    if not 0 <= now < ops.MAX_STEPS:
         return Wrong("step", f"step must be >= 0 and < 2^40, got {now}")
     if not all_finite:
         place = (~som_offset.isfinite()).nonzero()[0].tolist()

@@ -32,11 +32,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pull-onset": dict(pull_onset=0.3),
     "offset": dict(som_space="offset"),
     "offset-coupled": dict(som_space="offset", forces="coupled", target_projection="centered"),
-    "one-neighbour": dict(neighborhood_k=1, temperature=0.5),
-    "all-neighbours": dict(neighborhood_k=1000, recompute_every=2),
+    "one-neighbor": dict(neighborhood_k=1, temperature=0.5),
+    "all-neighbors": dict(neighborhood_k=1000, recompute_every=2),
 }
 
-COLUMNS = ("random", "duplicated", "equal", "signed_zeros", "huge", "denormal", "quantised")
+COLUMNS = ("random", "duplicated", "equal", "signed_zeros", "huge", "denormal", "quantized")
 
 
 def columns(kind: str, B: int, D: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -55,15 +55,15 @@ def columns(kind: str, B: int, D: int, dtype: torch.dtype = torch.float32, seed:
         return normal * 1e30
     if kind == "denormal":
         return normal * (1e-42 if dtype == torch.float32 else 1e-310)
-    if kind == "quantised":
+    if kind == "quantized":
         return (normal * 2).round() / 2
     raise ValueError(f"kind must be one of {', '.join(COLUMNS)}, got {kind!r}")
 
 
-def neighbours_of(D: int, neighborhood_k: int, seed: int = 0) -> Tensor:
-    """Neighbours [D, k] of D random features."""
+def neighbors_of(D: int, neighborhood_k: int, seed: int = 0) -> Tensor:
+    """Neighbors [D, k] of D random features."""
     weight = torch.randn(D, 16, generator=torch.Generator().manual_seed(seed))
-    return reference.neighbours(weight, neighborhood_k)
+    return reference.neighbors(weight, neighborhood_k)
 
 
 def compete(

@@ -1,4 +1,4 @@
-"""How much memory does a training step need beyond weights and batch, for every contestant? (Linux, or CUDA)"""
+"""How much memory does a training step need beyond weights and batch, for every implementation? (Linux, or CUDA)"""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bcl_fast.measure.alone import alone
-from bcl_fast.measure.contestants import Size, reasons, serving
+from bcl_fast.measure.implementations import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
 
 SIZES = [Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]

@@ -1,6 +1,6 @@
 """What does a step cost where numbers are too few to matter: Python, dispatch and launches?"""
 
-from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.steps import step_times
 
 SIZES = [Size(8, 8, 8), Size(32, 32, 32)]

@@ -1,6 +1,6 @@
 """What do the ranks of whole columns take, for few long columns and for many short ones?"""
 
-from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.stages import stage_times
 
 SIZES = [Size(128, 8192, 16), Size(4096, 1024, 16), Size(65_536, 64, 16)]

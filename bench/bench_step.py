@@ -1,6 +1,6 @@
-"""How much does a whole BCL training step cost over `nn.Linear`, refresh included, for every contestant?"""
+"""How much does a whole BCL training step cost over `nn.Linear`, refresh included, for every implementation?"""
 
-from bcl_fast.measure.contestants import Size, trained_weight
+from bcl_fast.measure.implementations import Size, trained_weight
 from bcl_fast.measure.steps import step_times
 
 SIZES = [Size(128, 64, 784), Size(512, 512, 784), Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]

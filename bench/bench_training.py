@@ -1,4 +1,4 @@
-"""Training the autoencoder: what an epoch takes with each contestant as encoder, and are the curves the same?"""
+"""Training the autoencoder: what an epoch takes with each implementation as encoder, and are the curves the same?"""
 
 import statistics
 import time
@@ -7,9 +7,9 @@ import pytest
 
 from bcl_fast.experiments import plots
 from bcl_fast.experiments.run import Condition, Training, row_steps
-from bcl_fast.measure.clocks import interleaved
-from bcl_fast.measure.contestants import Size, reasons, serving
+from bcl_fast.measure.implementations import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
+from bcl_fast.measure.timing import interleaved
 from bcl_fast.spec import BCLConfig
 from bcl_fast.testing import relative_error
 

@@ -9,8 +9,8 @@ import torch
 
 from bcl_fast.environment import environment
 from bcl_fast.experiments.data import load
-from bcl_fast.measure.contestants import Size
 from bcl_fast.measure.floor import ceilings
+from bcl_fast.measure.implementations import Size
 from bcl_fast.records import write_record
 
 ROWS = pytest.StashKey[list]()

@@ -27,14 +27,14 @@ from bcl_fast import BCLLayer, graphed, native, ops  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.measure import peers, prebuilt, tools, variants, verdicts  # noqa: E402
 from bcl_fast.measure.choices import check_choices  # noqa: E402
-from bcl_fast.measure.clocks import captured, interleaved, taken, window  # noqa: E402
-from bcl_fast.measure.contestants import Contestant, Size, batch, build, trained_weight  # noqa: E402
 from bcl_fast.measure.floor import ceilings  # noqa: E402
+from bcl_fast.measure.implementations import Implementation, Size, batch, build, trained_weight  # noqa: E402
 from bcl_fast.measure.launches import kernels  # noqa: E402
 from bcl_fast.measure.precisions import PRECISIONS, multiplying  # noqa: E402
 from bcl_fast.measure.rows import OUT_OF_MEMORY, Row  # noqa: E402
 from bcl_fast.measure.stages import check_stage, check_stages, expected, stage_calls  # noqa: E402
 from bcl_fast.measure.steps import begin, race  # noqa: E402
+from bcl_fast.measure.timing import captured, interleaved, taken, window  # noqa: E402
 from bcl_fast.measure.units import FAILED, REFUSED, Refused, Unit  # noqa: E402
 
 
@@ -45,7 +45,7 @@ class Plan:
     device: str
     sizes: tuple[Size, ...]  # timed
     odd: tuple[Size, ...]  # checked too
-    deep: tuple[Size, ...]  # so many features that the competition goes other ways; neighbours are drawn
+    deep: tuple[Size, ...]  # so many features that the competition goes other ways; neighbors are drawn
     ranked: tuple[Size, ...]
     large: tuple[Size, ...]
     growing: dict[str, tuple[Size, ...]]  # axis -> larger and larger, until the memory ends
@@ -237,12 +237,12 @@ def _kernels(plan: Plan, name: str, size: Size, weights: str) -> Iterator[Row]:
     require(name, plan)
     labels = {"contestant": name, **asdict(size), "weights": weights}
     weight = weight_of(weights, size, plan)
-    contestant = build(name, size, weight, plan.device)
-    if contestant.refresh is not None:
-        contestant.refresh()
+    implementation = build(name, size, weight, plan.device)
+    if implementation.refresh is not None:
+        implementation.refresh()
         for stage, given in stage_calls(size, plan.device, name, weight).items():
             yield labels | {"stage": stage} | alone(plan, name, stage, given)
-    for kernel, (ms, launches) in kernels(contestant.step, plan.device).items():
+    for kernel, (ms, launches) in kernels(implementation.step, plan.device).items():
         yield labels | {"kernel": kernel[:120], "ms": ms, "launches": launches}
 
 
@@ -260,7 +260,7 @@ def steps(plan: Plan) -> Iterator[Unit]:
 def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row]:
     """Eager and captured steps beside those of `nn.Linear`, after what they choose was found right."""
     require(backend, plan)
-    amount = dict(rounds=plan.rounds, seconds=plan.seconds, most_seconds=3.0)
+    amount = dict(rounds=plan.rounds, seconds=plan.seconds, max_seconds=3.0)
     for weights in ("init", "trained") if precision == "fp32" else ("init",):
         weight = weight_of(weights, size, plan)
         labels = {"contestant": backend, **asdict(size), "weights": weights, "precision": precision}
@@ -268,17 +268,19 @@ def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row
         with multiplying(precision):
             running = {name: build(name, size, weight, plan.device, precision) for name in ("linear", backend)}
             refresh_ms, _ = begin(running, plan.device)
-            for mode, contestants in (("eager", running), ("captured", _captured(plan, running))):
+            for mode, implementations in (("eager", running), ("captured", _captured(plan, running))):
                 on_cpu = mode == "captured" and plan.device == "cpu"
-                found = race(contestants, refresh_ms, plan.device, **amount)
+                found = race(implementations, refresh_ms, plan.device, **amount)
                 mode = "eager (no graphs on a CPU)" if on_cpu else mode
                 yield labels | {"mode": mode, "linear_ms": found["linear"]["ms"]} | found[backend]
 
 
-def _captured(plan: Plan, running: dict[str, Contestant]) -> dict[str, Contestant]:
+def _captured(plan: Plan, running: dict[str, Implementation]) -> dict[str, Implementation]:
     if plan.device == "cpu":
         return running
-    return {name: replace(contestant, step=captured(contestant.step)) for name, contestant in running.items()}
+    return {
+        name: replace(implementation, step=captured(implementation.step)) for name, implementation in running.items()
+    }
 
 
 def _graphed(plan: Plan, backend: str, size: Size) -> Iterator[Row]:
@@ -374,18 +376,18 @@ def _large(plan: Plan, name: str, sizes: tuple[Size, ...], refresh: bool = True)
             if on_gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            contestant = build(name, size, device=plan.device)
-            if refresh and contestant.refresh is not None:
-                contestant.refresh()
-            contestant.step()
-            ms = window(contestant.step, plan.seconds, plan.device)
+            implementation = build(name, size, device=plan.device)
+            if refresh and implementation.refresh is not None:
+                implementation.refresh()
+            implementation.step()
+            ms = window(implementation.step, plan.seconds, plan.device)
         except torch.OutOfMemoryError:
             yield row | {"status": REFUSED, "message": OUT_OF_MEMORY}
             return
         yield row | {"ms": ms, "peak_mb": torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None}
         if ms > SLOW:
             return
-        contestant = None
+        implementation = None
 
 
 # --- What the tools say -----------------------------------------------------------------------------------------------
@@ -412,23 +414,23 @@ def _ncu(plan: Plan, backend: str, kernel: str, size: Size) -> Iterator[Row]:
 
 def one_step(backend: str, *size: str) -> None:
     """What ncu looks at, this file as a program: the second step of a layer."""
-    contestant = build(backend, Size(*map(int, size)), device="cuda")
-    contestant.refresh()
-    contestant.step()
+    implementation = build(backend, Size(*map(int, size)), device="cuda")
+    implementation.refresh()
+    implementation.step()
     torch.cuda.synchronize()
     torch.cuda.profiler.start()
-    contestant.step()
+    implementation.step()
     torch.cuda.synchronize()
     torch.cuda.profiler.stop()
 
 
 # Tests of a stage at a small size, for the sanitizers are a hundred times slower, and of one kind of numbers.
-SMALL, KIND = "37-64", "quantised"
+SMALL, KIND = "37-64", "quantized"
 SANITIZED = {
-    "triton": ("competition", "selection_is", "rank_is", "gradient", "targets_and", "neighbours_by"),
+    "triton": ("competition", "selection_is", "rank_is", "gradient", "targets_and", "neighbors_by"),
     "cuda": ("competition", "selection_is", "rank_is"),
 }
-OF_ONE_KIND = ("gradient", "targets_and", "neighbours_by")
+OF_ONE_KIND = ("gradient", "targets_and", "neighbors_by")
 TOOLS = {"triton": ("memcheck",), "cuda": ("memcheck", "racecheck")}
 
 

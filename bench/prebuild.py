@@ -24,7 +24,7 @@ from gpu_parts import GPU, REHEARSAL, ROOT, Plan
 
 from bcl_fast import ops
 from bcl_fast.measure import prebuilt, variants
-from bcl_fast.measure.contestants import build
+from bcl_fast.measure.implementations import build
 from bcl_fast.measure.precisions import PRECISIONS
 from bcl_fast.measure.stages import stage_calls
 
@@ -46,9 +46,9 @@ def launch_all(plan: Plan) -> None:
     """Every launch of Triton that the check makes outside of the tests, on tensors without numbers."""
     for size in (*plan.sizes, *plan.odd, *plan.large):
         for precision in PRECISIONS:
-            contestant = build("triton", size, None, "meta", precision)
-            contestant.refresh()
-            contestant.step()
+            implementation = build("triton", size, None, "meta", precision)
+            implementation.refresh()
+            implementation.step()
     for size in (*plan.sizes, *plan.odd, *plan.deep):
         for stage, given in stage_calls(size, "meta", "triton", drawn=size in plan.deep).items():
             ops.stage(stage, "triton")(*given)

@@ -1,6 +1,6 @@
-"""Competition (SPEC 2.2-2.8): who wins each sample against its neighbours, and what follows per sample and per feature.
+"""Competition (SPEC 2.2-2.8): who wins each sample against its neighbors, and what follows per sample and per feature.
 
-A program takes a few samples at a time. It lays their strengths out feature by feature, so that a neighbour is one
+A program takes a few samples at a time. It lays their strengths out feature by feature, so that a neighbor is one
 whole sector of memory however far away it is; what it leaves per feature is a partial sum, added up in a fixed order.
 """
 
@@ -19,7 +19,7 @@ PROGRAMS, BLOCK_D, WARPS = 264, 128, 8
 WIDE = 132, 256, 16
 CACHE = 32 << 20
 STAGES = 3  # activations of two more tiles are on their way while one is laid out; of the sums, it would spill
-BLOCK_N, BLOCK_K = 64, 8  # inputs, and neighbours of a winner, that are looked at together
+BLOCK_N, BLOCK_K = 64, 8  # inputs, and neighbors of a winner, that are looked at together
 FORCES = 16, 64  # programs and features of a tile where their sums are added up
 REGISTERS, MORE_REGISTERS = 128, 255  # so that 512 threads share a multiprocessor; where 128 would spill
 
@@ -33,7 +33,7 @@ def _ordered(x):
 
 @triton.jit
 def _feature(index, D):
-    """What a neighbour counts as: damaged state may hold anything, and what is no feature is the nearest that is."""
+    """What a neighbor counts as: damaged state may hold anything, and what is no feature is the nearest that is."""
     return tl.minimum(tl.maximum(index, 0), D - 1)
 
 
@@ -95,7 +95,7 @@ def _column_sums(rank_score_ptr, partial_ptr, b, claim, started, B, D,
 @triton.jit
 def _pairs(neighbors_ptr, rank_score_ptr, pair_feature_ptr, pair_pull_ptr, b, winner, B, D,
            K: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """The winner's neighbours and their rank_score * local_novelty (step 6) for BLOCK_B samples."""
+    """The winner's neighbors and their rank_score * local_novelty (step 6) for BLOCK_B samples."""
     row_ptr = rank_score_ptr + b[:, None] * D
     for i_start in range(0, K, BLOCK_K):
         i = i_start + tl.arange(0, BLOCK_K)[None, :]
@@ -207,15 +207,15 @@ def competition(
         given = f"{neighbors.dtype} {list(neighbors.shape)}"
         raise ValueError(f"neighbors must be torch.int64 [{D}, k] with D, k >= 1, got {given}")
     neighbors = neighbors.contiguous()
-    real, whole = activation.new_empty, neighbors.new_empty  # half the time of torch.empty
-    rank_score, coverage, pair_pull, x_inverse_norm, need = real(B, D), real(B), real(B, K), real(B), real(B)
-    novelty, win_rate, winner_share, som_strength = real(D), real(D), real(D), real(D)
-    winner, pair_feature = whole(B), whole(B, K)
+    floats, indices = activation.new_empty, neighbors.new_empty  # half the time of torch.empty
+    rank_score, coverage, pair_pull, x_inverse_norm, need = floats(B, D), floats(B), floats(B, K), floats(B), floats(B)
+    novelty, win_rate, winner_share, som_strength = floats(D), floats(D), floats(D), floats(D)
+    winner, pair_feature = indices(B), indices(B, K)
     programs, features, warps = (PROGRAMS, BLOCK_D, WARPS) if PROGRAMS * D * BLOCK_B * 4 <= CACHE else WIDE
     programs = min(-(-B // BLOCK_B), programs)
     registers = REGISTERS if K <= BLOCK_K or warps > WARPS else MORE_REGISTERS
     limit = {} if torch.version.hip else {"maxnreg": registers}  # the AMD compiler does not know the option
-    strength, partial = real(programs, D, BLOCK_B), real(programs, 2, D)
+    strength, partial = floats(programs, D, BLOCK_B), floats(programs, 2, D)
     _competition_kernel[(programs,)](
         activation, neighbors, x, strength, partial, rank_score, coverage, winner, pair_feature, pair_pull,
         x_inverse_norm, need, temperature, B, D, N, *activation.stride(), *x.stride(), K, BLOCK_B, features, BLOCK_N,

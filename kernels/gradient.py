@@ -6,7 +6,7 @@ import triton.language as tl
 
 TILE = 2048  # elements that a program takes at a time
 PROGRAMS = 1024  # enough to fill a GPU several times over
-LEAST_TILES = 4  # a program with fewer is not worth the second launch
+MIN_TILES = 4  # a program with fewer is not worth the second launch
 
 
 @triton.jit(do_not_specialize=["B", "rows"])
@@ -33,7 +33,7 @@ def _gradient_kernel(grad_output_ptr, mask_ptr, winner_ptr, masked_ptr, total_pt
 def _splits(B: int, column_tiles: int, BLOCK_B: int) -> tuple[int, int]:
     """How many programs share a column tile, and the rows of each, a multiple of BLOCK_B."""
     row_tiles = -(-B // BLOCK_B)  # triton.cdiv takes microseconds on the host
-    wanted = min(-(-PROGRAMS // column_tiles), -(-row_tiles // LEAST_TILES))
+    wanted = min(-(-PROGRAMS // column_tiles), -(-row_tiles // MIN_TILES))
     tiles = -(-row_tiles // wanted)
     return -(-row_tiles // tiles), tiles * BLOCK_B
 

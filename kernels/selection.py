@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)
-MOST = 32  # so many samples are chosen in registers; beyond, scores are sorted
+MAX_CHOSEN = 32  # so many samples are chosen in registers; beyond, scores are sorted
 PROGRAMS = 264  # each holds the sorted runs of its columns, in twice their memory: together less than one large [B, D]
 COLUMNS = 4  # half a sector of float32 of every row: more would spill where a run is sorted
 SHORT, RUN = 128, 1024  # elements of a run: of the only one, where it holds the batch, and of all others
@@ -19,7 +19,7 @@ WARPS = 8
 # Beyond so many runs torch sorts whole columns. Of the samples that could be chosen a fraction of one run is looked up,
 # however many there are (0.16 for each element at 8 runs, 0.30 at 64), but the runs of 65,536 samples take half a
 # gigabyte; where all ranks are asked for, every run is a search for every element.
-MOST_RUNS, MOST_RUNS_OF_RANK = 64, 8
+MAX_RUNS, MAX_RUNS_OF_RANK = 64, 8
 SORTED = 1 << 23  # elements sorted at once: half a gigabyte with its copies, places and torch's own scratch memory
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
@@ -208,7 +208,7 @@ def rank(key: torch.Tensor) -> torch.Tensor:
     """key [B, D] any strides -> stable rank of each element within its column [B, D] int64; NaN last, -0 equals +0."""
     B, D = key.shape
     ranks = key.new_empty(B, D, dtype=torch.int64)
-    if B <= MOST_RUNS_OF_RANK * RUN:
+    if B <= MAX_RUNS_OF_RANK * RUN:
         _launch(key, None, None, None, None, None, None, ranks, "rank", 1, False, 1.0)
         return ranks
     place = torch.arange(B, device=key.device)[:, None]
@@ -233,7 +233,7 @@ def _by_sorting(
             affinity = key * weight_inverse_norm[columns]
             affinity = affinity.clamp_(min=0) if affinity_rule == "clamped_cosine" else affinity
         affinity.masked_fill_(key.isnan(), torch.nan)
-        if r <= MOST:  # the ranks as cosines of features of norm 1
+        if r <= MAX_CHOSEN:  # the ranks as cosines of features of norm 1
             one = torch.ones_like(affinity[0])
             given = affinity, None, None, one, need, rows[columns], shares[columns]
             _launch(*given, None, "cosine", r, soft, scale)
@@ -266,7 +266,7 @@ def selection(
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     scale = 1 / max(r, 1) if not soft else 1 / max(B - 1, 1) if ranked else 1.0
     arguments = activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, shares
-    if r > MOST or (ranked and B > MOST_RUNS * RUN):
+    if r > MAX_CHOSEN or (ranked and B > MAX_RUNS * RUN):
         _by_sorting(*arguments, affinity_rule, r, soft, scale)
     else:
         _launch(*arguments, None, affinity_rule, r, soft, scale)

@@ -122,11 +122,11 @@ def _pull_kernel(
     target = u * (toward_won / (tl.sum(total) + EPS)) + (1 - u) * toward_rescued
     place = d * stride_d + n * stride_n
     if som_strength_ptr is not None:
-        stands = tl.load(destination_ptr + place, n < N, other=0.0)
-        gap = target - stands
+        effective_weight = tl.load(destination_ptr + place, n < N, other=0.0)
+        gap = target - effective_weight
         if weight_ptr is not None:  # the destination is an offset of this weight
             gap -= tl.load(weight_ptr + d * weight_stride_d + n * weight_stride_n, n < N, other=0.0)
-        target = stands + tl.load(som_lr_ptr) * (tl.load(som_strength_ptr + d) * gap)
+        target = effective_weight + tl.load(som_lr_ptr) * (tl.load(som_strength_ptr + d) * gap)
     tl.store(destination_ptr + place, target, n < N)
     if step_ptr is not None:
         if tl.program_id(0) + tl.program_id(1) == 0:

@@ -33,7 +33,7 @@ def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12, stage=None):
 
 
 def over_backends(slow=True, **options):
-    """Parametrise a test over `backend`; the options are those of `candidates`."""
+    """Parametrize a test over `backend`; the options are those of `candidates`."""
     names = [name for name, _ in candidates(**options) if slow or name not in SLOW]
     return pytest.mark.parametrize("backend", names)
 

@@ -1,4 +1,4 @@
-"""What every test runs under: one thread, uninitialised memory that shows, and repeatable property tests."""
+"""What every test runs under: one thread, uninitialized memory that shows, and repeatable property tests."""
 
 import functools
 import os
@@ -52,7 +52,7 @@ def poisoned(make):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def poison_uninitialised_memory():
+def poison_uninitialized_memory():
     """Every `empty` that Python code asks for comes poisoned.
 
     Not `torch.utils.deterministic.fill_uninitialized_memory`: it needs deterministic algorithms, so the tests would run
@@ -77,7 +77,7 @@ def memory_as_it_comes(monkeypatch):
 
 @pytest.fixture(params=["largest", "zeros", "sevens"])
 def memory(request, monkeypatch):
-    """What uninitialised memory holds: nothing a step could be, what fresh pages hold, and what a step could be."""
+    """What uninitialized memory holds: nothing a step could be, what fresh pages hold, and what a step could be."""
     value = {"zeros": 0, "sevens": 7}.get(request.param)
     if value is not None:
         monkeypatch.setattr(sys.modules[__name__], "poison", lambda tensor: tensor.detach().fill_(value))

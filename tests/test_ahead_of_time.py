@@ -51,10 +51,10 @@ class Sizes(NamedTuple):
     N: int
     k: int = 8
     r: int = 5
-    dtype: torch.dtype = torch.float32  # of x, of the weight as the neighbours see it, of the incoming gradient
+    dtype: torch.dtype = torch.float32  # of x, of the weight as the neighbors see it, of the incoming gradient
 
 
-PRODUCT = {"cuda": "tf32x3", "hip": "ieee"}  # kernels.neighbours chooses it by torch, which is of one of the two
+PRODUCT = {"cuda": "tf32x3", "hip": "ieee"}  # kernels.neighbors chooses it by torch, which is of one of the two
 
 
 # Launch sizes follow from D, N, k and r, a few from the size of B; integers above 2^31 are another type.
@@ -130,8 +130,8 @@ def choices(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
 # Stage -> calls that together launch every kernel of its file in every form.
 CALLS: dict[str, dict[str, Call]] = {
     "inverse_norm": {"x": lambda m, a: m.inverse_norm(a.x)},
-    "neighbours": {
-        "all": lambda m, a: m.neighbours(a.weight_as_used, a.neighborhood_k),
+    "neighbors": {
+        "all": lambda m, a: m.neighbors(a.weight_as_used, a.neighborhood_k),
         "refresh": lambda m, a: m.refresh_(a.weight_as_used, a.neighbors, a.step, a.never, 50),
         "panel": lambda m, a: m.nearest(a.similarity, 0, a.neighborhood_k),
     },
@@ -203,7 +203,7 @@ class Source(NamedTuple):
 
 
 def source(launch: Launch, general: bool) -> Source:
-    """A launch as Triton's own would specialise it; `general`: as one of odd sizes and any strides.
+    """A launch as Triton's own would specialize it; `general`: as one of odd sizes and any strides.
 
     It writes an integer 1 into the code, and remembers of others and of pointers that 16 divides them: those of torch's
     allocator are.
@@ -264,7 +264,7 @@ def compiled(launch: Launch, new: Source, target: Target) -> dict[str, Any]:
 def compile_all(targets: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each kernel, form in which it is launched, and target.
 
-    What is written into the code makes a form for every target; of other types of arguments, and as Triton specialises
+    What is written into the code makes a form for every target; of other types of arguments, and as Triton specializes
     it for their values, sm_90 stands for all.
     """
     rows, known, forms = [], set(), set()
@@ -328,7 +328,7 @@ def test_compiles_without_spills_and_fits(report, kernel, target):
 @pytest.mark.parametrize("target", [name for name in TARGETS if TARGETS[name].backend == "cuda"])
 def test_the_refresh_multiplies_on_tensor_cores(report, target):
     """In float32 its product would be 128 multiply-adds of every thread or more; the norms' squares alone are left."""
-    rows = [row for row in report["compiled"] if (row["kernel"], row["target"]) == ("_neighbours_kernel", target)]
+    rows = [row for row in report["compiled"] if (row["kernel"], row["target"]) == ("_neighbors_kernel", target)]
     assert rows
     for row in rows:
         assert row["tensor_cores"] > 0 and row["multiply_adds"] < 64, row

@@ -98,7 +98,7 @@ def test_a_subclass_without_its_own_forward_is_fine(kind):
     ids=["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "old spectral_norm", "prune", "prune bias",
          "bias"],
 )  # fmt: skip
-def test_a_parametrised_layer_is_refused(wrap):
+def test_a_parametrized_layer_is_refused(wrap):
     model = nn.Sequential(linear(), nn.ReLU())
     wrap(model[0])
     refused(model, "0", ["parametri", "prune"])

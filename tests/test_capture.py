@@ -55,7 +55,7 @@ def stand_in(monkeypatch):
 def refresh_(weight, neighbors, step, refreshed_at, recompute_every):
     """The refresh as `triton` has it, on a backend that can be run here."""
     if int(step) % recompute_every == 0 and int(refreshed_at) != int(step):
-        neighbors.copy_(ops.stage("neighbours", "portable")(weight, neighbors.shape[1]))
+        neighbors.copy_(ops.stage("neighbors", "portable")(weight, neighbors.shape[1]))
         refreshed_at.copy_(step)
 
 

@@ -20,7 +20,7 @@ from bcl_fast.experiments import console as show  # noqa: E402
 from bcl_fast.experiments.data import digits  # noqa: E402
 from bcl_fast.experiments.run import Condition, Training, row_steps, run  # noqa: E402
 from bcl_fast.measure import results  # noqa: E402
-from bcl_fast.measure.contestants import Size  # noqa: E402
+from bcl_fast.measure.implementations import Size  # noqa: E402
 from bcl_fast.measure.rows import row  # noqa: E402
 from bcl_fast.spec import BCLConfig  # noqa: E402
 

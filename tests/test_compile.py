@@ -85,7 +85,7 @@ def test_changing_batch_sizes_compile_once_more_and_no_further():
     assert counter.frame_count == 2 and int(layer.step) == 5
 
 
-def test_layers_share_compiled_code():
+def test_imports_share_compiled_code():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     layers = [make(seed=seed) for seed in range(12)]
     for layer in layers:

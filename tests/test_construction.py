@@ -1,6 +1,6 @@
 """Ways in which torch builds, fills and converts a BCLLayer: each continues bit-equal or says by name what is wrong.
 
-Uninitialised memory is what the fixture `memory` says.
+Uninitialized memory is what the fixture `memory` says.
 """
 
 import copy
@@ -182,7 +182,7 @@ def test_loaded_over_what_was_there(tmp_path, no_warning, steps, how, begun, som
 @pytest.mark.parametrize("begun", [0, 2])
 @pytest.mark.parametrize("missing", ["neighbors", "step"])
 def test_part_of_the_buffers_starts_afresh(missing, begun, assign):
-    """A step without its neighbours, or neighbours without their step, is no competition to go on with."""
+    """A step without its neighbors, or neighbors without their step, is no competition to go on with."""
     model, state_dict = trained(begun, seed=7), checkpoint(trained(3))
     del state_dict["1." + missing]
     with pytest.warns(UserWarning, match=missing):

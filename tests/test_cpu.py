@@ -16,7 +16,7 @@ from bcl_fast import reference as ref
 from bcl_fast.experiments.data import Images
 from bcl_fast.experiments.run import Condition, run
 from bcl_fast.spec import BCLConfig
-from bcl_fast.testing import COLUMNS, columns, compete, neighbours_of, relative_error
+from bcl_fast.testing import COLUMNS, columns, compete, neighbors_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(cpu.missing() is not None, reason=str(cpu.missing()))
@@ -69,7 +69,7 @@ def test_selection_by_bounds_is_bit_equal(kind, weighting, dtype):
 def test_hostile_needs(need):
     B, D = PRIMES
     rising = torch.arange(1.0, B + 1)[:, None].expand(B, D) * 1e-3
-    for activation in (rising, -rising, columns("random", B, D), columns("quantised", B, D)):
+    for activation in (rising, -rising, columns("random", B, D), columns("quantized", B, D)):
         check(activation, need)
         check(activation, need, rule="cosine")
 
@@ -92,13 +92,13 @@ def test_outliers_that_collapse_the_histogram(outliers):
 def test_rescue_k_up_to_the_batch(rescue_k, rule):
     B, D = PRIMES
     check(columns("random", B, D), uniform(B, 9), rescue_k, rule)
-    check(columns("quantised", B, D), uniform(B, 9), rescue_k, rule, "soft")
+    check(columns("quantized", B, D), uniform(B, 9), rescue_k, rule, "soft")
 
 
 @pytest.mark.parametrize("odd", [torch.nan, -torch.tensor(torch.nan), torch.inf])
 def test_competition_with_nan_and_inf_has_the_reference_s_winner(odd):
     activation = torch.where(uniform(257 * 37, 10).reshape(257, 37) < 0.02, odd, columns("random", 257, 37))
-    neighbors = neighbours_of(37, 8)
+    neighbors = neighbors_of(37, 8)
     got, own = (compete(module.competition, activation, neighbors) for module in (cpu, ref))
     assert got["winner"].equal(own["winner"])
 
@@ -106,7 +106,7 @@ def test_competition_with_nan_and_inf_has_the_reference_s_winner(odd):
 @pytest.mark.parametrize("k", [1, 8, 66])
 def test_competition_at_primes(k):
     B, D = PRIMES
-    activation, neighbors = columns("random", B, D), neighbours_of(D, k)
+    activation, neighbors = columns("random", B, D), neighbors_of(D, k)
     got, own = (compete(module.competition, activation, neighbors) for module in (cpu, ref))
     assert all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
 
@@ -122,7 +122,7 @@ def test_infinite_similarities_are_the_largest_numbers():
 def test_an_index_out_of_bounds_is_an_error_that_names_it(name, place, size, value):
     value = -7 if name == "rescue_rows" and value == 19 else value
     B, D, N = 41, 19, 33
-    pairs = neighbours_of(D, 3)[torch.arange(B) % D], torch.ones(B, 3)
+    pairs = neighbors_of(D, 3)[torch.arange(B) % D], torch.ones(B, 3)
     rescue = torch.arange(D * 5).view(D, 5) % B, torch.ones(D, 5)
     given = [columns("random", B, N), *pairs, *rescue, torch.ones(D)]
     given[place].view(-1)[-1] = value
@@ -177,20 +177,20 @@ def test_the_interface_refuses_sizes_that_no_input_has(name, sizes):
 
 
 def test_nobody_is_near_a_single_feature():
-    assert cpu.nearest(torch.ones(3, 1), 5, 8).shape == (3, 0) and cpu.neighbours(torch.ones(1, 4), 8).shape == (1, 0)
+    assert cpu.nearest(torch.ones(3, 1), 5, 8).shape == (3, 0) and cpu.neighbors(torch.ones(1, 4), 8).shape == (1, 0)
 
 
 def test_bits_do_not_depend_on_the_number_of_threads():
     B, D, N = 1031, 301, 97  # enough work for several threads
     activation, x = columns("random", B, D), columns("random", B, N)
-    neighbors, weight = neighbours_of(D, 8), columns("random", D, N)
+    neighbors, weight = neighbors_of(D, 8), columns("random", D, N)
 
     def everything():
         won = compete(cpu.competition, activation, neighbors, x=x)
         rows, shares = cpu.selection(activation, None, won["x_inverse_norm"], None, won["need"], "rank", "hard", 5)
         target = cpu.targets(x, won["pair_feature"], won["pair_pull"], rows, shares, won["winner_share"], "none")
         gradient = cpu.gradient(activation, won["rank_score"], None)
-        others = cpu.neighbours(weight, 8), cpu.rank(activation), cpu.inverse_norm(x)
+        others = cpu.neighbors(weight, 8), cpu.rank(activation), cpu.inverse_norm(x)
         return *won.values(), rows, target, *gradient, *others
 
     before = torch.get_num_threads()
@@ -209,10 +209,10 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 PROBE = """
 import torch
 from bcl_fast import cpu, reference as ref
-from bcl_fast.testing import columns, compete, neighbours_of, relative_error
+from bcl_fast.testing import columns, compete, neighbors_of, relative_error
 assert cpu.instruction_set() == {isa!r}, cpu.instruction_set()
 for B, D in ((1, 2), (17, 19), (1009, 67)):
-    a, near, need = columns("random", B, D), neighbours_of(D, 8), torch.rand(B)
+    a, near, need = columns("random", B, D), neighbors_of(D, 8), torch.rand(B)
     got, own = (compete(module.competition, a, near) for module in (cpu, ref))
     assert got["winner"].equal(own["winner"]) and all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
     for rule in ("rank", "cosine"):

@@ -19,7 +19,7 @@ from test_stages import by_row, check_competition, vectors
 
 from bcl_fast import cuda, native, ops
 from bcl_fast import reference as ref
-from bcl_fast.testing import VARIANTS, columns, neighbours_of, relative_error
+from bcl_fast.testing import VARIANTS, columns, neighbors_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
 NVCC = shutil.which("nvcc")
@@ -35,7 +35,7 @@ served = pytest.mark.skipif(not SERVED, reason="the CUDA library is not built")
 
 
 def over_forms(stage):
-    """Parametrise a test over every form of a stage that is compiled."""
+    """Parametrize a test over every form of a stage that is compiled."""
     names = [" ".join(map(str, form.values())) for form in cuda.FORMS[stage]]
     return pytest.mark.parametrize("form", cuda.FORMS[stage], ids=names)
 
@@ -166,7 +166,7 @@ def test_competition_wherever_the_strengths_lie(monkeypatch, host, where, rows, 
     for k in counts:
         plan = cuda_host.plan("competition", B, D, k, *device[:2], clusters)
         assert (plan.where, plan.rows) == (where, rows) and plan.groups <= max(clusters, device[0] * (plan.cluster < 2))
-        activation, neighbors = columns("quantised", B, D), neighbours_of(D, k)
+        activation, neighbors = columns("quantized", B, D), neighbors_of(D, k)
         check_competition("cuda", activation, neighbors, x=columns("random", B, 50, seed=1), forces="coupled")
         activation = activation[:5]
         activation[2, 7], activation[3] = torch.nan, 0.0
@@ -185,10 +185,10 @@ def test_competition_wherever_the_strengths_lie(monkeypatch, host, where, rows, 
 def test_competition_in_every_form(monkeypatch, form):
     monkeypatch.setitem(cuda.LAUNCH, "competition", form)
     for kind in ("random", "huge", "denormal"):
-        check_competition("cuda", columns(kind, 9, 1100), neighbours_of(1100, 8), x=columns("random", 9, 3))
+        check_competition("cuda", columns(kind, 9, 1100), neighbors_of(1100, 8), x=columns("random", 9, 3))
     strided = columns("random", 2 * 19, 3 * 413)[::2, ::3]
-    check_competition("cuda", strided, neighbours_of(413, 5), x=columns("random", 7, 19, seed=2).T)
-    check_competition("cuda", strided.T.contiguous().T, neighbours_of(413, 5), temperature=0.5)
+    check_competition("cuda", strided, neighbors_of(413, 5), x=columns("random", 7, 19, seed=2).T)
+    check_competition("cuda", strided.T.contiguous().T, neighbors_of(413, 5), temperature=0.5)
 
 
 @served
@@ -197,9 +197,9 @@ def test_competition_in_every_form(monkeypatch, form):
 def test_damaged_neighbors_in_every_form(monkeypatch, form, k):
     monkeypatch.setitem(cuda.LAUNCH, "competition", form)
     for D in (40, 1100):
-        neighbors = neighbours_of(D, k).clone()
+        neighbors = neighbors_of(D, k).clone()
         neighbors[::2, 0], neighbors[1::4, -1], neighbors[3::4, k // 2] = -(1 << 63), 1 << 32, (1 << 63) - 1
-        check_damaged(columns("quantised", 9, D), neighbors)
+        check_damaged(columns("quantized", 9, D), neighbors)
 
 
 @served
@@ -220,7 +220,7 @@ def test_a_form_that_is_not_compiled_is_an_error(monkeypatch):
     activation, ones = columns("random", 5, 4), torch.ones(5)
     monkeypatch.setitem(cuda.LAUNCH, "competition", {"near": 0, "threads": 1024, "cluster": 0})
     with pytest.raises(RuntimeError, match="stage competition failed: this combination .* is not compiled"):
-        stage("competition", "cuda")(activation, neighbours_of(4, 2), 5.0, activation, "decoupled", 0.0, 0.0)
+        stage("competition", "cuda")(activation, neighbors_of(4, 2), 5.0, activation, "decoupled", 0.0, 0.0)
     monkeypatch.setitem(cuda.LAUNCH, "selection", {"ahead": 9, "bins": 1024, "warps": 16, "round": 128})
     with pytest.raises(RuntimeError, match="stage selection failed: this combination .* is not compiled"):
         stage("selection", "cuda")(activation, None, ones, None, ones, "rank", "hard", 2)
@@ -231,7 +231,7 @@ def test_a_form_that_is_not_compiled_is_an_error(monkeypatch):
 
 @on_host
 def test_a_repeated_call_asks_for_no_size_and_one_buffer(monkeypatch):
-    activation, ones, neighbors = columns("random", 6, 5), torch.ones(6), neighbours_of(5, 2)
+    activation, ones, neighbors = columns("random", 6, 5), torch.ones(6), neighbors_of(5, 2)
     stages = {
         "competition": (activation, neighbors, 5.0, activation, "decoupled", 0.0, 0.0),
         "selection": (activation, None, ones, None, ones, "rank", "hard", 2),
@@ -284,7 +284,7 @@ def test_competition_of_very_many_features(monkeypatch, D, form):
 @served
 def test_competition_of_more_features_than_threads():
     for D in (1100, 4200):
-        check_competition("cuda", columns("random", 5, D), neighbours_of(D, 8))
+        check_competition("cuda", columns("random", 5, D), neighbors_of(D, 8))
 
 
 def opened(monkeypatch, *arguments):
@@ -311,14 +311,14 @@ def opened(monkeypatch, *arguments):
         ("random", 1500, None),
         ("heavy tails", 1500, "counted"),
         ("outliers", 300, "sorted"),
-        ("quantised", 300, None),
+        ("quantized", 300, None),
         ("hostile need", 300, "sorted"),
         ("nan", 300, "sorted"),
     ],
 )
 def test_selection_by_every_path(monkeypatch, kind, B, path, r, weighting):
     D = 37
-    activation = columns("quantised" if kind == "quantised" else "random", B, D)
+    activation = columns("quantized" if kind == "quantized" else "random", B, D)
     rinv, need, bias = vectors(2, B, B, D, dtype=torch.float32)
     need = 1 / (5 + 2 * need)  # as if 5 to 7 features claimed each sample
     if kind == "heavy tails":
@@ -351,7 +351,7 @@ def check_choices(*arguments):
 @over_forms("selection")
 def test_selection_in_every_form(monkeypatch, form):
     monkeypatch.setitem(cuda.LAUNCH, "selection", dict(reversed(form.items())))  # in any order
-    for kind, B, D in (("random", 700, 37), ("quantised", 300, 33), ("equal", 70, 3), ("huge", 1100, 2)):
+    for kind, B, D in (("random", 700, 37), ("quantized", 300, 33), ("equal", 70, 3), ("huge", 1100, 2)):
         rinv, need, bias = vectors(2, B, B, D, dtype=torch.float32)
         for weighting in ("hard", "soft"):
             check_choices(columns(kind, B, D), bias, rinv, None, need, "rank", weighting, 5)
@@ -425,7 +425,7 @@ def test_selection_is_settled_by_bounds_alone_where_they_decide(monkeypatch):
 @served
 @pytest.mark.parametrize("B", [1, 128, 129, 512, 513, 2048, 2049, 8192, 8193])
 def test_rank_by_every_path(B):
-    for kind in ("quantised", "signed_zeros"):
+    for kind in ("quantized", "signed_zeros"):
         key = columns(kind, B, 9)
         key[B // 2, 3], key[B // 3, 3] = torch.nan, torch.inf
         device = "cpu" if "BCL_FAST_CUDA" in os.environ else "cuda"
@@ -506,17 +506,17 @@ def test_every_kernel_once(monkeypatch, host):
     ):
         host(*device)
         monkeypatch.setitem(cuda.LAUNCH, "competition", dict(zip(("near", "threads", "cluster"), form, strict=True)))
-        check_competition("cuda", columns("random", 5, 161), neighbours_of(161, 8))  # two tiles, one block or cluster
+        check_competition("cuda", columns("random", 5, 161), neighbors_of(161, 8))  # two tiles, one block or cluster
     host()
-    check_competition("cuda", columns("random", 3, 40), neighbours_of(40, 9))
+    check_competition("cuda", columns("random", 3, 40), neighbors_of(40, 9))
     need = torch.linspace(0.2, 0.1, 90)
-    for activation in (columns("random", 90, 5), columns("quantised", 90, 5)):
+    for activation in (columns("random", 90, 5), columns("quantized", 90, 5)):
         activation[7, 2] = torch.nan
         for form in (cuda.FORMS["selection"][0], cuda.FORMS["selection"][-1]):
             monkeypatch.setitem(cuda.LAUNCH, "selection", form)
             check_choices(activation, None, torch.ones(90), None, need, "rank", "soft", 4)
     for B in (9, 129, 8193):
-        key = columns("quantised", B, 3)
+        key = columns("quantized", B, 3)
         assert cuda.rank(key).equal(ref.rank(key))
 
 

@@ -21,7 +21,7 @@ from bcl_fast.experiments import tables  # noqa: E402
 from bcl_fast.experiments.data import read_idx  # noqa: E402
 from bcl_fast.experiments.run import Condition, run  # noqa: E402
 from bcl_fast.measure import results  # noqa: E402
-from bcl_fast.measure.contestants import Size  # noqa: E402
+from bcl_fast.measure.implementations import Size  # noqa: E402
 from bcl_fast.measure.rows import row  # noqa: E402
 from bcl_fast.records import write_record  # noqa: E402
 from bcl_fast.spec import BCLConfig  # noqa: E402

@@ -61,7 +61,7 @@ def test_no_square_matrix_gives_the_same_as_all_pairs():
     near(diag.row_abs_cosine(rows), float(cosine.abs().sum() - 9) / 72, 1e-12)
 
 
-def test_correlation_is_the_cosine_of_centred_columns():
+def test_correlation_is_the_cosine_of_centered_columns():
     matrix = tensor([[1.0, 11.0], [2.0, 10.0], [3.0, 9.0]])  # opposite slopes on a shared mean
     near(diag.column_correlation(matrix), -1.0)
     assert diag.column_cosine(matrix) > 0.8
@@ -99,7 +99,7 @@ def test_forces_by_hand():
 
 def test_step_metrics_come_from_the_record():
     x, weight = torch.rand(30, 12), torch.randn(8, 12)
-    neighbors = ref.neighbours(weight, 3)
+    neighbors = ref.neighbors(weight, 3)
     record = ref.record(4, x, weight, None, x @ weight.T, neighbors, BCLConfig(affinity="clamped_cosine"))
     metrics = diag.step_metrics(record)
     near(metrics["aff_sim"], diag.column_cosine(record.affinity))

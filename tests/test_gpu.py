@@ -10,7 +10,7 @@ from test_layer import batch, make, same, state
 from torch import nn
 
 from bcl_fast import BCLLayer, graphed, ops
-from bcl_fast.measure.contestants import Size, build
+from bcl_fast.measure.implementations import Size, build
 from bcl_fast.measure.stages import check_stages
 from bcl_fast.testing import VARIANTS, relative_error
 

@@ -15,8 +15,8 @@ import pytest
 from backends import INTERPRETED
 
 from bcl_fast.measure import prebuilt, tools, verdicts
-from bcl_fast.measure.contestants import Size
 from bcl_fast.measure.floor import Ceilings
+from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.units import Record, Refused, Unit, run, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def lives(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_unit_that_takes_too_long_ends_with_all_its_children(record, monkeypatch):
-    monkeypatch.setattr("bcl_fast.measure.units.LEAST", 0.5)
+    monkeypatch.setattr("bcl_fast.measure.units.MIN_SECONDS", 0.5)
 
     def call():
         child = subprocess.Popen(["sleep", "100"])

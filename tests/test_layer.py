@@ -133,7 +133,7 @@ def check_one_step(backend, options, bias=True, dtype=torch.float64):
     output.backward(grad_output)
 
     activation = F.linear(x.detach(), weight, before.get("bias"))
-    neighbors = ref.neighbours(weight, config.neighborhood_k)
+    neighbors = ref.neighbors(weight, config.neighborhood_k)
     record = ref.record(0, x.detach(), weight, before.get("bias"), activation, neighbors, config)
     x_gradient, weight_gradient, bias_gradient = ref.masked_gradients(
         grad_output, record.gradient_mask, x.detach(), weight
@@ -380,10 +380,10 @@ def test_nan_and_inf_do_not_crash(backend, options):
     assert ((layer.neighbors >= 0) & (layer.neighbors < D)).all() and int(layer.step) == 3
 
 
-def test_parametrised_weight_raises():
+def test_parametrized_weight_raises():
     layer = make()
     nn.utils.parametrizations.weight_norm(layer)
-    with pytest.raises(RuntimeError, match="weight must be a leaf: .*remove the parametrisation"):
+    with pytest.raises(RuntimeError, match="weight must be a leaf: .*remove the parametrization"):
         layer(batch())
 
 
@@ -426,7 +426,7 @@ def test_checkpoint_of_a_plain_linear_loads_and_starts_afresh():
     assert layer.load_state_dict(linear.state_dict()) == ([], [])
     assert layer.weight.equal(linear.weight) and int(layer.step) == 0 and layer.som_offset.count_nonzero() == 0
     layer(batch()).sum().backward()
-    assert layer.neighbors.equal(ref.neighbours(linear.weight.detach(), 3))
+    assert layer.neighbors.equal(ref.neighbors(linear.weight.detach(), 3))
 
 
 def test_checkpoint_of_a_plain_model_loads_into_one_with_layers():

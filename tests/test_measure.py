@@ -8,10 +8,10 @@ from backends import INTERPRETED
 
 from bcl_fast import cuda, ops, portable
 from bcl_fast.measure import alone as processes
-from bcl_fast.measure import clocks, contestants, peers, precisions, rows, scaling, stages, steps, variants
+from bcl_fast.measure import implementations, peers, precisions, rows, scaling, stages, steps, timing, variants
 from bcl_fast.measure.choices import check_choices
-from bcl_fast.measure.contestants import Size, build
 from bcl_fast.measure.floor import STEP, Ceilings
+from bcl_fast.measure.implementations import Size, build
 from bcl_fast.measure.stages import check_stages
 
 SIZE = Size(61, 17, 23)
@@ -26,7 +26,7 @@ def test_floor_is_bytes_over_bandwidth():
     B, D, N, k, r = 100, 50, 20, 8, 5
     floor = ROOF.floor_ms(Size(B, D, N))
     assert floor == pytest.approx({
-        "neighbours": (4 * D * N + 8 * D * k) / 1e6 + 2 * D * D * N / 1e9,
+        "neighbors": (4 * D * N + 8 * D * k) / 1e6 + 2 * D * D * N / 1e9,
         "competition": (8 * B * D + 4 * B * N) / 1e6,
         "inverse_norm": 4 * B * N / 1e6,
         "selection": 4 * B * D / 1e6,
@@ -35,7 +35,7 @@ def test_floor_is_bytes_over_bandwidth():
         "rank": 12 * B * D / 1e6,
         "products": 6 * B * D * N / 1e9,
     })  # fmt: skip
-    assert ROOF.step_ms(Size(B, D, N)) == pytest.approx(sum(floor[s] for s in STEP) + floor["neighbours"] / 50)
+    assert ROOF.step_ms(Size(B, D, N)) == pytest.approx(sum(floor[s] for s in STEP) + floor["neighbors"] / 50)
     assert floor.keys() == {*stages.STAGES, "products"}
 
 
@@ -46,7 +46,7 @@ def test_products_alone_know_a_precision():
     for precision, rate in (("fp32", 1), ("tf32", 4), ("bf16", 8)):
         floor = roof.floor_ms(size, precision)
         assert floor["products"] == pytest.approx(products / rate)
-        assert floor["neighbours"] == roof.floor_ms(size)["neighbours"]
+        assert floor["neighbors"] == roof.floor_ms(size)["neighbors"]
         assert roof.step_ms(size, precision) == pytest.approx(roof.step_ms(size) - products + products / rate)
     with pytest.raises(ValueError, match="the rate of tf32 products was not measured"):
         ROOF.step_ms(size, "tf32")
@@ -57,7 +57,7 @@ def test_products_alone_know_a_precision():
 
 def test_stages_are_held_to_the_contract():
     errors = check_stages(SIZE, ["portable"])["portable"]
-    assert {name.split()[0] for name in errors} >= {"neighbours", "competition", "targets_pull_", "gradient"}
+    assert {name.split()[0] for name in errors} >= {"neighbors", "competition", "targets_pull_", "gradient"}
     assert max(errors.values()) <= 1e-5
 
 
@@ -82,7 +82,7 @@ def spoil_stage(monkeypatch, stage, spoil):
         ("selection", lambda rows, shares: (rows.roll(1, 0), shares), "selection 0 differs in"),
         ("competition", lambda R, *rest: (R * 1.001, *rest), "competition rank_score is off by"),
         ("gradient", lambda masked, total: (masked + 1e-9, total), "gradient 0 differs in"),
-        ("neighbours", lambda near: near.flip(0), "neighbours are less similar by"),
+        ("neighbors", lambda near: near.flip(0), "neighbors are less similar by"),
     ],
 )
 def test_the_contract_is_noticed_broken(stage, spoil, message, monkeypatch):
@@ -98,7 +98,7 @@ def test_nothing_wrong_is_timed(monkeypatch):
     with pytest.raises(AssertionError, match="portable at .*: the first pull differs from the reference's by"):
         steps.step_times(SIZE, ROOF)
     with pytest.raises(AssertionError, match="selection 0 differs in"):
-        steps.step_times(SIZE, ROOF, contestants.trained_weight(SIZE, 2))
+        steps.step_times(SIZE, ROOF, implementations.trained_weight(SIZE, 2))
 
 
 def test_a_peer_that_chooses_otherwise_is_not_timed(monkeypatch):
@@ -108,13 +108,13 @@ def test_a_peer_that_chooses_otherwise_is_not_timed(monkeypatch):
         peers.selection_times(SIZE, rounds=1, seconds=0)
 
 
-def test_drawn_neighbours_are_neighbours():
+def test_drawn_neighbors_are_neighbors():
     for size in (Size(3, 161, 9), Size(1, 16384, 1), Size(1, 50000, 1), Size(1, 65536, 1)):
         near = stages.stage_calls(size, drawn=True)["competition"][1]
         assert near.shape == (size.D, 8) and int(near.min()) >= 0 and int(near.max()) < size.D
         assert (near.sort(dim=1).values.diff(dim=1) > 0).all() and not (near == torch.arange(size.D)[:, None]).any()
     errors = check_stages(Size(3, 161, 9), ["portable"], drawn=True)["portable"]
-    assert errors and not any(name.startswith("neighbours") for name in errors)
+    assert errors and not any(name.startswith("neighbors") for name in errors)
 
 
 def test_a_few_features_may_choose_as_well(monkeypatch):
@@ -168,26 +168,26 @@ def test_a_contestant_refreshes_when_asked_and_never_by_itself(name, monkeypatch
     own = OWN_STAGE
 
     def counted(stage, backend):
-        if stage == "neighbours":
+        if stage == "neighbors":
             calls.append(backend)
         return own(stage, backend)
 
     monkeypatch.setattr(ops, "stage", counted)
-    contestant = build(name, SIZE)
-    assert (contestant.refresh is None) == (name == "linear")
-    if contestant.refresh is not None:
-        contestant.refresh()
-    asked, start = len(calls), contestant.weight.detach().clone()
+    implementation = build(name, SIZE)
+    assert (implementation.refresh is None) == (name == "linear")
+    if implementation.refresh is not None:
+        implementation.refresh()
+    asked, start = len(calls), implementation.weight.detach().clone()
     for _ in range(101):
-        contestant.step()
+        implementation.step()
     assert len(calls) == asked == (name != "linear")
-    assert contestant.weight.equal(start) == (name == "linear")  # the pull moved it
+    assert implementation.weight.equal(start) == (name == "linear")  # the pull moved it
 
 
 def test_every_contestant_has_a_row_or_a_reason():
     found = steps.step_times(SIZE, ROOF, rounds=2, seconds=0)
-    assert [row["contestant"] for row in found if row["ms"]] == contestants.serving()
-    assert {row["contestant"] for row in found} == set(contestants.NAMES)
+    assert [row["contestant"] for row in found if row["ms"]] == implementations.serving()
+    assert {row["contestant"] for row in found} == set(implementations.NAMES)
     for row in found:
         assert (row["status"] == rows.OK) == (row["ms"] is not None) == (row["ratio_to_linear"] is not None)
     linear, reference = found[:2]
@@ -207,7 +207,7 @@ def test_stage_rows_have_ratios_and_a_roof():
 
 def test_windows_are_interleaved_and_the_slow_leave_early(monkeypatch):
     now, order = [0.0], []
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call(name, seconds):
         def step():
@@ -216,20 +216,20 @@ def test_windows_are_interleaved_and_the_slow_leave_early(monkeypatch):
 
         return step
 
-    taken = clocks.interleaved({"fast": call("fast", 0.25), "slow": call("slow", 4.0)}, 3, 0.5, 7.0)
+    taken = timing.interleaved({"fast": call("fast", 0.25), "slow": call("slow", 4.0)}, 3, 0.5, 7.0)
     assert taken == {"fast": [250, 250, 250], "slow": [4000, 4000]}  # 8 s are more than 7
     assert "".join(name[0] for name in order) == "ffs" + "ffs" + "ff"
 
 
 def test_a_single_call_is_its_own_median_only_where_it_took_all_the_time(monkeypatch):
     now, durations = [0.0], iter([9.0, 1.0, 2.0, 3.0, 5.0])
-    monkeypatch.setattr(clocks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
 
     def call():
         now[0] += next(durations)
 
-    assert clocks.median_ms(call, repeats=3, most_seconds=8) == 9000
-    assert clocks.median_ms(call, repeats=2, most_seconds=60) == 2500  # of 2 and 3: the first is left out
+    assert timing.median_ms(call, repeats=3, max_seconds=8) == 9000
+    assert timing.median_ms(call, repeats=2, max_seconds=60) == 2500  # of 2 and 3: the first is left out
 
 
 @pytest.mark.parametrize("ms, most", [(0.02, 60_000), (100, 12), (30_000, 1)])
@@ -258,7 +258,7 @@ def test_a_window_on_a_gpu_is_as_long_as_it_was_asked_for(monkeypatch, ms, most)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     calls = []
-    found = clocks.window(lambda: (calls.append(1), queued.append(ms)), 1.0, "cuda")
+    found = timing.window(lambda: (calls.append(1), queued.append(ms)), 1.0, "cuda")
     assert found == pytest.approx(ms) and 1 <= len(calls) <= most
     assert now[0] <= max(1100, ms + 1)  # a tenth more than was asked for
 

@@ -13,7 +13,7 @@ import torch
 from backends import ON_CPU
 
 from bcl_fast import BCLLayer, cpu, cuda, ops
-from bcl_fast.testing import VARIANTS, columns, neighbours_of
+from bcl_fast.testing import VARIANTS, columns, neighbors_of
 
 ROOT = Path(__file__).resolve().parents[1]
 B, D, N, K = 9, 5, 4, 3
@@ -25,7 +25,7 @@ def statistics_arguments(backend, config, dtype=torch.float32, bias=True):
     x, weight = columns("random", B, N, dtype), columns("random", D, N, dtype, seed=1)
     c = columns("random", 1, D, dtype, seed=2)[0] if bias else None
     return (
-        x, weight, c, torch.nn.functional.linear(x, weight, c), neighbours_of(D, K), torch.tensor(0), torch.tensor(-1),
+        x, weight, c, torch.nn.functional.linear(x, weight, c), neighbors_of(D, K), torch.tensor(0), torch.tensor(-1),
         torch.tensor(0), config.recompute_every, config.temperature, config.affinity, config.need_weighting,
         config.rescue_weighting, config.rescue_k, config.forces, config.gradient_mask, config.rescue_onset,
         config.pull_onset, config.check_finite, backend,
@@ -84,7 +84,7 @@ def captured(monkeypatch):
 
 @backend
 def test_a_capture_of_what_is_counted_on_the_host_raises(monkeypatch, backend):
-    """A graph would keep whether neighbours were due at its capture, and the number of the step."""
+    """A graph would keep whether neighbors were due at its capture, and the number of the step."""
     arguments = statistics_arguments(backend, ops.BCLConfig())
     captured(monkeypatch)
     with pytest.raises(RuntimeError, match=f"backend '{backend}' counts steps on the host.*'triton' or 'cuda'"):

@@ -58,7 +58,7 @@ def wheel(checkout, tmp_path_factory):
     return found
 
 
-def test_wheel_holds_the_package_its_kernels_and_the_licence(wheel):
+def test_wheel_holds_the_package_its_kernels_and_the_license(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"bcl_fast/layer.py", "bcl_fast/experiments/run.py", "bcl_fast/kernels/README.md"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
@@ -178,10 +178,10 @@ native.HERE = Path({folder!r})
 subnormal = lambda: sys.float_info.min * 0.5 > 0 and (torch.full((64,), 1e-38) * 0.1 > 0).all().item()
 """
 EXACT = """
-from bcl_fast.testing import columns, compete, neighbours_of
+from bcl_fast.testing import columns, compete, neighbors_of
 assert cpu.missing() is None and subnormal(), (cpu.missing(), subnormal())
 for B in (1, 67, 1009):
-    a, near = columns("random", B, 67), neighbours_of(67, 8)
+    a, near = columns("random", B, 67), neighbors_of(67, 8)
     a[::5, ::3], a[2::7, ::2], a[3::4, 1::3], a[::6, 5::7] = torch.nan, torch.inf, -0.0, 0.0
     got, own = (compete(module.competition, a, near) for module in (cpu, ref))
     assert got["winner"].equal(own["winner"])

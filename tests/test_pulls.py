@@ -107,7 +107,7 @@ def test_lbfgs_pulls_once_after_its_step_by_the_mean_of_what_it_evaluated(search
 
 
 class Sharpness(torch.optim.Optimizer):
-    """Sharpness-aware minimisation in its usual form: it evaluates at a perturbed weight, then puts the weight back."""
+    """Sharpness-aware minimization in its usual form: it evaluates at a perturbed weight, then puts the weight back."""
 
     def __init__(self, parameters):
         super().__init__(parameters, dict(lr=0.1))
@@ -530,7 +530,7 @@ def test_a_backward_that_raises_leaves_nothing_behind(how):
 
 
 @pytest.mark.parametrize("how", ["non-reentrant", "reentrant"])
-def test_a_recomputation_refreshes_no_neighbours_that_its_forward_had_not(how):
+def test_a_recomputation_refreshes_no_neighbors_that_its_forward_had_not(how):
     """A backward that comes between a forward and its recomputation takes the step to one at which they are due."""
     plain, other = (square(None, dict(recompute_every=3)) for _ in range(2))
     for layer, segment in ((plain, lambda function, x: function(x)), (other, RECOMPUTED[how])):
@@ -607,7 +607,7 @@ def test_an_error_that_is_kept_does_not_stay_in_the_way():
 # --- Gradients of gradients ------------------------------------------------------------------------------------------
 
 
-def penalised(layer):
+def penalized(layer):
     x = batch().requires_grad_()
     y = layer(x).sum()
     (g,) = torch.autograd.grad(y, x, create_graph=True)
@@ -623,7 +623,7 @@ def curvature(layer):
 SECOND = {
     "hessian": lambda layer: torch.autograd.functional.hessian(lambda x: layer(x).square().sum(), batch(3)),
     "hvp": lambda layer: torch.autograd.functional.hvp(lambda x: layer(x).square().sum(), batch(3), batch(3)),
-    "gradient penalty": penalised,
+    "gradient penalty": penalized,
     "curvature": curvature,
 }
 

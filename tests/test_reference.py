@@ -18,17 +18,17 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)  # eps = 1e-8 of the formulas is left out on paper
 
 
-# Three features on a ring, each with one neighbour: 0 -> 1, 1 -> 2, 2 -> 0. Two samples.
+# Three features on a ring, each with one neighbor: 0 -> 1, 1 -> 2, 2 -> 0. Two samples.
 NEIGHBORS = tensor([[1], [2], [0]])
 ACTIVATION = tensor([[3.0, -1.0, 2.0], [0.0, 4.0, -4.0]], dtype=F64)
 MARGIN = tensor([[2.0, -1.0, -1.0], [-4.0, 0.0, 4.0]], dtype=F64)
 R = tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], dtype=F64)  # made up: easy numbers for steps 4 to 9
 
 
-def test_step_1_neighbours_are_sorted_and_exclude_oneself():
+def test_step_1_neighbors_are_sorted_and_exclude_oneself():
     weight = tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 2.0], [-1.0, 0.1]], dtype=F64)
     # Cosines of feature 0: 1 -> .71, 2 -> 0, 3 -> -.995; of 2: 1 -> .71, 3 -> .0995, 0 -> 0.
-    neighbors = ref.neighbours(weight, 3)
+    neighbors = ref.neighbors(weight, 3)
     assert neighbors[0].tolist() == [1, 2, 3]
     assert neighbors[2].tolist() == [1, 3, 0]
     assert neighbors.dtype == torch.int64
@@ -42,10 +42,10 @@ def test_step_1_takes_at_most_all_others_and_the_smaller_index_of_ties():
 def test_step_1_zero_row_has_cosine_zero_with_everything():
     weight = tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]], dtype=F64)
     assert ref.cosine_similarity(weight)[1].tolist() == [0, 0, 0]
-    assert ref.neighbours(weight, 2)[0].tolist() == [1, 2]
+    assert ref.neighbors(weight, 2)[0].tolist() == [1, 2]
 
 
-def test_step_1_nan_rows_are_the_last_resort_and_nobody_is_its_own_neighbour():
+def test_step_1_nan_rows_are_the_last_resort_and_nobody_is_its_own_neighbor():
     similarity = torch.full((3, 3), NAN)
     similarity[0, 1] = -1.0
     assert ref.nearest(similarity, 2).tolist() == [[1, 2], [0, 2], [0, 1]]
@@ -60,7 +60,7 @@ def test_step_3_margin_and_rank_score():
     close(ref.rank_score(tensor([[0.0, math.log(3) / 5]], dtype=F64), 5.0), tensor([[0.5, 0.75]], dtype=F64))
 
 
-def test_step_3_margin_is_against_the_strongest_neighbour():
+def test_step_3_margin_is_against_the_strongest_neighbor():
     strength = tensor([[1.0, 5.0, 3.0]])
     assert ref.margin(strength, tensor([[1, 2], [0, 2], [0, 1]])).tolist() == [[-4.0, 2.0, -2.0]]
 
@@ -76,7 +76,7 @@ def test_step_5_feature_novelty():
 
 
 def test_step_6_local_novelty():
-    # 1 / (1 + R of the one neighbour): row 0 neighbours' R are .25, .25, .5.
+    # 1 / (1 + R of the one neighbor): row 0 neighbors' R are .25, .25, .5.
     close(ref.local_novelty(R, NEIGHBORS)[0], tensor([0.8, 0.8, 2 / 3], dtype=F64))
 
 
@@ -92,7 +92,7 @@ def test_step_8_winner_is_the_argmax_of_the_margin_even_where_the_sigmoid_satura
     assert ref.winner(tensor([[1.0, 2.0, 2.0]])).tolist() == [1]
 
 
-def test_step_8_mask_holds_the_winners_neighbours_not_the_winner():
+def test_step_8_mask_holds_the_winners_neighbors_not_the_winner():
     assert ref.winner_mask(tensor([0, 2]), NEIGHBORS).tolist() == [[False, True, False], [True, False, False]]
 
 
@@ -229,7 +229,7 @@ def test_step_13_pull_moves_the_weight_or_the_offset():
     close(offset, tensor([[1.0, 1.2], [1.0, 1.1]]))
 
 
-def test_a_neighbour_that_is_no_feature_counts_as_the_nearest_that_is():
+def test_a_neighbor_that_is_no_feature_counts_as_the_nearest_that_is():
     damaged = tensor([[-5], [2**62], [0]])
     close(ref.features(damaged), tensor([[0], [2], [0]]))
     won = ref.competition(ACTIVATION, damaged, 5.0, ACTIVATION, "decoupled", 0.0, 0.0)
@@ -260,7 +260,7 @@ def problem(B=23, D=11, N=7, seed=0):
 
 
 def run(x, weight, bias, config):
-    neighbors = ref.neighbours(weight, config.neighborhood_k)
+    neighbors = ref.neighbors(weight, config.neighborhood_k)
     return ref.record(0, x, weight, bias, x @ weight.T + bias, neighbors, config)
 
 
@@ -290,7 +290,7 @@ def test_permuting_features_permutes_their_targets(config):
 def test_scaling_one_sample_and_the_others_targets(config):
     """Affinity sees directions only: with the competition fixed, scaling X and W leaves every choice alone."""
     x, weight, bias = problem()
-    neighbors = ref.neighbours(weight, config.neighborhood_k)
+    neighbors = ref.neighbors(weight, config.neighborhood_k)
     need = torch.rand(x.shape[0], dtype=F64, generator=torch.Generator().manual_seed(2))
 
     def rows(x, weight):
@@ -298,14 +298,14 @@ def test_scaling_one_sample_and_the_others_targets(config):
         return ref.selection(x @ weight.T, None, *arguments)[0]
 
     assert rows(3 * x, 0.5 * weight).equal(rows(x, weight))
-    assert ref.neighbours(weight * torch.linspace(0.5, 2, weight.shape[0], dtype=F64)[:, None], 3).equal(
-        ref.neighbours(weight, 3)
+    assert ref.neighbors(weight * torch.linspace(0.5, 2, weight.shape[0], dtype=F64)[:, None], 3).equal(
+        ref.neighbors(weight, 3)
     )
     assert neighbors.shape == (11, min(config.neighborhood_k, 10))
 
 
 @law
-def test_duplicate_features_share_their_targets_but_for_themselves_as_neighbours(config):
+def test_duplicate_features_share_their_targets_but_for_themselves_as_neighbors(config):
     x, weight, bias = problem()
     weight[1], bias[1] = weight[0], bias[0]
     record = run(x, weight, bias, config)

@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 from bcl_fast.environment import environment
 from bcl_fast.experiments import plots
 from bcl_fast.measure import results
-from bcl_fast.measure.contestants import Size
+from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.rows import OUT_OF_MEMORY, TIMED_OUT, row
 
 SIZE = Size(16, 8, 12)
@@ -30,12 +30,12 @@ def test_stages_have_the_largest_size_and_the_fastest_gbs(tmp_path):
     rows = [
         stage(name, size, ms) for size in (SIZE, Size(16, 32, 12)) for name, ms in (("reference", 8.0), ("cpu", 1.0))
     ]
-    rows += [stage("linear", SIZE, 4.0, "products"), stage("cpu", SIZE, 2.0, "neighbours", "neighbours")]
-    rows += [stage("reference", SIZE, 2.0, "neighbours", "neighbours"), row("stages", "cuda", SIZE, status="no GPU")]
+    rows += [stage("linear", SIZE, 4.0, "products"), stage("cpu", SIZE, 2.0, "neighbors", "neighbors")]
+    rows += [stage("reference", SIZE, 2.0, "neighbors", "neighbors"), row("stages", "cuda", SIZE, status="no GPU")]
     text = write(tmp_path, rows)
     assert "| `rank` | (16, 32, 12) | 2.00 | 0.25 | 10.00 GB/s | 50% |" in text
-    assert "| `neighbours` | (16, 8, 12) | 0.50 | 0.50 | 5.00 GB/s | 25% |" in text
-    assert "| (16, 8, 12) |" not in text.replace("| `neighbours` | (16, 8, 12) |", "") and "products" not in text
+    assert "| `neighbors` | (16, 8, 12) | 0.50 | 0.50 | 5.00 GB/s | 25% |" in text
+    assert "| (16, 8, 12) |" not in text.replace("| `neighbors` | (16, 8, 12) |", "") and "products" not in text
 
 
 def test_memory_shows_what_ran_out(tmp_path):

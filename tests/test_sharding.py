@@ -168,7 +168,7 @@ def wrapped_by_fsdp_that_shards_nothing(rank):
     wrapped_by_fsdp(rank, use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD)
 
 
-def parallelised(rank, style="ColwiseParallel", columns=slice(None)):
+def parallelized(rank, style="ColwiseParallel", columns=slice(None)):
     import torch.distributed.tensor.parallel as parallel
 
     net = model(sync="local")
@@ -177,9 +177,9 @@ def parallelised(rank, style="ColwiseParallel", columns=slice(None)):
     net(batch(0)[:, columns]).square().sum().backward()
 
 
-def parallelised_by_rows(rank):
+def parallelized_by_rows(rank):
     part = N // torch.distributed.get_world_size()
-    parallelised(rank, "RowwiseParallel", slice(rank * part, (rank + 1) * part))
+    parallelized(rank, "RowwiseParallel", slice(rank * part, (rank + 1) * part))
 
 
 def distributed(rank, shard=True, input=False):
@@ -207,8 +207,8 @@ SPREAD = [
     (wrapped_by_fsdp, "FSDP"),
     (wrapped_by_fsdp_with_original_parameters, "FSDP"),
     (wrapped_by_fsdp_that_shards_nothing, "FSDP"),
-    (parallelised, "DTensor"),
-    (parallelised_by_rows, "DTensor"),
+    (parallelized, "DTensor"),
+    (parallelized_by_rows, "DTensor"),
     (distributed, "DTensor"),
     (distributed_with_its_input, "DTensor"),
     (distributed_but_replicated, "DTensor"),

@@ -86,5 +86,5 @@ def test_unknown_preset_lists_the_known():
         BCLConfig.preset("medium")
 
 
-def test_numbers_are_normalised():
+def test_numbers_are_normalized():
     assert isinstance(BCLConfig(som_lr=1).som_lr, float)

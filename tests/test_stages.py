@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bcl_fast import BCLConfig, ops
 from bcl_fast import reference as ref
-from bcl_fast.testing import COLUMNS, budget, columns, compete, neighbours_of, relative_error
+from bcl_fast.testing import COLUMNS, budget, columns, compete, neighbors_of, relative_error
 
 SIZES = [(1, 2, 1), (2, 3, 5), (7, 5, 3), (37, 64, 16), (257, 129, 31), (1024, 512, 784)]
 RULES = ("rank", "clamped_cosine", "cosine")
@@ -67,7 +67,7 @@ def test_selection_is_bit_equal(backend, B, D, N, kind, dtype):
 @pytest.mark.parametrize("weighting", ["hard", "soft"])
 @pytest.mark.parametrize("rule", RULES)
 def test_selection_takes_any_rescue_k(backend, rescue_k, weighting, rule):
-    activation = columns("quantised", 37, 11)
+    activation = columns("quantized", 37, 11)
     rinv, winv, need = vectors(2, 37, 11, 37, dtype=torch.float32)
     check_selection(backend, activation, None, rinv, winv, need, rule, weighting, rescue_k)
 
@@ -90,7 +90,7 @@ def test_selection_under_hostile_needs(backend, kind, rule):
     B, D = 211, 163 if backend not in SLOW else 7  # large enough for every sort a backend may choose
     ascending = torch.arange(1, B + 1, dtype=torch.float32)[:, None].expand(B, D) * 1e-3
     need = needs(kind, B)
-    for activation in (ascending, columns("quantised", B, D)):
+    for activation in (ascending, columns("quantized", B, D)):
         check_selection(backend, activation, None, torch.ones(B), torch.ones(D), need, rule, "hard", 5)
 
 
@@ -121,7 +121,7 @@ def test_selection_keeps_outliers_apart(backend):
 
 @backend
 def test_selection_takes_strided_activations(backend):
-    activation = columns("quantised", 2 * 67, 3 * 41)[::2, ::3]
+    activation = columns("quantized", 2 * 67, 3 * 41)[::2, ::3]
     rinv, winv, need = vectors(7, 67, 41, 67, dtype=torch.float32)
     check_selection(backend, activation, None, rinv, winv, need, "rank", "hard", 5)
 
@@ -154,35 +154,33 @@ def check_competition(backend, activation, neighbors, **options):
 @cases("competition")
 @kinds
 def test_competition(backend, B, D, N, kind, dtype):
-    check_competition(
-        backend, columns(kind, B, D, dtype), neighbours_of(D, 8), x=columns("random", B, N, dtype, seed=1)
-    )
+    check_competition(backend, columns(kind, B, D, dtype), neighbors_of(D, 8), x=columns("random", B, N, dtype, seed=1))
 
 
 @backend
 @pytest.mark.parametrize("k", [1, 2, 7, 28])
-def test_competition_takes_any_number_of_neighbours(backend, k):
-    check_competition(backend, columns("random", 31, 29), neighbours_of(29, k), temperature=0.5)
+def test_competition_takes_any_number_of_neighbors(backend, k):
+    check_competition(backend, columns("random", 31, 29), neighbors_of(29, k), temperature=0.5)
 
 
 @backend
 @pytest.mark.parametrize("forces", ["decoupled", "coupled"])
 @pytest.mark.parametrize("onsets", [(0.0, 0.0), (0.25, 0.0), (0.0, 0.25), (0.3, 0.2), (1.0, 1.0)], ids=str)
 def test_forces_of_each_feature(backend, forces, onsets):
-    activation, neighbors = columns("random", 61, 29), neighbours_of(29, 8)
+    activation, neighbors = columns("random", 61, 29), neighbors_of(29, 8)
     check_competition(backend, activation, neighbors, forces=forces, rescue_onset=onsets[0], pull_onset=onsets[1])
 
 
 @backend
 def test_competition_takes_strided_samples(backend):
     activation = columns("random", 2 * 19, 3 * 13)[::2, ::3]
-    check_competition(backend, activation, neighbours_of(13, 4), x=columns("random", 7, 19, seed=2).T)
+    check_competition(backend, activation, neighbors_of(13, 4), x=columns("random", 7, 19, seed=2).T)
 
 
 @backend
 def test_winner_of_equal_margins_is_the_smallest_index(backend):
     activation = torch.zeros(3, 5)
-    assert compete(stage("competition", backend), activation, neighbours_of(5, 2))["winner"].tolist() == [0, 0, 0]
+    assert compete(stage("competition", backend), activation, neighbors_of(5, 2))["winner"].tolist() == [0, 0, 0]
 
 
 def choices(B, D, N, k, r, dtype, seed=0):
@@ -193,7 +191,7 @@ def choices(B, D, N, k, r, dtype, seed=0):
     rows = torch.rand(D, B, generator=generator).topk(min(r or B, B), dim=1).indices
     shares = torch.rand(rows.shape, generator=generator, dtype=dtype)
     winner_share = torch.rand(D, generator=generator, dtype=dtype)
-    return x, neighbours_of(D, k)[winner], pair_pull, rows, shares, winner_share
+    return x, neighbors_of(D, k)[winner], pair_pull, rows, shares, winner_share
 
 
 def doubled(arguments):
@@ -269,10 +267,10 @@ def test_gradient_in_the_dtype_of_its_products(backend, dtype):
     assert stage("gradient", backend)(grad, mask, None)[0].equal(grad.float() * mask)
 
 
-@cases("neighbours", dtypes=DTYPES[:1])
-def test_neighbours_by_float64_regret(backend, dtype, B, D, N):
+@cases("neighbors", dtypes=DTYPES[:1])
+def test_neighbors_by_float64_regret(backend, dtype, B, D, N):
     weight = columns("random", D, N) + 3 * columns("random", 1, N, seed=1)  # close cosines
-    near = stage("neighbours", backend)(weight, 8)
+    near = stage("neighbors", backend)(weight, 8)
     assert near.shape == (D, min(8, D - 1)) and near.dtype == torch.int64
     cosine = ref.cosine_similarity(weight.double())
     assert not (near == torch.arange(D)[:, None]).any()
@@ -290,7 +288,7 @@ EXPONENTS = {torch.float32: (0, 30, 63, 64, 65, 90, 126), torch.float64: (0, 300
 
 
 def every_dtype(**options):
-    """Parametrise a test over `name`, a backend or the reference, and the dtypes that it serves."""
+    """Parametrize a test over `name`, a backend or the reference, and the dtypes that it serves."""
     rows = [(name, t) for t in DTYPES for name in ["reference", *(n for n, _ in candidates(dtype=t, **options))]]
     return pytest.mark.parametrize("name, dtype", rows, ids=str)
 
@@ -316,7 +314,7 @@ def test_norms_whose_squares_are_out_of_range(name, dtype):
     check_inverse_norms(stage("inverse_norm", name)(rows), inverse, scale)
     B = len(rows)
     for x in (rows, rows.T.contiguous().T):
-        won = compete(stage("competition", name), columns("random", B, 5, dtype), neighbours_of(5, 2), x=x)
+        won = compete(stage("competition", name), columns("random", B, 5, dtype), neighbors_of(5, 2), x=x)
         check_inverse_norms(won["x_inverse_norm"], inverse, scale)
 
 
@@ -325,25 +323,25 @@ def test_norms_of_rows_with_nan_and_inf(backend):
     rows = columns("random", 6, 33)
     rows[1, 3], rows[2, 4], rows[3, 5], rows[4] = torch.inf, -torch.inf, torch.nan, 1e30
     rows[3, 6] = torch.inf
-    won = compete(stage("competition", backend), columns("random", 6, 5), neighbours_of(5, 2), x=rows)
+    won = compete(stage("competition", backend), columns("random", 6, 5), neighbors_of(5, 2), x=rows)
     for found in (stage("inverse_norm", backend)(rows), won["x_inverse_norm"]):
         assert found[1] == 0 and found[2] == 0 and found[3].isnan()
         torch.testing.assert_close(found[[0, 4, 5]], ref.inverse_norm(rows.double())[[0, 4, 5]].float())
 
 
-@every_dtype(stage="neighbours")
-def test_neighbours_do_not_depend_on_the_features_norms(name, dtype):
+@every_dtype(stage="neighbors")
+def test_neighbors_do_not_depend_on_the_features_norms(name, dtype):
     weight = columns("random", 37, 19, dtype) + 0.5
     scale = torch.tensor([2.0 ** EXPONENTS[dtype][d % 6] for d in range(37)], dtype=dtype)
-    find = stage("neighbours", name)
+    find = stage("neighbors", name)
     assert find(weight * scale[:, None], 8).equal(find(weight, 8))
 
 
-@over_backends(stage="neighbours")
-def test_neighbours_of_features_with_nan_and_inf(backend):
+@over_backends(stage="neighbors")
+def test_neighbors_of_features_with_nan_and_inf(backend):
     weight = columns("random", 23, 9)
     weight[2, 3], weight[11, 5], weight[5] = torch.inf, torch.nan, 1e25
-    assert stage("neighbours", backend)(weight, 22).equal(ref.neighbours(weight, 22))
+    assert stage("neighbors", backend)(weight, 22).equal(ref.neighbors(weight, 22))
 
 
 @pytest.mark.parametrize("name", ["reference", *(name for name, _ in candidates(stage="targets"))])
@@ -358,7 +356,7 @@ def test_projected_targets_scale_with_the_samples(name, exponent):
 def chosen_for(backend, x, weight, temperature, affinity):
     """winner, pair_feature and rescue_rows of a training forward on these samples, as the layer asks for them."""
     counters = torch.tensor(1), torch.tensor(0), torch.tensor(0)
-    tensors = x, weight, None, x @ weight.T, neighbours_of(weight.shape[0], 4), *counters
+    tensors = x, weight, None, x @ weight.T, neighbors_of(weight.shape[0], 4), *counters
     tensors = [None if t is None else t.to(DEVICE[backend]) for t in tensors]
     c = BCLConfig(temperature=temperature, affinity=affinity)
     _, winner, _, pair_feature, _, rescue_rows, *_ = ops.operator("statistics_", tensors[0])(
@@ -387,16 +385,16 @@ HOSTILE = (-5, -1, -(2**31), -(2**63), 2**31, 2**32 + 1, 2**40, 2**63 - 1)
 @backend
 @pytest.mark.parametrize("k", [1, 3, 9, 20])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_neighbour_that_is_no_feature_counts_as_the_nearest_that_is(backend, k, dtype):
+def test_a_neighbor_that_is_no_feature_counts_as_the_nearest_that_is(backend, k, dtype):
     if (backend, None) not in candidates(dtype=dtype):
         pytest.skip("float32 only")
     D = 13
-    neighbors = neighbours_of(D, 8, seed=3).repeat(1, 3)[:, :k].clone()  # more than there are others too
+    neighbors = neighbors_of(D, 8, seed=3).repeat(1, 3)[:, :k].clone()  # more than there are others too
     places = torch.randperm(D * k, generator=torch.Generator().manual_seed(4))[: D * k // 2]
     hostile = torch.tensor([*HOSTILE, D, D + 1])
     neighbors.view(-1)[places] = hostile[torch.arange(len(places)) % len(hostile)]
     inside = neighbors.clamp(0, D - 1)
-    activation, x = columns("quantised", 29, D, dtype), columns("random", 29, 7, dtype)
+    activation, x = columns("quantized", 29, D, dtype), columns("random", 29, 7, dtype)
     before = neighbors.clone()
     got, same = (compete(stage("competition", backend), activation, near, x=x) for near in (neighbors, inside))
     own = compete(ref.competition, activation, neighbors, x=x)
@@ -407,7 +405,7 @@ def test_a_neighbour_that_is_no_feature_counts_as_the_nearest_that_is(backend, k
 
 @backend
 def test_neighbors_of_another_layout_are_read_as_they_are(backend):
-    neighbors = neighbours_of(13, 4)
+    neighbors = neighbors_of(13, 4)
     activation = columns("random", 9, 13)
     spread = torch.full((8, 39), -1)
     spread[::2, ::3] = neighbors.T
@@ -428,7 +426,7 @@ def test_a_masked_gradient_goes_where_it_is_asked_for(backend):
 
 @backend
 def test_an_empty_batch_has_no_winners(backend):
-    got, own = (compete(stage("competition", name), torch.empty(0, 5), neighbours_of(5, 2)) for name in
+    got, own = (compete(stage("competition", name), torch.empty(0, 5), neighbors_of(5, 2)) for name in
                 (backend, "reference"))  # fmt: skip
     for name, value in got.items():
         torch.testing.assert_close(value, own[name], equal_nan=True)
@@ -440,7 +438,7 @@ def test_an_empty_batch_has_no_winners(backend):
 
 
 @backend
-def test_two_features_no_neighbours_no_inputs_do_no_harm(backend):
+def test_two_features_no_neighbors_no_inputs_do_no_harm(backend):
     """An error or a result, but nothing out of bounds: the interpreter and the sanitizers look at every address."""
 
     def attempt(name, *arguments):
@@ -453,7 +451,7 @@ def test_two_features_no_neighbours_no_inputs_do_no_harm(backend):
     for B, D, N, k in sizes:
         activation, x = columns("random", B, D), columns("random", B, N)
         attempt("competition", activation, torch.zeros(D, k, dtype=torch.int64), 5.0, x, "decoupled", 0.0, 0.0)
-        attempt("neighbours", columns("random", D, N), 8)
+        attempt("neighbors", columns("random", D, N), 8)
         attempt("rank", activation)
         attempt("gradient", activation, activation, None)
         for r in (0, 1, B, B + 1):
@@ -462,23 +460,23 @@ def test_two_features_no_neighbours_no_inputs_do_no_harm(backend):
             attempt("targets", x, *pairs, *rescue, torch.ones(D), "none")
 
 
-@over_backends(stage="neighbours")
+@over_backends(stage="neighbors")
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize("k", [1, 3, 40])
-def test_neighbour_choice_is_bit_equal_given_similarities(backend, kind, k):
+def test_neighbor_choice_is_bit_equal_given_similarities(backend, kind, k):
     """The product may round as it likes; given its result the choice is the reference's, ties and NaN included."""
-    nearest = stage("nearest", backend, beside="neighbours")
+    nearest = stage("nearest", backend, beside="neighbors")
     similarity = columns(kind, 41, 41)
     similarity[3], similarity[:, 3] = torch.nan, torch.nan
     assert nearest(similarity, 0, k).equal(ref.nearest(similarity, k))
     assert nearest(similarity[17:], 17, k).equal(ref.nearest(similarity, k)[17:])
 
 
-@over_backends(stage="neighbours")
-def test_neighbours_of_zero_rows(backend):
+@over_backends(stage="neighbors")
+def test_neighbors_of_zero_rows(backend):
     weight = columns("random", 6, 4)
     weight[2] = 0
-    assert stage("neighbours", backend)(weight, 5).equal(ref.neighbours(weight, 5))
+    assert stage("neighbors", backend)(weight, 5).equal(ref.neighbors(weight, 5))
 
 
 def any_options(**sizes):
@@ -504,12 +502,12 @@ def test_any_shape_and_option(backend, **drawn):
 @settings(max_examples=30)
 @any_options(D=st.sampled_from([2, 9, 40]), k=st.sampled_from([2, 8, 45]), rescue_k=st.sampled_from([0, 1, 5, 31, 33]))
 def test_any_batch_and_option_on_a_gpu(backend, **drawn):
-    """Triton compiles for each number of neighbours, and for powers of two of samples: a few of each."""
+    """Triton compiles for each number of neighbors, and for powers of two of samples: a few of each."""
     check_any_shape(backend, **drawn)
 
 
 def check_any_shape(backend, B, D, k, rescue_k, rule, weighting, kind, weighted, seed):
-    activation, neighbors = columns(kind, B, D, seed=seed), neighbours_of(D, k, seed)
+    activation, neighbors = columns(kind, B, D, seed=seed), neighbors_of(D, k, seed)
     got, own = (compete(stage("competition", name), activation, neighbors) for name in (backend, "reference"))
     assert got["winner"].equal(own["winner"])
     own["som_strength"] += 1  # 1 - novelty may be all but nothing: its error is measured on the scale of novelty
@@ -537,7 +535,7 @@ def test_no_tensor_of_three_dimensions_and_no_second_product(backend):
             return out
 
     B, D, N, k = 96, 64, 48, 8
-    activation, neighbors = columns("random", B, D), neighbours_of(D, k)
+    activation, neighbors = columns("random", B, D), neighbors_of(D, k)
     x = columns("random", B, N)
     with Watch() as watch:
         won = compete(stage("competition", backend), activation, neighbors, x=x)

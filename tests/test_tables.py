@@ -9,8 +9,8 @@ import pytest
 from bcl_fast.experiments import tables
 from bcl_fast.experiments.baselines import Baseline, measure
 from bcl_fast.experiments.data import digits
-from bcl_fast.experiments.figures import RANGES, show
 from bcl_fast.experiments.jobs import rows_of
+from bcl_fast.experiments.ranges import RANGES, show
 from bcl_fast.experiments.run import Condition, run
 from bcl_fast.experiments.settings import CONTROLS, FIXES, LONG, PULLS, SETTINGS, SHORT, jobs_of
 from bcl_fast.experiments.tables import END, INSIDE, NOT_COMPARABLE, OUTSIDE, Cell, judge, measure_cell, value
@@ -68,7 +68,7 @@ def test_every_range_is_of_a_cell():
         if (variant, metric, i) not in cells
     )  # fmt: skip
     # tgt_sim and aff_corr of the soft clamp, and most of the hard one, stand in no table of the document:
-    # tests/test_figures.py holds them.
+    # tests/test_ranges.py holds them.
     assert set(unused) <= {"soft-clamp", "hard-clamp"}
 
 

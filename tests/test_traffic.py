@@ -45,7 +45,7 @@ PULL = Row(
         ("pull_ptr", "load"): lambda B, D, N, k, r: B * k * (1 + N // 128),
     },
 )
-NEIGHBOURS = Row(
+NEIGHBORS = Row(
     least=lambda B, D, N, k, r: D * N + D * k,
     # Whole tiles of 16 features with 128, each read for the products of the tile.
     again={("weight_ptr", "load"): lambda B, D, N, k, r: -(-D // 16) * -(-D // 128) * (16 + 128) * N},
@@ -84,9 +84,9 @@ RANKED = Row(
 )
 ROWS: dict[tuple[str, str], Row] = {
     ("inverse_norm", "x"): Row(lambda B, D, N, k, r: B * N + B),
-    ("neighbours", "all"): NEIGHBOURS,
-    ("neighbours", "refresh"): NEIGHBOURS,
-    ("neighbours", "panel"): Row(lambda B, D, N, k, r: 64 * (D + k)),
+    ("neighbors", "all"): NEIGHBORS,
+    ("neighbors", "refresh"): NEIGHBORS,
+    ("neighbors", "panel"): Row(lambda B, D, N, k, r: 64 * (D + k)),
     ("competition", "decoupled"): COMPETITION,
     ("competition", "coupled"): COMPETITION,
     ("selection", "rank"): RANKED,

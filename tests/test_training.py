@@ -19,7 +19,7 @@ LOW = (torch.bfloat16, torch.float16)
 def increment(layer, x):
     """v (target - W) of one batch for the present weight, by the reference."""
     weight, bias = layer.weight.detach(), layer.bias.detach()
-    neighbors = ref.neighbours(weight, 3)
+    neighbors = ref.neighbors(weight, 3)
     record = ref.record(0, x, weight, bias, nn.functional.linear(x, weight, bias), neighbors, layer.config)
     return ref.som_increment(weight, record.som_target, record.som_strength)
 
@@ -38,7 +38,7 @@ def test_each_backward_pulls_once_and_counts_a_step(backend):
 
 
 @backends
-def test_a_forward_without_a_backward_changes_nothing_but_the_neighbours(backend):
+def test_a_forward_without_a_backward_changes_nothing_but_the_neighbors(backend):
     layer, other = make(backend), make(backend)
     for seed in range(5):
         layer(batch(seed=seed + 9))  # abandoned
@@ -167,7 +167,7 @@ def test_two_layers_may_share_one_weight():
 
 
 def test_training_reads_no_counter_from_the_device(monkeypatch):
-    """After the first step the host knows `step`: no synchronisation, also across a refresh."""
+    """After the first step the host knows `step`: no synchronization, also across a refresh."""
     monkeypatch.setattr(ops, "NEAR", ())
     layer = make("portable", recompute_every=2)
     layer(batch()).sum().backward()
@@ -406,7 +406,7 @@ def test_autocast_keeps_statistics_and_pull_in_float32(backend, dtype):
     assert record.activation.equal(exact) and output.equal(exact.to(dtype))
     pulled = weight + layer.som_lr * ref.som_increment(weight, record.som_target, record.som_strength)
     assert relative_error(layer.weight.detach(), pulled) <= 1e-5
-    assert record.neighbors.equal(ref.neighbours(weight, 3))
+    assert record.neighbors.equal(ref.neighbors(weight, 3))
 
 
 def test_autocast_leaves_float64_alone():

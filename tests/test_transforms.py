@@ -291,7 +291,7 @@ def test_dynamic_quantization_of_linears_leaves_the_layer_alone(space):
     ],
     ids=["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "prune"],
 )
-def test_evaluation_with_a_parametrised_weight(wrap, space):
+def test_evaluation_with_a_parametrized_weight(wrap, space):
     layer = evaluated(space)[0]
     wrap(layer)
     output, weight = layer(batch()), layer.weight

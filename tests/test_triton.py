@@ -18,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bcl_fast import BCLConfig, BCLLayer, ops, reference
-from bcl_fast.measure.contestants import Size, trained_weight
+from bcl_fast.measure.implementations import Size, trained_weight
 from bcl_fast.measure.stages import check_stages, stage_calls
-from bcl_fast.testing import COLUMNS, VARIANTS, columns, compete, neighbours_of
+from bcl_fast.testing import COLUMNS, VARIANTS, columns, compete, neighbors_of
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for a GPU here, or is not installed")
-MOST_LAUNCHES = 8
+MAX_LAUNCHES = 8
 
 
 def train(layer, steps=3, **kinds):
@@ -37,8 +37,8 @@ def test_a_step_takes_at_most_eight_launches(B):
     layer = train(make("triton"), 1)  # the next step refreshes nothing
     with Launches() as launches:
         layer(batch(B)).square().mean().backward()
-    assert len(launches) <= MOST_LAUNCHES, [launch.name for launch in launches]
-    assert {launch.name for launch in launches} >= {"_neighbours_kernel", "_competition_kernel", "_pull_kernel"}
+    assert len(launches) <= MAX_LAUNCHES, [launch.name for launch in launches]
+    assert {launch.name for launch in launches} >= {"_neighbors_kernel", "_competition_kernel", "_pull_kernel"}
 
 
 class Computed(TorchDispatchMode):
@@ -46,7 +46,7 @@ class Computed(TorchDispatchMode):
 
     FREE = {"empty", "new_empty", "empty_like", "empty_strided", "view", "_unsafe_view", "reshape", "t", "transpose",
             "detach", "as_strided", "alias", "_reshape_alias", "slice", "select", "expand", "unsqueeze", "permute",
-            "fill_"}  # fmt: skip  # by the tests themselves, which poison what comes uninitialised
+            "fill_"}  # fmt: skip  # by the tests themselves, which poison what comes uninitialized
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ def far(tensor, stride):
 STRIDE = (1 << 30) + 3  # itself a 32-bit number: the third row is beyond 2^31
 
 
-@pytest.mark.parametrize("name", ["neighbours", "competition", "inverse_norm", "selection", "rank", "gradient",
+@pytest.mark.parametrize("name", ["neighbors", "competition", "inverse_norm", "selection", "rank", "gradient",
                                   "targets", "targets_pull_"])  # fmt: skip
 def test_more_than_two_to_the_31_elements(name):
     size = Size(3, 4, 5)
@@ -175,23 +175,23 @@ def test_more_than_two_to_the_31_elements(name):
 
 @pytest.fixture(scope="module")
 def alike():
-    """Features after strong pulls; and some whose 8th and 9th neighbour are 6e-6 apart, as after long training."""
+    """Features after strong pulls; and some whose 8th and 9th neighbor are 6e-6 apart, as after long training."""
     common, own = columns("random", 1, 784, seed=1), columns("random", 150, 784)
     return trained_weight(Size(256, 150, 784)), common + 0.06 * own
 
 
 @pytest.mark.parametrize("tile", ["FEW", "MANY"])
 @pytest.mark.parametrize("product, enough", [("ieee", True), ("tf32x3", True), ("tf32", False)])
-def test_neighbours_of_features_alike(alike, monkeypatch, product, enough, tile):
+def test_neighbors_of_features_alike(alike, monkeypatch, product, enough, tile):
     """As tensor cores multiply, which the interpreter imitates: three products of parts are near enough, one is not."""
-    from bcl_fast.kernels import neighbours
+    from bcl_fast.kernels import neighbors
 
-    monkeypatch.setattr(neighbours, "PRODUCT", product)
-    monkeypatch.setattr(neighbours, "FROM", 8192 if tile == "FEW" else 0)
+    monkeypatch.setattr(neighbors, "PRODUCT", product)
+    monkeypatch.setattr(neighbors, "FROM", 8192 if tile == "FEW" else 0)
     for weight in alike:
         cosine = reference.cosine_similarity(weight.double()).fill_diagonal_(-torch.inf)
         best = cosine.sort(dim=1, descending=True).values[:, :8]
-        regret = best - cosine.gather(1, neighbours.neighbours(weight, 8))
+        regret = best - cosine.gather(1, neighbors.neighbors(weight, 8))
         assert (float(regret.max()) <= 1e-6) == enough
 
 
@@ -200,7 +200,7 @@ def test_competition_in_other_forms(monkeypatch, form):
     """More samples than one pass of all programs takes, so that sums go on where they stopped; and the wide tile."""
     from bcl_fast.kernels import competition
 
-    activation, neighbors = columns("random", 101, 13), neighbours_of(13, 4)
+    activation, neighbors = columns("random", 101, 13), neighbors_of(13, 4)
     whole = compete(competition.competition, activation, neighbors)
     for name, value in form.items():
         monkeypatch.setattr(competition, name, value)
@@ -229,7 +229,7 @@ def test_a_refresh_writes_neighbors_of_any_layout():
     weight, spread = columns("random", 9, 5), torch.full((6, 27), -7)
     near, step = spread[::2, ::3].T, torch.tensor(50)
     ops.stage("refresh_", "triton")(weight, near, step, torch.tensor(-1), 50)
-    assert near.equal(reference.neighbours(weight, 3)) and (spread[1::2] == -7).all()
+    assert near.equal(reference.neighbors(weight, 3)) and (spread[1::2] == -7).all()
 
 
 def test_strengths_of_competing_programs_stay_in_the_cache():
@@ -244,7 +244,7 @@ def test_strengths_of_competing_programs_stay_in_the_cache():
         assert programs * D * competition.BLOCK_B * 4 <= competition.CACHE and programs * warps >= 132 * 16
 
 
-@pytest.mark.parametrize("kind", ["random", "quantised", "equal", "huge"])
+@pytest.mark.parametrize("kind", ["random", "quantized", "equal", "huge"])
 @pytest.mark.parametrize("need", ["flat", "log-uniform", "with nan"])
 def test_selection_by_several_runs(kind, need):
     """More samples than one run sorts, and columns that no program's tile divides."""
@@ -255,7 +255,7 @@ def test_selection_by_several_runs(kind, need):
 
 
 def test_ranks_by_several_runs():
-    key = columns("quantised", 2100, 3)
+    key = columns("quantized", 2100, 3)
     assert ops.stage("rank", "triton")(key).equal(ops.stage("rank", "reference")(key))
 
 
@@ -277,12 +277,12 @@ def few_runs(monkeypatch):
     """More than one run is too many, and two columns of 1,100 samples are sorted at once."""
     from bcl_fast.kernels import selection
 
-    for name, value in dict(MOST_RUNS=1, MOST_RUNS_OF_RANK=1, SORTED=2500).items():
+    for name, value in dict(MAX_RUNS=1, MAX_RUNS_OF_RANK=1, SORTED=2500).items():
         monkeypatch.setattr(selection, name, value)
     return selection
 
 
-@pytest.mark.parametrize("kind", ["random", "quantised", "signed_zeros", "with nan"])
+@pytest.mark.parametrize("kind", ["random", "quantized", "signed_zeros", "with nan"])
 @pytest.mark.parametrize("need", ["flat", "log-uniform", "with nan", "negative"])
 def test_selection_by_sorting_whole_columns(few_runs, kind, need):
     B, D = 1100, 5

@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .figures import median, show
 from .jobs import Job
+from .ranges import median, show
 from .tables import OUTCOMES, REASONS, TABLES, outside_of_ranges
 
 PIPE_WIDTH = 250  # a file or a pipe has no width: tables there are never cut

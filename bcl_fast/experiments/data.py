@@ -19,7 +19,7 @@ TRAIN_SHARE = 0.85  # the first images of a set are trained on, the rest is held
 
 @dataclass(frozen=True)
 class Images:
-    """One data set, flattened and split; values in [0, 1], not standardised."""
+    """One data set, flattened and split; values in [0, 1], not standardized."""
 
     name: str  # one of DATA_SETS
     train: Tensor  # [n, pixels] float32

@@ -26,7 +26,7 @@ from .run import Condition, Training, advance, check_record, check_snapshot, rea
 Job = Condition | Baseline
 DENSE_ROWS = 31  # the first steps, all of which are measured
 AGAIN = "delete it and the file of that name beside it, and the same command computes them again"
-MOST_WORKERS = 8  # each holds the data set and a torch of its own, about 1 GB
+MAX_WORKERS = 8  # each holds the data set and a torch of its own, about 1 GB
 
 
 def rows_of(steps: int) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ def rows_of(steps: int) -> tuple[int, ...]:
 def workers_here() -> int:
     """One process per core that this process may use, within reason."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return min(cores, MAX_WORKERS)
 
 
 def path_of(job: Job, folder: Path) -> Path:

@@ -16,10 +16,10 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from ..records import replacing
-from .figures import digits, median
+from .ranges import digits, median
 from .settings import FIXES
 
-# Okabe and Ito's colours: told apart with any colour vision. Dashes and markers tell the lines apart without colour.
+# Okabe and Ito's colors: told apart with any color vision. Dashes and markers tell the lines apart without color.
 BCL = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
 CONTROL = {"color": "#D55E00", "marker": "s", "linestyle": "--"}
 TARGETS = {"color": "#CC79A7", "marker": "^", "linestyle": "-."}
@@ -240,7 +240,7 @@ def cells_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     for axes in list(grid):
         axes.set_axis_off()
     figure.supxlabel(
-        "x published    o our median, with the range over seeds    grey: independent implementation", fontsize=10
+        "x published    o our median, with the range over seeds    gray: independent implementation", fontsize=10
     )
     return figure
 
@@ -311,7 +311,7 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 # --- Scaling runs -----------------------------------------------------------------------------------------------------
 
-CONTESTANTS = {  # colour and marker of each, dashes for what nobody would train with
+LOOKS = {  # color and marker of each, dashes for what nobody would train with
     "linear": ("black", "o", "-"),
     "reference": ("#D55E00", "s", "--"),
     "compiled": ("#E69F00", "D", "--"),
@@ -326,13 +326,13 @@ ENDED = ("time-out", "out of memory")  # what stands beside a cross
 def scaling_picture(
     title: str, axis: str, rows: Sequence[Mapping[str, Any]], exponents: Mapping[str, Mapping[str, float]]
 ) -> Figure:
-    """Milliseconds of a step and its peak memory over one size, both logarithmic, a line per contestant."""
+    """Milliseconds of a step and its peak memory over one size, both logarithmic, a line per implementation."""
     figure = _figure(13, 6, f"A training step as {axis} grows ({title})")
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(
         panels, ("ms", "peak_mb"), ("ms per step, refresh included", "MB beyond weights and batch"), strict=True
     ):
-        for place, (name, (color, marker, dashes)) in enumerate(CONTESTANTS.items()):
+        for place, (name, (color, marker, dashes)) in enumerate(LOOKS.items()):
             own = [row for row in rows if row["contestant"] == name]
             points = [(row[axis], row[key]) for row in own if row[key]]
             if not points:
@@ -362,7 +362,7 @@ def scaling_picture(
 
 
 def curves_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and similarity over the same training with every contestant: medians; the reference's range over seeds."""
+    """Loss and similarity of one training on every implementation: medians, and the reference's range over seeds."""
     trained = [row for row in rows if row.get("curves")]
     size = "{seeds} seeds of {steps:,} steps on {data}".format(**trained[0])
     figure = _figure(12, 5, f"The same training on every backend: {size}")
@@ -372,7 +372,7 @@ def curves_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ):  # fmt: skip
         for row in trained:
             name, steps, values = row["contestant"], row["curves"]["step"], row["curves"][curve]
-            color, marker, dashes = CONTESTANTS[name]
+            color, marker, dashes = LOOKS[name]
             label = f"{'plain nn.Linear' if name == 'linear' else name}, {row['seconds']:.1f} s"
             if name == "reference":
                 lows, highs = ([pick(seeds) for seeds in values] for pick in (min, max))

@@ -12,8 +12,8 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..records import read_record, replacing, trusting
 from . import plots
-from .figures import show
 from .jobs import path_of, read, read_snapshot
+from .ranges import show
 from .run import check_record, check_snapshot, read_snapshots
 from .settings import jobs_of
 from .sweep import METRICS

@@ -83,7 +83,7 @@ class Condition:
 def row_steps(steps: int) -> tuple[int, ...]:
     """The 0-based steps to measure in a run of `steps`: 0 to 10, then in pairs (49, 50) that spread, and the last.
 
-    Pairs, because neighbours are refreshed at multiples of 50: metrics jump between the two.
+    Pairs, because neighbors are refreshed at multiples of 50: metrics jump between the two.
     """
     marks = (int(factor * 10**power) for power in range(1, 1 + len(str(steps))) for factor in ROW_FACTORS)
     chosen = {*range(11), *(step for mark in marks for step in (mark - 1, mark)), steps - 1}
@@ -95,7 +95,7 @@ class Training:
 
     `rows` holds one dict per measured step. Its loss, `wt_sim` and BCL metrics belong to the state before that step's
     update, `wt_sim_post` to the state after it, `mean_loss` is the mean over the steps since the row before; see
-    `diagnostics` for the metrics. A network without BCL is measured as if its features competed, with fresh neighbours.
+    `diagnostics` for the metrics. A network without BCL is measured as if its features competed, with fresh neighbors.
     """
 
     def __init__(self, condition: Condition, images: Images, rows: Collection[int]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .figures import RANGES, digits
+from .ranges import RANGES, digits
 from .settings import FIXES
 
 Record = Mapping[str, Any]

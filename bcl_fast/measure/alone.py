@@ -1,4 +1,4 @@
-"""One contestant in a process of its own: its peak memory, its time, and what it runs out of.
+"""One implementation in a process of its own: its peak memory, its time, and what it runs out of.
 
 `python -m bcl_fast.measure.alone WHAT CONTESTANT B D N THREADS DEVICE` prints what it found as a line of JSON.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .contestants import Size, build
+from .implementations import Size, build
 from .rows import OK, OUT_OF_MEMORY, TIMED_OUT
 from .steps import begin, race
 
@@ -27,7 +27,7 @@ RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_TRIM_THRESHOLD_": s
 
 
 def alone(
-    what: str, contestant: str, size: Size, threads: int = 1, device: str = "cpu", limit: float = 600.0
+    what: str, implementation: str, size: Size, threads: int = 1, device: str = "cpu", limit: float = 600.0
 ) -> dict[str, Any]:
     """`status`, and where that is OK what a process of its own found within `limit` seconds.
 
@@ -35,7 +35,7 @@ def alone(
     "time" (`ms` of a step with its share of the refresh, `refresh_ms`, `ratio_to_linear`). Other ends than memory and
     time have the last line of their traceback as status.
     """
-    words = [sys.executable, "-m", __name__, what, contestant, *map(str, astuple(size)), str(threads), device]
+    words = [sys.executable, "-m", __name__, what, implementation, *map(str, astuple(size)), str(threads), device]
     environment = os.environ | (RETURNING if what == "memory" else {})
     root = Path(__file__).parents[2]
     try:
@@ -87,14 +87,14 @@ def _memory(name: str, size: Size, device: str) -> dict[str, float]:
 
 
 def _run(name: str, size: Size, device: str) -> Callable[[], None]:
-    """A function that refreshes the neighbours and trains two steps."""
-    contestant = build(name, size, device=device)
+    """A function that refreshes the neighbors and trains two steps."""
+    implementation = build(name, size, device=device)
 
     def call() -> None:
-        if contestant.refresh is not None:
-            contestant.refresh()
-        contestant.step()
-        contestant.step()
+        if implementation.refresh is not None:
+            implementation.refresh()
+        implementation.step()
+        implementation.step()
 
     return call
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..layer import BCLLayer
 from ..pulls import PendingPull
-from .contestants import CONFIG, Size, batch
+from .implementations import CONFIG, Size, batch
 from .precisions import PRECISIONS, ROUNDING, forward, multiplying
 
 
@@ -78,7 +78,7 @@ def _judged(pull: PendingPull, winner: Tensor, layer: BCLLayer, precision: str) 
 
 
 def _margin(activation: Tensor, feature: Tensor, neighbors: Tensor) -> Tensor:
-    """By how much this feature of each sample beats its strongest neighbour: [B, D], [B], [D, k] -> [B]."""
+    """By how much this feature of each sample beats its strongest neighbor: [B, D], [B], [D, k] -> [B]."""
     strength = activation.abs()
     return strength.gather(1, feature[:, None])[:, 0] - strength.gather(1, neighbors[feature]).amax(dim=1)
 

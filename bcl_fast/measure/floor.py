@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .clocks import captured, median_ms, window
-from .contestants import CONFIG, Size
+from .implementations import CONFIG, Size
 from .precisions import PRECISIONS, multiplying
+from .timing import captured, median_ms, window
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Work:
 
 
 def work(size: Size) -> dict[str, Work]:
-    """Stage -> its work. `products` are those of an `nn.Linear` step; `neighbours` is one refresh.
+    """Stage -> its work. `products` are those of an `nn.Linear` step; `neighbors` is one refresh.
 
     Each [B, D] matrix moves once: the competition reads the activation and writes rank_score, the selection reads the
     activation, the gradient reads two and writes one, the rank reads one and writes int64. Targets gather B * k + D * r
@@ -31,7 +31,7 @@ def work(size: Size) -> dict[str, Work]:
     k, r = min(CONFIG.neighborhood_k, D - 1), min(CONFIG.rescue_k, B)
     matrix, x, weight = 4 * B * D, 4 * B * N, 4 * D * N
     return {
-        "neighbours": Work(moved=weight + 8 * D * k, operations=2 * D * D * N),
+        "neighbors": Work(moved=weight + 8 * D * k, operations=2 * D * D * N),
         "competition": Work(moved=2 * matrix + x),
         "inverse_norm": Work(moved=x),
         "selection": Work(moved=matrix),
@@ -68,7 +68,7 @@ class Ceilings:
         return rate
 
     def floor_ms(self, size: Size, precision: str = "fp32") -> dict[str, float]:
-        """The least milliseconds of every stage; neighbours are found in float32 whatever the layer multiplies in."""
+        """The least milliseconds of every stage; neighbors are found in float32 whatever the layer multiplies in."""
         return {
             stage: self.ms(needed, precision if stage == "products" else "fp32") for stage, needed in work(size).items()
         }
@@ -76,7 +76,7 @@ class Ceilings:
     def step_ms(self, size: Size, precision: str = "fp32") -> float:
         """The least milliseconds of a whole training step, its share of a refresh included."""
         floor = self.floor_ms(size, precision)
-        return sum(floor[stage] for stage in STEP) + floor["neighbours"] / CONFIG.recompute_every
+        return sum(floor[stage] for stage in STEP) + floor["neighbors"] / CONFIG.recompute_every
 
 
 def ceilings(device: str = "cpu") -> Ceilings:

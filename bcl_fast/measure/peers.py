@@ -18,16 +18,16 @@ from torch import Tensor
 
 from .. import cuda, ops
 from ..layer import BCLLayer
-from .clocks import medians
-from .contestants import Size, backends, batch, reasons
+from .implementations import Size, backends, batch, reasons
 from .rows import Row, absent, row
 from .stages import WHOLE, stage_calls
+from .timing import medians
 
 PACKAGES = {"MiniSom": "minisom", "TorchSOM": "torchsom", "vector-quantize-pytorch": "vector_quantize_pytorch"}
 DIFFERENCES = {
     "random samples": "no training at all: units are training samples",
-    "MiniSom": "a sample at a time; the nearest unit and its neighbours on a fixed grid move; the rate falls",
-    "TorchSOM": "a batch at a time; the nearest unit and its neighbours on a fixed grid move",
+    "MiniSom": "a sample at a time; the nearest unit and its neighbors on a fixed grid move; the rate falls",
+    "TorchSOM": "a batch at a time; the nearest unit and its neighbors on a fixed grid move",
     "vector-quantize-pytorch": "units are moving averages of the samples nearest to them; a unit with an average of "
     "less than 2 becomes a random sample of the batch at once",
     "bcl": "the pull alone, without a loss: competition by products among the most similar units, no grid",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..records import DamagedFile, read_record, trusting
-from .contestants import NAMES
-from .rows import Row
+from .implementations import NAMES
+from .rows import Row, spelled
 
 BEGIN = "<!-- results: written by `python -m bcl_fast bench readme bench/results README.md` -->"
 END = "<!-- results: end -->"
@@ -40,7 +40,7 @@ def newest(folder: Path) -> list[Block]:
     for path in sorted(folder.glob("*.json")):
         record = read_record(path, REMEDY)
         with trusting(path, REMEDY):
-            rows = [row for row in record.get("rows", ()) if row.get("question") in TABLES]
+            rows = [row for row in map(spelled, record.get("rows", ())) if row.get("question") in TABLES]
             for key in dict.fromkeys((row["device"], row["threads"], row["question"]) for row in rows):
                 device, threads, question = key
                 own = [row for row in rows if (row["device"], row["threads"], row["question"]) == key]
@@ -101,7 +101,7 @@ def _size(row: Row) -> str:
 
 
 def _together(rows: Iterable[Row], *keys: str) -> list[dict[str, Row]]:
-    """The rows that have these keys in common, by contestant."""
+    """The rows that have these keys in common, by implementation."""
     groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key) for key in keys), {})[row["contestant"]] = row
@@ -109,7 +109,7 @@ def _together(rows: Iterable[Row], *keys: str) -> list[dict[str, Row]]:
 
 
 def _measured(rows: Iterable[Row], key: str) -> list[str]:
-    """The contestants that have a number, the known ones first and in their order."""
+    """The implementations that have a number, the known ones first and in their order."""
     names = dict.fromkeys(row["contestant"] for row in rows if row.get(key) is not None)
     return [name for name in NAMES if name in names] + [name for name in names if name not in NAMES]
 
@@ -126,7 +126,7 @@ def _steps(blocks: list[Block], root: Path) -> str:
         linear = own["linear"]
         ratios = [own[name]["ratio_to_linear"] if name in own else None for name in names]
         lines.append([_size(linear), linear["weights"], linear["threads"], *ratios, linear["floor_ms"] / linear["ms"]])
-    text = "**A training step** over an `nn.Linear` step (forward, backward with the input's gradient; the neighbour "
+    text = "**A training step** over an `nn.Linear` step (forward, backward with the input's gradient; the neighbor "
     text += "refresh shared out over its 50 steps), float32. `floor`: bytes and operations over what this machine "
     text += "reaches, from formulas.\n\n"
     return text + _table(["(B, D, N)", "weights", "threads", *names, "floor"], lines)
@@ -145,7 +145,7 @@ def _stages(blocks: list[Block], root: Path) -> str:
         rate = f"{best['tflops'] * 1e3:.0f} GFLOP/s" if best["tflops"] else f"{best['gbs']:.2f} GB/s"
         lines.append([f"`{best['stage']}`", _size(best), *ratios, rate, f"{best['fraction_of_roof']:.0%}"])
     text = "**Stages**, each over an `nn.Linear` step of that size; the rate (of what the stage cannot do without) and "
-    text += "the fraction of the measured roof are the fastest's. Beyond 100 %: a cache holds it. `neighbours` happens "
+    text += "the fraction of the measured roof are the fastest's. Beyond 100 %: a cache holds it. `neighbors` happens "
     text += "once in 50 steps, `rank` never.\n\n"
     return text + _table(["stage", "(B, D, N)", *names, "rate", "of the roof"], lines)
 
@@ -233,7 +233,7 @@ def _som(blocks: list[Block], root: Path) -> str:
         if row["ms"] is not None else [row["contestant"], *[None] * 4, row["status"]]
         for row in _rows(blocks)
     ]  # fmt: skip
-    text = "**Peers: an epoch of a self-organising map** of the same size on the same images, judged by held-out ones "
+    text = "**Peers: an epoch of a self-organizing map** of the same size on the same images, judged by held-out ones "
     text += "(mean distance to the nearest unit, mean cosine of the best, units that are a nearest):\n\n"
     headings = ["", "seconds", "quantization error", "best cosine", "units in use", "what differs"]
     return text + _table(headings, lines)
@@ -254,7 +254,7 @@ def _revival(blocks: list[Block], root: Path) -> str:
 ANSWERS: dict[tuple[str, ...], Callable[[list[Block], Path], str]] = {
     ("step", "overhead"): _steps,
     ("scale-d", "scale-b"): _scaling,
-    ("stages", "neighbours", "rank"): _stages,
+    ("stages", "neighbors", "rank"): _stages,
     ("memory",): _memory,
     ("epoch", "training"): _training,
     ("selection",): _selection,

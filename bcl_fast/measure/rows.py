@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from .contestants import Size
+from .implementations import Size
 
 Row = dict[str, Any]
 OK, OUT_OF_MEMORY, TIMED_OUT = "ok", "out of memory", "time-out"
 # What a row is about; further keys of a question (its stage, say) come after the keys that all rows have.
 ABOUT = ("question", "device", "contestant", "stage", "B", "D", "N", "weights", "threads")
 RATIOS = ("ratio_to_linear", "ratio_to_reference")
+RECORDED = {"neighbors": "neighbours"}  # records keep the first spelling of a stage and of the question about it
 WORSE = 1.1  # times its old ratio: what lies within is noise
 
 
-def row(question: str, contestant: str, size: Size, **values: Any) -> Row:
+def row(question: str, implementation: str, size: Size, **values: Any) -> Row:
     """A row with every key that all rows have, in one order; a key that does not apply is None.
 
     `values` may hold further keys. Times are milliseconds, memory is MB (2^20 bytes).
@@ -26,7 +27,7 @@ def row(question: str, contestant: str, size: Size, **values: Any) -> Row:
     common = {
         "device": "cpu",
         "threads": torch.get_num_threads(),
-        "contestant": contestant,
+        "contestant": implementation,
         "question": question,
         **asdict(size),
         "weights": "init",  # init, trained
@@ -35,11 +36,20 @@ def row(question: str, contestant: str, size: Size, **values: Any) -> Row:
         "peak_mb": None,
         "status": OK,
     }
-    return common | values
+    return {
+        key: RECORDED.get(value, value) if key in ("question", "stage") else value
+        for key, value in (common | values).items()
+    }
+
+
+def spelled(row: Row) -> Row:
+    """A row of a record, its stage and its question under their names of today."""
+    today = {old: new for new, old in RECORDED.items()}
+    return row | {key: today.get(row[key], row[key]) for key in ("question", "stage") if key in row}
 
 
 def absent(question: str, size: Size, reasons: dict[str, str], **values: Any) -> list[Row]:
-    """A row for every contestant that has a reason not to take part."""
+    """A row for every implementation that has a reason not to take part."""
     return [row(question, name, size, status=why, **values) for name, why in reasons.items()]
 
 

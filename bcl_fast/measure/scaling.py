@@ -1,4 +1,4 @@
-"""Scaling: time and memory of every contestant as one size grows, up to what memory and patience allow."""
+"""Scaling: time and memory of every implementation as one size grows, up to what memory and patience allow."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from .alone import alone
-from .contestants import Size, why_not
 from .floor import Ceilings
+from .implementations import Size, why_not
 from .rows import OK, Row, row
 
 SIZES = {  # 64 to 65,536 features; 128 to 131,072 samples
@@ -30,7 +30,7 @@ def scale(
     device: str = "cpu",
     limit: float = 300.0,
 ) -> Iterator[Row]:
-    """A row for every size along `axis` ("D" or "B", the others as in `fixed`) and contestant, as it is measured.
+    """A row for every size along `axis` ("D" or "B", the others as in `fixed`) and implementation, as it is measured.
 
     Each is measured in processes of its own, of at most `limit` seconds. Out of memory, time-outs and whatever else
     ends a process are rows; larger sizes are then not tried.

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..testing import budget, relative_error
-from .clocks import medians
-from .contestants import CONFIG, Size, backends, batch, build, reasons
 from .floor import Ceilings, work
+from .implementations import CONFIG, Size, backends, batch, build, reasons
 from .rows import Row, absent, row
+from .timing import medians
 
-STAGES = ("neighbours", "competition", "inverse_norm", "selection", "targets_pull_", "gradient", "rank")
+STAGES = ("neighbors", "competition", "inverse_norm", "selection", "targets_pull_", "gradient", "rank")
 WHOLE = "compiled as a whole step alone"  # why there is no stage of `compiled`
 
 
@@ -35,7 +35,7 @@ def stage_calls(
 ) -> dict[str, tuple[Any, ...]]:
     """Stage -> its arguments in one training step on random numbers, formed by the backend `like`.
 
-    weight [D, N] is that of a layer, None: one drawn by `nn.Linear`. The neighbours are found, or `drawn` where there
+    weight [D, N] is that of a layer, None: one drawn by `nn.Linear`. The neighbors are found, or `drawn` where there
     are too many features for that.
     """
     x, grad_output = batch(size, device)
@@ -44,13 +44,13 @@ def stage_calls(
     weight = linear.weight.detach() if weight is None else weight.to(device)
     bias = linear.bias.detach()
     activation = F.linear(x, weight, bias)
-    neighbors = _drawn(size, device) if drawn else ops.stage("neighbours", like)(weight, CONFIG.neighborhood_k)
+    neighbors = _drawn(size, device) if drawn else ops.stage("neighbors", like)(weight, CONFIG.neighborhood_k)
     competing = activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
     R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = ops.stage("competition", like)(*competing)
     chosen = activation, bias, rinv, None, need, "rank", "hard", CONFIG.rescue_k
     choices = x, *pairs, *ops.stage("selection", like)(*chosen), winner_share, "none"
     return {
-        "neighbours": (weight, CONFIG.neighborhood_k),
+        "neighbors": (weight, CONFIG.neighborhood_k),
         "competition": competing,
         "inverse_norm": (x,),
         "selection": chosen,
@@ -61,7 +61,7 @@ def stage_calls(
 
 
 def _drawn(size: Size, device: str) -> Tensor:
-    """Neighbours [D, k] near and far, none of them the feature itself."""
+    """Neighbors [D, k] near and far, none of them the feature itself."""
     away = torch.arange(min(CONFIG.neighborhood_k, size.D - 1), device=device) ** 5 % (size.D - 1)
     return (torch.arange(size.D, device=device)[:, None] + 1 + away) % size.D
 
@@ -80,11 +80,11 @@ def check_stages(
     """Raise AssertionError unless every stage keeps the exactness contract at this size, given the reference's inputs.
 
     Choices are equal bit by bit; returns, by backend, stage and result, the relative error of everything else, judged
-    by float64 and held to the larger of 1e-5 and twice the reference's own. Neighbours are held to a float64 regret of
+    by float64 and held to the larger of 1e-5 and twice the reference's own. Neighbors are held to a float64 regret of
     1e-6; `drawn` ones are not looked for.
     """
     errors: dict[str, dict[str, float]] = {backend: {} for backend in names}
-    for one in expected(size, device, [stage for stage in stages if not drawn or stage != "neighbours"], weight, drawn):
+    for one in expected(size, device, [stage for stage in stages if not drawn or stage != "neighbors"], weight, drawn):
         for backend in names:
             errors[backend] |= check_stage(one, backend, size)
     return errors
@@ -98,7 +98,7 @@ def expected(
     drawn: bool = False,
 ) -> Iterator[Expected]:
     """What the reference makes of every stage, one at a time: two at once may not fit the memory."""
-    like = "reference" if set(stages) - {"neighbours", "rank"} else "portable"
+    like = "reference" if set(stages) - {"neighbors", "rank"} else "portable"
     calls = stage_calls(size, device, like, weight, drawn)
     for stage in stages:
         own, truth = (_results(stage, "reference", calls[stage], dtype) for dtype in (torch.float32, torch.float64))
@@ -129,9 +129,9 @@ def _errors(
     stage: str, taken: tuple[Any, ...], got: tuple[Tensor, ...], own: tuple[Tensor, ...], truth: tuple[Tensor, ...]
 ) -> dict[str, float]:
     """The errors of one stage of one backend beside the reference's results in float32 and in float64."""
-    if stage == "neighbours":
+    if stage == "neighbors":
         regret = _regret(taken[0].double(), got[0], truth[0])
-        assert regret <= 1e-6, f"neighbours are less similar by {regret:.1e}"
+        assert regret <= 1e-6, f"neighbors are less similar by {regret:.1e}"
         return {stage: regret}
     errors = {}
     for i, (mine, reference32, reference64) in enumerate(zip(got, own, truth, strict=True)):
@@ -151,7 +151,7 @@ def _is_real(value: Any) -> bool:
 
 
 def _regret(weight: Tensor, chosen: Tensor, best: Tensor) -> float:
-    """By how much, at most, the cosine of a chosen neighbour [D, k] falls behind that of the best at its place."""
+    """By how much, at most, the cosine of a chosen neighbor [D, k] falls behind that of the best at its place."""
     unit = weight * reference.inverse_norm(weight)[:, None]
     regret = 0.0
     for place in range(chosen.shape[1]):  # a [D, N] at a time
@@ -175,7 +175,7 @@ def stage_times(
 
     `ratio_to_linear` is over an `nn.Linear` step, whose own row is the stage `products`. `gbs` counts the bytes that
     the stage cannot do without, `fraction_of_roof` says which share of its floor's speed it reaches. `amount` goes to
-    `clocks.medians`.
+    `timing.medians`.
     """
     serving = backends(device)
     check_stages(size, serving[1:], device, stages)

@@ -1,4 +1,4 @@
-"""Whole training steps: every contestant in turn, refresh included, against `nn.Linear` and the floor."""
+"""Whole training steps: every implementation in turn, refresh included, against `nn.Linear` and the floor."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from torch import Tensor
 
 from .. import ops
 from .choices import check_choices
-from .clocks import interleaved, median_ms
-from .contestants import CONFIG, Contestant, Size, backends, build, reasons, serving
 from .floor import Ceilings
+from .implementations import CONFIG, Implementation, Size, backends, build, reasons, serving
 from .rows import Row, absent, row
 from .stages import check_stages
+from .timing import interleaved, median_ms
 
 
-def begin(running: dict[str, Contestant], device: str = "cpu") -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Find the neighbours of every contestant and take its first step, which compiles.
+def begin(running: dict[str, Implementation], device: str = "cpu") -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Find the neighbors of every implementation and take its first step, which compiles.
 
     Returns the milliseconds of a refresh (0 without BCL), and how far each weight [D, N] moved.
     """
     refresh_ms, moved = {}, {}
-    for name, contestant in running.items():
-        refresh_ms[name] = median_ms(contestant.refresh, device, 3, 1.0) if contestant.refresh else 0.0
-        start = contestant.weight.detach().clone()
-        contestant.step()
-        moved[name] = contestant.weight.detach() - start
+    for name, implementation in running.items():
+        refresh_ms[name] = median_ms(implementation.refresh, device, 3, 1.0) if implementation.refresh else 0.0
+        start = implementation.weight.detach().clone()
+        implementation.step()
+        moved[name] = implementation.weight.detach() - start
     return refresh_ms, moved
 
 
 def check_equal(moved: dict[str, Tensor], size: Size, device: str = "cpu") -> None:
-    """AssertionError unless the first pull of every contestant is the reference's.
+    """AssertionError unless the first pull of every implementation is the reference's.
 
     Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum. One
     feature in a thousand may still choose otherwise, if its choice is as good.
@@ -51,20 +51,20 @@ def check_equal(moved: dict[str, Tensor], size: Size, device: str = "cpu") -> No
 
 
 def race(
-    running: dict[str, Contestant],
+    running: dict[str, Implementation],
     refresh_ms: dict[str, float],
     device: str = "cpu",
     rounds: int = 5,
     seconds: float = 0.5,
-    most_seconds: float = 10.0,
+    max_seconds: float = 10.0,
 ) -> dict[str, dict[str, float]]:
-    """Time the steps of contestants that have begun, in turn, `linear` first: what a row of each has beside its labels.
+    """Time the steps of those that have begun, in turn, `linear` first: what a row of each has beside its labels.
 
     `ms` is the median window plus the refresh, which was timed apart, shared out over CONFIG.recompute_every steps;
     `ratio_to_linear` is the median over rounds of that over the round's `nn.Linear`. Rounds and seconds are those of
-    `clocks.interleaved`.
+    `timing.interleaved`.
     """
-    taken = interleaved({name: c.step for name, c in running.items()}, rounds, seconds, most_seconds, device)
+    taken = interleaved({name: c.step for name, c in running.items()}, rounds, seconds, max_seconds, device)
     measured = {}
     for name, windows in taken.items():
         whole = [ms + refresh_ms[name] / CONFIG.recompute_every for ms in windows]
@@ -80,7 +80,7 @@ def race(
 def step_times(
     size: Size, roof: Ceilings, weight: Tensor | None = None, device: str = "cpu", question: str = "step", **amount: Any
 ) -> list[Row]:
-    """Check what every contestant computes, then `race` them: a row for each. `amount` goes to `race`."""
+    """Check what every implementation computes, then `race` them: a row for each. `amount` goes to `race`."""
     running = {name: build(name, size, weight, device) for name in serving(device)}
     refresh_ms, moved = begin(running, device)
     if weight is None:

@@ -23,7 +23,7 @@ from .rows import OK, Row
 
 FAILED, TIMED_OUT, REFUSED, SKIPPED = "failed", "timeout", "refused", "skipped"
 EXIT = {OK: 0, FAILED: 1, REFUSED: 3}  # how a child says which
-LEAST = 40.0  # seconds that every unit may take
+MIN_SECONDS = 40.0  # seconds that every unit may take
 PATIENCE = 3  # times what a unit is planned to take, before it is ended
 
 
@@ -42,7 +42,7 @@ class Unit:
 
     @property
     def limit(self) -> float:
-        return max(LEAST, PATIENCE * self.seconds)
+        return max(MIN_SECONDS, PATIENCE * self.seconds)
 
 
 class Record:

@@ -19,8 +19,8 @@ RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
         "STAGES": (1, 2),
         "FORCES": ((32, 64),),
     },
-    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2,), "RUN": (512,), "BLOCK": (256,), "MOST_RUNS": (4,)},
-    "neighbours": {"FEW": ((16, 64, 32, 8), (64, 64, 16, 8)), "MANY": ((16, 128, 16, 8), (128, 64, 16, 8))},
+    "selection": {"PROGRAMS": (132, 528), "COLUMNS": (2,), "RUN": (512,), "BLOCK": (256,), "MAX_RUNS": (4,)},
+    "neighbors": {"FEW": ((16, 64, 32, 8), (64, 64, 16, 8)), "MANY": ((16, 128, 16, 8), (128, 64, 16, 8))},
     "targets_pull_": {"GATHER": (4, 16), "MAX_BLOCK_N": (64, 256), "CHUNK_ROWS": (64,)},
     "gradient": {"TILE": (1024, 4096), "PROGRAMS": (512, 2048)},
 }

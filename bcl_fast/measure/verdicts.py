@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .contestants import Size
 from .floor import Ceilings, work
+from .implementations import Size
 from .rows import OK, Row
 from .units import FAILED, TIMED_OUT
 

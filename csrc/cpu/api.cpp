@@ -21,8 +21,8 @@
 namespace bcl {
 namespace {
 
-constexpr int64_t BLOCK_ROWS = 64, MOST_BLOCKS = 64;  // sums of blocks take at most 64 * 2 * D numbers
-constexpr int64_t LEAST_WORK = 1 << 18;  // elements below which a second thread costs more than it helps
+constexpr int64_t BLOCK_ROWS = 64, MAX_BLOCKS = 64;  // sums of blocks take at most 64 * 2 * D numbers
+constexpr int64_t MIN_WORK = 1 << 18;  // elements below which a second thread costs more than it helps
 constexpr double EPS = 1e-8;
 
 const char* isa = "baseline";
@@ -79,7 +79,7 @@ struct Buffer {
 template <class F>
 bool parallel(int threads, int64_t work, int64_t n, int64_t bytes, F f) {
     int failed = 0;
-    if (work < LEAST_WORK) threads = 1;
+    if (work < MIN_WORK) threads = 1;
     if (threads > n) threads = int(n);
 #if defined(_OPENMP)
     if (threads > 1) {
@@ -103,7 +103,7 @@ bool parallel(int threads, int64_t work, int64_t n, int64_t bytes, F f) {
 struct Blocks {
     int64_t rows, count;
     explicit Blocks(int64_t B) {
-        rows = (B + MOST_BLOCKS - 1) / MOST_BLOCKS;
+        rows = (B + MAX_BLOCKS - 1) / MAX_BLOCKS;
         rows = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * BLOCK_ROWS;
         count = B > 0 ? (B + rows - 1) / rows : 0;
     }
@@ -129,7 +129,7 @@ struct Forces {
     }
 };
 
-// A neighbour that is no feature counts as the nearest that is: neighbors [D, k] is state that a user loads.
+// A neighbor that is no feature counts as the nearest that is: neighbors [D, k] is state that a user loads.
 template <class Real>
 int competition(Competition<Real> c, const int64_t* neighbors, const Forces<Real>& forces, int threads) {
     if (c.B < 0 || c.D < 1 || !countable(c.D) || c.k < 1 || c.N < 0) return BAD_SIZE;

@@ -85,15 +85,15 @@ struct Kernels {
                  char* scratch);
 };
 
-constexpr int64_t MOST_LANES = 16;
-constexpr int64_t MOST_BINS = 1024;
+constexpr int64_t MAX_LANES = 16;
+constexpr int64_t MAX_BINS = 1024;
 
-inline int64_t padded(int64_t n) { return (n + MOST_LANES - 1) / MOST_LANES * MOST_LANES; }
-inline int64_t competition_scratch(int64_t D) { return 2 * D * MOST_LANES + 2 * padded(D); }
+inline int64_t padded(int64_t n) { return (n + MAX_LANES - 1) / MAX_LANES * MAX_LANES; }
+inline int64_t competition_scratch(int64_t D) { return 2 * D * MAX_LANES + 2 * padded(D); }
 // In bytes: a tile of keys; then of one column scores, ranks, keys, two sets of sort keys and samples, bins, counts, bounds.
 template <class Real>
 int64_t selection_scratch(int64_t B) {
-    return (MOST_LANES + 5) * padded(B) * sizeof(Real) + 3 * padded(B) * 4 + MOST_BINS * (4 * 4 + 2 * sizeof(Real)) + 1024;
+    return (MAX_LANES + 5) * padded(B) * sizeof(Real) + 3 * padded(B) * 4 + MAX_BINS * (4 * 4 + 2 * sizeof(Real)) + 1024;
 }
 
 extern const Kernels<float> baseline_float, avx2_float, avx512_float;

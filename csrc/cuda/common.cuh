@@ -7,7 +7,7 @@ namespace bcl {
 constexpr float EPS = 1e-8f;
 constexpr float LARGEST = 3.402823466e38f;  // of the finite float32
 
-// What a neighbour counts as: damaged state may hold anything, and what is no feature is the nearest that is.
+// What a neighbor counts as: damaged state may hold anything, and what is no feature is the nearest that is.
 __device__ inline int64_t feature(int64_t index, int64_t D) {
     const int64_t low = index < D ? index : D - 1;
     return low > 0 ? low : 0;

@@ -1,6 +1,6 @@
 // Competition (SPEC 2 to 8) for many features: tiles of a few samples, whose strengths of all features lie in shared
-// memory, in that of a cluster of blocks, or where no cluster holds them in global memory. A neighbour's strengths are
-// one vector. Blocks stay and take tile after tile, so that neighbours may stay in registers, and sums over the batch
+// memory, in that of a cluster of blocks, or where no cluster holds them in global memory. A neighbor's strengths are
+// one vector. Blocks stay and take tile after tile, so that neighbors may stay in registers, and sums over the batch
 // in shared memory; the next tile is on its way while what needs no strengths is done.
 #pragma once
 #include "common.cuh"
@@ -23,7 +23,7 @@ struct Competition {
     float *x_inverse_norm, *need;  // [B]
     float* partial;    // [groups, 2, D] sums of rank_score and of rank_score / coverage
     char* strengths;   // [groups, D] rows of a tile, where no shared memory holds them
-    const void* ids;   // [D] of Eight or [k, D]: the neighbours, packed, where registers do not hold them
+    const void* ids;   // [D] of Eight or [k, D]: the neighbors, packed, where registers do not hold them
     int64_t slice;     // features of a block
     int sums_shared;   // the sums lie behind the strengths in shared memory until the end
     int cluster_log;   // a cluster has 1 << cluster_log blocks
@@ -42,7 +42,7 @@ struct alignas(4 * ROWS) Row {  // what a tile has of one feature
     float of[ROWS];
 };
 
-struct alignas(16) Eight {  // neighbours of one feature
+struct alignas(16) Eight {  // neighbors of one feature
     uint16_t of[HELD];
 };
 
@@ -88,7 +88,7 @@ __global__ void pack_kernel(const int64_t* neighbors, int64_t D, int64_t k, Id* 
         ids[i % k * D + i / k] = Id(feature(neighbors[i], D));
 }
 
-// The first neighbour fills up what is missing of eight.
+// The first neighbor fills up what is missing of eight.
 __global__ void pack_eight_kernel(const int64_t* neighbors, int64_t D, int64_t k, Eight* ids) {
     for (int64_t d = int64_t(blockIdx.x) * blockDim.x + threadIdx.x; d < D; d += int64_t(gridDim.x) * blockDim.x) {
         Eight eight;
@@ -98,7 +98,7 @@ __global__ void pack_eight_kernel(const int64_t* neighbors, int64_t D, int64_t k
     }
 }
 
-// WHERE the strengths lie. OWN: most features of a thread, whose neighbours (at most HELD) are in registers; 0: they
+// WHERE the strengths lie. OWN: most features of a thread, whose neighbors (at most HELD) are in registers; 0: they
 // are read for every tile, Eight at once or one by one.
 template <int WHERE, int ROWS, int THREADS, int OWN, class Ids>
 __global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competition c) {
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(THREADS, 1) competition_kernel(const Competiti
         }
     };
 
-    uint32_t near[OWN > 0 ? OWN : 1][HELD / 2];  // two neighbours each; the first fills up what is missing of HELD
+    uint32_t near[OWN > 0 ? OWN : 1][HELD / 2];  // two neighbors each; the first fills up what is missing of HELD
     if constexpr (OWN > 0)
         each([&](int d, int, int f) {
 #pragma unroll

@@ -11,17 +11,17 @@ constexpr int64_t aligned(int64_t bytes) { return ceil_div(bytes, 256) * 256; } 
 
 // --- Competition -----------------------------------------------------------------------------------------------------
 
-constexpr int HOLDING_THREADS = 384;   // of a block whose neighbours are in registers: with more they would not do
+constexpr int HOLDING_THREADS = 384;   // of a block whose neighbors are in registers: with more they would not do
 constexpr int READING_THREADS = 768;   // of one that reads them one by one, or of a cluster that reads them at all
 constexpr int FORCES_WARPS = 12;
-constexpr int OWNED = 22;              // most features of a thread whose neighbours stay in registers: 8,448 a block
-constexpr int64_t HELD = 8;            // most neighbours of each that do, or are read at once
+constexpr int OWNED = 22;              // most features of a thread whose neighbors stay in registers: 8,448 a block
+constexpr int64_t HELD = 8;            // most neighbors of each that do, or are read at once
 constexpr int64_t HEAD = 2048;         // bytes of shared memory before the strengths
-constexpr int64_t MOST_CLUSTER = 8;    // blocks; more are not portable
+constexpr int64_t MAX_CLUSTER = 8;    // blocks; more are not portable
 constexpr int64_t ANY = 1 << 30;       // clusters at once: not yet asked
 
 enum Where { ONE_BLOCK, CLUSTER, MEMORY };  // where the strengths of a tile of samples lie
-enum Near { IN_REGISTERS, EIGHT_AT_ONCE, ONE_BY_ONE };  // how a feature's neighbours are read
+enum Near { IN_REGISTERS, EIGHT_AT_ONCE, ONE_BY_ONE };  // how a feature's neighbors are read
 
 struct CompetitionForm {
     int near;     // IN_REGISTERS where they fit, else EIGHT_AT_ONCE where there are no more
@@ -36,7 +36,7 @@ struct CompetitionPlan {
     bool sums_shared;        // the sums over the batch fit beside the strengths
     int64_t groups;          // clusters, each of which takes every groups-th tile
     int64_t shared;          // bytes of a block
-    // Bytes of scratch: results; sums of the groups; tiles, where MEMORY; packed neighbours.
+    // Bytes of scratch: results; sums of the groups; tiles, where MEMORY; packed neighbors.
     int64_t results, partial, strengths, ids;
     int64_t scratch() const { return results + partial + strengths + ids; }
 };
@@ -53,7 +53,7 @@ inline CompetitionPlan competition_plan(int64_t B, int64_t D, int64_t k, int64_t
     for (int rows : {1, 2, 4})
         if (few && fits(rows, 1)) plan.where = ONE_BLOCK, plan.rows = rows;
     if (clusters > 0 && (plan.where == MEMORY || (plan.rows < 4 && form.cluster)))
-        for (int64_t cluster = MOST_CLUSTER; cluster > 1 && fits(4, cluster); cluster /= 2)
+        for (int64_t cluster = MAX_CLUSTER; cluster > 1 && fits(4, cluster); cluster /= 2)
             plan.where = CLUSTER, plan.rows = 4, plan.cluster = cluster;
     plan.slice = slice_of(D, plan.cluster);
     if (plan.where != MEMORY) plan.shared += plan.slice * plan.rows * 4;
@@ -83,7 +83,7 @@ inline CompetitionPlan competition_plan(int64_t B, int64_t D, int64_t k, int64_t
 constexpr int COLUMNS = 32;  // of a block: a lane each
 constexpr int FIX_THREADS = 256, ORDER_THREADS = 1024;
 constexpr int ORDER_BINS = 512;      // of the needs
-constexpr int MOST_BINS = 1024;      // of the keys of a column
+constexpr int MAX_BINS = 1024;      // of the keys of a column
 constexpr int64_t NARROW = 1 << 16;  // fewer samples than this are counted in 16 bits, in twice the bins
 constexpr int SURVIVORS = 64;        // so many of a column are kept; beyond, the column is sorted; at least r
 constexpr int SEGMENT = 1024;        // samples of a task that counts

@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(COUNTING_THREADS) rank_counting_kernel(const R
     }
 }
 
-// A block is a column; neighbouring blocks read and write the same lines while the level-2 cache holds them.
+// A block is a column; neighboring blocks read and write the same lines while the level-2 cache holds them.
 template <int THREADS, int ITEMS>
 __global__ void __launch_bounds__(THREADS) rank_block_kernel(const Rank r) {
     SHARED(memory);

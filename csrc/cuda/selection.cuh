@@ -434,7 +434,7 @@ __global__ void __launch_bounds__(WARPS * 32, 32 / WARPS) selection_kernel(const
 // lane each, and looks closely only at keys in a bin with survivors. Lanes with nothing to count read what another
 // reads: no sector without an open column is read, and none twice.
 __global__ void __launch_bounds__(FIX_THREADS) selection_counting_kernel(const Selection s) {
-    __shared__ uint32_t wanted[MOST_BINS / 32][COLUMNS];  // a bit for each bin
+    __shared__ uint32_t wanted[MAX_BINS / 32][COLUMNS];  // a bit for each bin
     __shared__ float key[SURVIVORS][COLUMNS];
     __shared__ int32_t sample[SURVIVORS][COLUMNS], below[SURVIVORS][COLUMNS];
     constexpr int WARPS = FIX_THREADS / 32, AHEAD = 8;
@@ -451,7 +451,7 @@ __global__ void __launch_bounds__(FIX_THREADS) selection_counting_kernel(const S
         }
         const int64_t d = n > 0 ? own : stripe * COLUMNS + open;
         const Bins bin_of = {s.limits[d], s.bins - 1};
-        for (int i = warp; i < MOST_BINS / 32; i += WARPS) wanted[i][lane] = 0;
+        for (int i = warp; i < MAX_BINS / 32; i += WARPS) wanted[i][lane] = 0;
         __syncthreads();
         for (int i = warp; i < n; i += WARPS) {
             const int64_t at = (stripe * SURVIVORS + i) * COLUMNS + lane;

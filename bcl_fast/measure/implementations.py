@@ -36,16 +36,16 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Implementation:
     """A layer that is ready to train on a fixed random batch."""
 
     weight: Tensor  # [D, N], changed in place by `step`
     step: Step  # forward, backward with dX, and for BCL the pull; never a refresh
-    refresh: Step | None  # finds the neighbours: before the first step, and in training every 50 steps; None: no BCL
+    refresh: Step | None  # finds the neighbors: before the first step, and in training every 50 steps; None: no BCL
 
 
 def why_not(name: str, device: str) -> str | None:
-    """None where a contestant can be timed on this type of device ("cpu", "cuda"), else the reason."""
+    """None where an implementation can be timed on this type of device ("cpu", "cuda"), else the reason."""
     if name == "compiled" and device == "cpu" and not any(map(shutil.which, COMPILERS)):
         return f"torch.compile finds no C++ compiler ({', '.join(COMPILERS)})"
     if name not in ops.BACKENDS:
@@ -56,7 +56,7 @@ def why_not(name: str, device: str) -> str | None:
 
 
 def reasons(device: str, **others: str) -> dict[str, str]:
-    """Every contestant that cannot be timed on this type of device -> why; `others` are those of the caller's own."""
+    """Implementations that cannot be timed on this type of device -> why; `others` are the caller's own."""
     found = {name: why_not(name, device) for name in NAMES}
     return {name: why for name, why in found.items() if why is not None} | others
 
@@ -73,8 +73,8 @@ def backends(device: str = "cpu") -> list[str]:
 
 def build(
     name: str, size: Size, weight: Tensor | None = None, device: str = "cpu", precision: str = "fp32"
-) -> Contestant:
-    """A contestant with this weight [D, N], or None for one drawn by `nn.Linear`: the same numbers for everybody.
+) -> Implementation:
+    """An implementation with this weight [D, N], or None for one drawn by `nn.Linear`: the same numbers for everybody.
 
     Its forward is one of this precision (see `precisions`); `compiled` knows fp32 and tf32. Raises ValueError where a
     backend of this name cannot serve on the device.
@@ -87,13 +87,13 @@ def build(
     if name == "compiled":
         return _compiled(layer, size)
     if name == "linear":
-        return Contestant(layer.weight, training_step(layer, size, precision), None)
+        return Implementation(layer.weight, training_step(layer, size, precision), None)
 
     def refresh() -> None:
-        layer.neighbors.copy_(ops.stage("neighbours", name)(layer.weight.detach(), layer.neighbors.shape[1]))
+        layer.neighbors.copy_(ops.stage("neighbors", name)(layer.weight.detach(), layer.neighbors.shape[1]))
 
     layer.step.fill_(1)  # not a multiple of recompute_every: no step refreshes by itself
-    return Contestant(layer.weight, training_step(layer, size, precision), refresh)
+    return Implementation(layer.weight, training_step(layer, size, precision), refresh)
 
 
 def training_step(layer: nn.Linear, size: Size, precision: str = "fp32") -> Step:
@@ -131,7 +131,7 @@ def whole_step(x: Tensor, weight: Tensor, bias: Tensor, neighbors: Tensor, grad_
     return *gradients, weight + CONFIG.som_lr * reference.som_increment(weight, target, som_strength)
 
 
-def _compiled(layer: nn.Linear, size: Size) -> Contestant:
+def _compiled(layer: nn.Linear, size: Size) -> Implementation:
     """`whole_step` through torch.compile, without autograd: the best that a compiler makes of the reference."""
     weight, bias = layer.weight.detach(), layer.bias.detach()
     x, grad_output = batch(size, weight.device)
@@ -143,9 +143,9 @@ def _compiled(layer: nn.Linear, size: Size) -> Contestant:
         weight.copy_(function(x, weight, bias, neighbors, grad_output)[-1])
 
     def refresh() -> None:
-        neighbors.copy_(reference.neighbours(weight, CONFIG.neighborhood_k))
+        neighbors.copy_(reference.neighbors(weight, CONFIG.neighborhood_k))
 
-    return Contestant(weight, step, refresh)
+    return Implementation(weight, step, refresh)
 
 
 def trained_weight(size: Size, steps: int = 60, device: str = "cpu", backend: str | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from ..capture import aside, record
 
 Call = Callable[[], Any]
 LAUNCH_BOUND = 1.0  # ms: a shorter call may have waited for its launches, so it is timed as a CUDA graph
-MOST_QUEUED = 1000  # launches of a window that the host may run ahead of the device
+MAX_QUEUED = 1000  # launches of a window that the host may run ahead of the device
 
 
 class Taken(NamedTuple):
@@ -53,21 +53,21 @@ def _device_window(call: Call, seconds: float) -> float:
 
 def batches(ms: float, seconds: float) -> int:
     """How many calls of `ms` make up a tenth of a window of `seconds`."""
-    return max(1, min(MOST_QUEUED, int(100 * seconds / max(ms, 1e-3))))
+    return max(1, min(MAX_QUEUED, int(100 * seconds / max(ms, 1e-3))))
 
 
 def interleaved(
-    calls: Mapping[str, Call], rounds: int, seconds: float, most_seconds: float, device: str = "cpu"
+    calls: Mapping[str, Call], rounds: int, seconds: float, max_seconds: float, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Milliseconds of every call in windows of about `seconds`, one of each in turn: A B C A B C ...
 
-    What has taken more than `most_seconds` leaves out the later rounds.
+    What has taken more than `max_seconds` leaves out the later rounds.
     """
     taken: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
     for _ in range(rounds):
         for name, call in calls.items():
-            if spent[name] <= most_seconds:
+            if spent[name] <= max_seconds:
                 start = time.perf_counter()
                 taken[name].append(window(call, seconds, device))
                 spent[name] += time.perf_counter() - start
@@ -84,10 +84,10 @@ def captured(call: Call, warm: int = 3) -> Call:
     return record(device, call)[0]
 
 
-def taken(call: Call, device: str = "cpu", repeats: int = 5, most_seconds: float = 3.0) -> Taken:
+def taken(call: Call, device: str = "cpu", repeats: int = 5, max_seconds: float = 3.0) -> Taken:
     """The median of one call; on a GPU with nothing of it left in the cache, and captured where it is short.
 
-    On a CPU repeats end where they have taken more than `most_seconds`, and the first is left out unless it is the only
+    On a CPU repeats end where they have taken more than `max_seconds`, and the first is left out unless it is the only
     one.
     """
     if device == "cuda":
@@ -102,14 +102,14 @@ def taken(call: Call, device: str = "cpu", repeats: int = 5, most_seconds: float
             return Taken(ms, False)
         return Taken(do_bench(replay, return_mode="median"), True)
     windows: list[float] = []
-    while len(windows) <= repeats and sum(windows) <= most_seconds * 1e3:
+    while len(windows) <= repeats and sum(windows) <= max_seconds * 1e3:
         windows.append(window(call, 0))
     return Taken(statistics.median(windows[1:] or windows), False)
 
 
-def median_ms(call: Call, device: str = "cpu", repeats: int = 5, most_seconds: float = 3.0) -> float:
+def median_ms(call: Call, device: str = "cpu", repeats: int = 5, max_seconds: float = 3.0) -> float:
     """The milliseconds of `taken`."""
-    return taken(call, device, repeats, most_seconds).ms
+    return taken(call, device, repeats, max_seconds).ms
 
 
 def medians(calls: Mapping[Any, Call], device: str = "cpu", rounds: int = 5, seconds: float = 0.05) -> dict[Any, Taken]:

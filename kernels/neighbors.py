@@ -1,4 +1,4 @@
-"""Neighbours (SPEC 2.1): the k features most similar to each by cosine; the device decides whether they are due."""
+"""Neighbors (SPEC 2.1): the k features most similar to each by cosine; the device decides whether they are due."""
 
 import torch
 import triton
@@ -18,7 +18,7 @@ PRODUCT = "ieee" if torch.version.hip else "tf32x3"
 # rows each keep a GPU busy while there are few features; later, more rows each read less. Larger tiles spill somewhere.
 FEW, MANY, FROM = (16, 128, 16, 8), (64, 64, 16, 8), 8192
 NEAREST = 16, 64  # BLOCK_R and BLOCK_C where the similarities are given
-MOST_KEPT = 32  # neighbours that a pass finds: a longer list spills registers
+MAX_KEPT = 32  # neighbors that a pass finds: a longer list spills registers
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
@@ -108,7 +108,7 @@ def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.const
 
 
 @triton.jit(do_not_specialize=["K", "recompute_every"])
-def _neighbours_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, N, K, stride_d, stride_n,
+def _neighbors_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, N, K, stride_d, stride_n,
                        recompute_every, REFRESH: tl.constexpr, KEPT: tl.constexpr, BLOCK_R: tl.constexpr,
                        BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
     if REFRESH:
@@ -150,8 +150,8 @@ def _nearest_kernel(similarity_ptr, neighbors_ptr, first, R, D, K, stride_r, str
 
 
 def _kept(K: int) -> int:
-    """How many neighbours a pass finds: less than 8 gains nothing."""
-    return min(max(1 << (K - 1).bit_length(), 8), MOST_KEPT)
+    """How many neighbors a pass finds: less than 8 gains nothing."""
+    return min(max(1 << (K - 1).bit_length(), 8), MAX_KEPT)
 
 
 def _launch(
@@ -163,13 +163,13 @@ def _launch(
 ) -> None:
     (D, N), K = weight.shape, neighbors.shape[1]
     BLOCK_R, BLOCK_C, BLOCK_N, num_warps = FEW if D < FROM else MANY
-    _neighbours_kernel[(-(-D // BLOCK_R),)](
+    _neighbors_kernel[(-(-D // BLOCK_R),)](
         weight, neighbors, step, refreshed_at, D, N, K, *weight.stride(), recompute_every,
         step is not None, _kept(K), BLOCK_R, BLOCK_C, BLOCK_N, PRODUCT, num_warps=num_warps, **REGISTERS,
     )  # fmt: skip
 
 
-def neighbours(weight: torch.Tensor, neighborhood_k: int) -> torch.Tensor:
+def neighbors(weight: torch.Tensor, neighborhood_k: int) -> torch.Tensor:
     """weight [D, N] any strides -> the features most similar to each [D, min(neighborhood_k, D - 1)] int64."""
     D = weight.shape[0]
     neighbors = weight.new_empty(D, min(neighborhood_k, D - 1), dtype=torch.int64)

@@ -14,7 +14,7 @@ import pytest
 from backends import ON_CPU
 
 from bcl_fast.experiments.data import mnist
-from bcl_fast.experiments.figures import RANGES, digits
+from bcl_fast.experiments.ranges import RANGES, digits
 from bcl_fast.experiments.run import Condition, run
 from bcl_fast.experiments.tables import outside_of_ranges
 from bcl_fast.spec import BCLConfig
