@@ -1,4 +1,4 @@
-"""The masked backward of the layer's product (SPEC step 12)."""
+"""The masked backward of the layer's product (step 12)."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ def targets_pull_(
     x: Tensor,
     *choices: Tensor | str,
 ) -> None:
-    """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight, or on som_offset where there is one."""
+    """Stage `targets_pull_` (steps 9a, 10 and 13), in place on weight, or on som_offset where there is one."""
     destination = weight if som_offset is None else som_offset
     *tensors, target_projection = choices
     rescue_rows = tensors[2]

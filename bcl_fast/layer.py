@@ -23,7 +23,7 @@ FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
 
 class BCLLayer(nn.Linear):
-    """A linear layer whose features compete: `nn.Linear` that masks its gradient and pulls its weight (SPEC 2).
+    """A linear layer whose features compete: `nn.Linear` that masks its gradient and pulls its weight (SPEC section 2).
 
     Input [..., in_features] -> output [..., out_features]. While training, every backward that accumulates into
     `weight` also moves it: winners get the loss gradient, redundant features are pulled toward samples nobody covers.
@@ -522,9 +522,9 @@ class BCLLayer(nn.Linear):
     def observe(self, callback: Callable[[Any], None]) -> Iterator[None]:
         """Within this block, call `callback(record)` once per training step (eager only).
 
-        `record` is a `reference.Record`: every tensor of SPEC 2 for the state before this step's update. It is handed
-        over after the pull, during the backward. With several forwards in one backward it is that of the last one
-        whose backward ran. Nothing is kept here, and observing changes no number of the training.
+        `record` is a `reference.Record`: every tensor of steps 1 to 11 for the state before this step's update. It is
+        handed over after the pull, during the backward. With several forwards in one backward it is that of the last
+        one whose backward ran. Nothing is kept here, and observing changes no number of the training.
         """
         if not callable(callback):
             raise TypeError(f"callback must be callable, got {callback!r}")

@@ -1,4 +1,4 @@
-"""Diversity as a term of the loss (SPEC 3, fix C): gradient descent itself then keeps features apart."""
+"""Diversity as a term of the loss (SPEC section 3, fix C): gradient descent itself then keeps features apart."""
 
 from __future__ import annotations
 

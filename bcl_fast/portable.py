@@ -244,7 +244,7 @@ def targets(
 def targets_pull_(
     weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: Tensor, *choices: Tensor | str
 ) -> None:
-    """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight, or on som_offset where there is one."""
+    """Stage `targets_pull_` (steps 9a, 10 and 13), in place on weight, or on som_offset where there is one."""
     increment = targets(*choices).sub_(weight)
     if som_offset is not None:
         increment.sub_(som_offset)

@@ -1,6 +1,6 @@
 """The algorithm as the specification states it: SPEC section 2, one function per step, in that order.
 
-This is the oracle. It is written to be read, forms every tensor the SPEC names, and computes in the dtype it is
+This is the oracle. It is written to be read, forms every tensor that SPEC.md names, and computes in the dtype it is
 given, so that float64 works. The last section composes the steps into the stages every backend offers.
 `B` samples, `D` features, `N` inputs, `K` neighbors.
 """
@@ -17,7 +17,7 @@ from .spec import EPS, BCLConfig
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
-    """1 / (|row| + eps) for each row of [R, N] -> [R] (SPEC 9b: rinv, winv), also where |row|² is out of range."""
+    """1 / (|row| + eps) for each row of [R, N] -> [R] (step 9b: rinv, winv), also where |row|² is out of range."""
     power = power_of_two(rows)
     return (1 / (torch.linalg.vector_norm(rows / power, dim=1, keepdim=True) + EPS / power) / power).squeeze(1)
 
@@ -129,7 +129,7 @@ def column_rank(key: Tensor) -> Tensor:
 
 
 def affinity(key: Tensor, weight_inverse_norm: Tensor, affinity: str) -> Tensor:
-    """How much each sample is each feature's own (step 9b), by a rule of SPEC 3: [B, D], [D] -> [B, D]."""
+    """How much each sample is each feature's own (step 9b), by a rule of SPEC section 3: [B, D], [D] -> [B, D]."""
     if affinity == "rank":
         B = key.shape[0]
         return column_rank(key).to(key.dtype) / (B - 1) if B > 1 else torch.ones_like(key)
@@ -148,7 +148,7 @@ def weighted_affinity(affinity: Tensor, need: Tensor | None) -> Tensor:
 
 
 def selection_score(key: Tensor, weight_inverse_norm: Tensor, need: Tensor | None, rule: str) -> Tensor:
-    """What the top-k compares: weighted_affinity, but for `rank` without the division by B - 1 (SPEC 4): [B, D].
+    """What the top-k compares: weighted_affinity, but for `rank` without dividing by B - 1 (SPEC section 4): [B, D].
 
     A NaN key, or a score that is NaN, counts as -inf: such a sample is chosen only where too few others exist.
     """
@@ -189,7 +189,7 @@ def rescue_target(rescue_pull: Tensor, x: Tensor) -> Tensor:
 
 
 def winner_share(win_rate: Tensor, novelty: Tensor, forces: str, rescue_onset: float) -> Tensor:
-    """u, the winner target's share of the blend (step 10; `coupled` and `rescue_onset` of SPEC 3): [D] -> [D]."""
+    """u, the winner target's share (step 10; `coupled` and `rescue_onset` of SPEC section 3): [D] -> [D]."""
     share = win_rate * novelty if forces == "coupled" else win_rate
     return torch.where(win_rate < rescue_onset, share, 1.0) if rescue_onset else share
 
@@ -201,7 +201,7 @@ def som_target(winner_target: Tensor, rescue_target: Tensor, winner_share: Tenso
 
 
 def project(som_target: Tensor, target_projection: str) -> Tensor:
-    """Take from the targets what all of them share (`target_projection` of SPEC 3): [D, N] -> [D, N]."""
+    """Take from the targets what all of them share (`target_projection` of SPEC section 3): [D, N] -> [D, N]."""
     if target_projection == "none":
         return som_target
     mean = som_target.mean(dim=0)
@@ -225,7 +225,7 @@ def gradient_mask(
 
 
 def som_strength(win_rate: Tensor, novelty: Tensor, forces: str, pull_onset: float) -> Tensor:
-    """v, how strongly each feature is pulled (step 11; `coupled` and `pull_onset` of SPEC 3): [D] -> [D]."""
+    """v, how strongly each feature is pulled (step 11; `coupled` and `pull_onset` of SPEC section 3): [D] -> [D]."""
     strength = torch.ones_like(novelty) if forces == "coupled" else 1 - novelty
     return torch.where(win_rate < pull_onset, strength, 0.0) if pull_onset else strength
 
@@ -265,7 +265,7 @@ def competition(
 ) -> tuple[Tensor, ...]:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
 
-    activation [B, D], neighbors [D, k], x [B, N]; forces and onsets are the options of SPEC 3. Returns, in the order of
+    activation [B, D], neighbors [D, k], x [B, N]; forces and onsets: SPEC section 3. Returns, in the order of
     `COMPETITION`: rank_score [B, D]; coverage [B]; novelty, win_rate [D]; winner [B] int64; pair_feature [B, k] int64,
     the winner's neighbors, and pair_pull [B, k], the rank_score * local_novelty of each; x_inverse_norm and need [B]
     of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11. A neighbor that is no feature, as damaged
@@ -326,7 +326,7 @@ def targets(
 def targets_pull_(
     weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: Tensor, *choices: Tensor | str
 ) -> None:
-    """Stage `targets_pull` (sums of 9a, steps 10 and 13), in place on weight [D, N] or, if there is one, som_offset.
+    """Stage `targets_pull_` (steps 9a, 10 and 13), in place on weight [D, N] or, if there is one, som_offset.
 
     `choices` are the arguments of `targets`; som_strength [D], som_lr a scalar in the dtype of the weight.
     """
@@ -365,7 +365,7 @@ def rank(key: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Record:
-    """Every tensor of one training step under its SPEC name; see the function of that name for its meaning."""
+    """Every tensor of one training step under its name in SPEC.md; see the function of that name for its meaning."""
 
     step: int
     x: Tensor  # [B, N]

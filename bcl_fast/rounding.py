@@ -1,4 +1,4 @@
-"""Adding small increments to low-precision weights without losing them: stochastic rounding (SPEC 5)."""
+"""Adding small increments to low-precision weights without losing them: stochastic rounding (SPEC section 5)."""
 
 from __future__ import annotations
 

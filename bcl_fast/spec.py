@@ -96,7 +96,7 @@ class BCLConfig:
 
     @property
     def couples(self) -> bool:
-        """Whether the gradient mask depends on the whole batch (`coupled` of SPEC 3, unless G is replaced)."""
+        """Whether the gradient mask depends on the whole batch (`coupled` of SPEC section 3, unless G is replaced)."""
         return self.forces == "coupled" and self.gradient_mask == "soft"
 
     def replace(self, **options: Any) -> BCLConfig:

@@ -1,4 +1,4 @@
-"""What the saved buffers of a layer are at step 0, and what they may never be (SPEC sections 2.1 and 5)."""
+"""What the saved buffers of a layer are at step 0, and what they may never be (step 1, SPEC section 5)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import reference
 from .spec import PRESETS
 
-# Every option of SPEC 3 away from its default at least once, by name.
+# Every option of SPEC section 3 away from its default at least once, by name.
 VARIANTS: dict[str, dict[str, Any]] = {
     **PRESETS,
     "cosine": dict(affinity="cosine"),

@@ -1,4 +1,4 @@
-"""Competition (SPEC 2.2-2.8): who wins each sample against its neighbors, and what follows per sample and per feature.
+"""Competition (steps 2 to 8): who wins each sample against its neighbors, and what follows per sample and per feature.
 
 A program takes a few samples at a time. It lays their strengths out feature by feature, so that a neighbor is one
 whole sector of memory however far away it is; what it leaves per feature is a partial sum, added up in a fixed order.

@@ -1,4 +1,4 @@
-"""Gradient (SPEC 2.12 before its products): the loss gradient each feature has won, and its sum over the batch."""
+"""Gradient (step 12 before its products): the loss gradient each feature has won, and its sum over the batch."""
 
 import torch
 import triton

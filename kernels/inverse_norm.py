@@ -1,4 +1,4 @@
-"""Inverse norm (SPEC 2.9b: rinv, winv): 1 / (|row| + eps) of every row."""
+"""Inverse norm (step 9b: rinv, winv): 1 / (|row| + eps) of every row."""
 
 import torch
 import triton

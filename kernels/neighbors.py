@@ -1,4 +1,4 @@
-"""Neighbors (SPEC 2.1): the k features most similar to each by cosine; the device decides whether they are due."""
+"""Neighbors (step 1): the k features most similar to each by cosine; the device decides whether they are due."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Selection (SPEC 9b): the samples each feature is rescued to and their shares; and `rank`, the order that decides it.
+"""Selection (step 9b): the samples each feature is rescued to and their shares; and `rank`, the order that decides it.
 
 A program takes a few columns. It sorts runs of each, short enough for registers; the rank of a key is its place in its
 own run and, by binary search, in every other. Keys and scores are packed with their sample into integers that are all

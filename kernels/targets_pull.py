@@ -1,4 +1,4 @@
-"""Targets and pull (sums of SPEC 2.9a, 2.10, 2.13): where the samples draw each feature, and the step toward it."""
+"""Targets and pull (steps 9a, 10 and 13): where the samples draw each feature, and the step toward it."""
 
 import torch
 import triton

@@ -71,7 +71,7 @@ BATCHES = (1, 2, 15, 16, 100, 128, 1000, 4096, 50000, 65536)
 
 
 def arguments(sizes: Sizes, device: str = "meta") -> SimpleNamespace:
-    """Arguments for every launcher under their SPEC names; each tensor has its own storage."""
+    """Arguments for every launcher under their names in SPEC.md; each tensor has its own storage."""
     B, D, N, k, r, dtype = sizes
 
     def real(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_som_lr_may_be_scheduled_and_is_checked():
     assert layer.som_lr == 0.3
 
 
-# --- One step equals the SPEC ----------------------------------------------------------------------------------------
+# --- One step equals SPEC.md -----------------------------------------------------------------------------------------
 
 
 def check_one_step(backend, options, bias=True, dtype=torch.float64):

@@ -1,4 +1,4 @@
-"""BCLConfig: every option of SPEC 3 with its default, checked in one place."""
+"""BCLConfig: every option of SPEC section 3 with its default, checked in one place."""
 
 import dataclasses
 

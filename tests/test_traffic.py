@@ -1,7 +1,7 @@
 """What kernels do to memory: how much they move, stage by stage against the least there is, and that nothing races.
 
-Counted while they run in Triton's interpreter. A matrix that must be read or written crosses the device's memory once
-(PERFORMANCE 4); what is read again goes through a cache on purpose, is named below, and has a bound of its own.
+Counted while they run in Triton's interpreter. A matrix that must be read or written crosses the device's memory once;
+what is read again goes through a cache on purpose, is named below, and has a bound of its own.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""BCLLayer inside a training program: every sentence of SPEC 5 that is about autograd, optimizers and precision."""
+"""BCLLayer inside a training program: what SPEC section 5 says of autograd, optimizers and precision."""
 
 import warnings
 

@@ -189,7 +189,7 @@ void order_by_need(const Real* need, int64_t B, int32_t* order, int32_t* spare) 
     if (from != order) memcpy(order, from, B * sizeof *order);
 }
 
-// The chosen samples of one feature weigh alike, or by affinity * need, where shares hold their affinities (SPEC 9b).
+// The chosen samples of one feature weigh alike, or by affinity * need, where shares hold their affinities (step 9b).
 template <class Real>
 void share(const Selection<Real>& s, int64_t d) {
     Real* shares = s.shares + d * s.r;

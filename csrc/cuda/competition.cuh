@@ -1,4 +1,4 @@
-// Competition (SPEC 2 to 8) for many features: tiles of a few samples, whose strengths of all features lie in shared
+// Competition (steps 2 to 8) for many features: tiles of a few samples, whose strengths of all features lie in shared
 // memory, in that of a cluster of blocks, or where no cluster holds them in global memory. A neighbor's strengths are
 // one vector. Blocks stay and take tile after tile, so that neighbors may stay in registers, and sums over the batch
 // in shared memory; the next tile is on its way while what needs no strengths is done.

@@ -1,4 +1,4 @@
-// The stable rank of every element within its column (SPEC 9b): counted for few samples, by the sort of one block for
+// The stable rank of every element within its column (step 9b): counted for few samples, by the sort of one block for
 // more, by sorting whole columns in memory beyond.
 #pragma once
 #include "common.cuh"

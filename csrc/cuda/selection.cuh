@@ -1,4 +1,4 @@
-// Selection (SPEC 9b) by rank without a sort where bounds decide: a histogram of each column's keys bounds every rank,
+// Selection (step 9b) by rank without a sort where bounds decide: a histogram of each column's keys bounds every rank,
 // hence every score, by the same rounded product as the score itself. Samples come by falling need, in a coarse order,
 // until need cannot beat T, the r-th best lower bound so far; those whose upper bound reaches T survive. If just r do,
 // no rank is needed. What remains open is listed for two more kernels: one counts, within the bins of the survivors,
