@@ -10,7 +10,7 @@ from typing import Annotated
 from . import PRESETS, BCLConfig, __version__, ops
 from .cli import Commands, Device, demo_extra, fail, origin, output
 from .environment import device_types, environment
-from .experiments import tables
+from .experiments import judging, tables
 from .experiments.data import load
 from .experiments.jobs import AGAIN, Job, path_of, read, run_jobs, workers_here
 from .experiments.run import Condition, Training, advance, row_steps, write_snapshots
@@ -198,8 +198,8 @@ def table(
     records = {name: {job.seed: read(job, out / "runs") for job in some} for name, some in jobs.items()}
     for name, job in ((name, job) for name, some in jobs.items() for job in some):
         with trusting(path_of(job, out / "runs"), AGAIN):
-            tables.check(name, records[name][job.seed])
-    rows = [row for name in chosen for row in tables.measure_table(name, records, data == "mnist")]
+            judging.check(name, records[name][job.seed])
+    rows = [row for name in chosen for row in judging.measure_table(name, records, data == "mnist")]
     for name in chosen:
         own = [row for row in rows if row["table"] == name]
         (show.print_outcomes if name == "fixes" else show.print_cells)(console, name, own)
@@ -207,7 +207,7 @@ def table(
             draw = plots.outcomes_picture if name == "fixes" else plots.cells_picture
             plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
     show.print_verdicts(console, rows)
-    whole = {**origin(context, start, threads=1), "options": common, "reasons": tables.REASONS, "rows": rows}
+    whole = {**origin(context, start, threads=1), "options": common, "reasons": judging.REASONS, "rows": rows}
     write_record(out / "tables.json", whole)
     console.print(f"Written to {out}: tables.json and a picture of each table", soft_wrap=True, highlight=False)
 

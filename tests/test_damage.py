@@ -17,7 +17,7 @@ pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
 from bcl_fast import __main__ as cli  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
-from bcl_fast.experiments import tables  # noqa: E402
+from bcl_fast.experiments import judging  # noqa: E402
 from bcl_fast.experiments.data import read_idx  # noqa: E402
 from bcl_fast.experiments.run import Condition, run  # noqa: E402
 from bcl_fast.measure import results  # noqa: E402
@@ -396,8 +396,8 @@ def test_check_lets_every_record_of_every_condition_pass():
 
     record = json.loads(json.dumps(run(Condition("digits", BCLConfig(), 32), digits(), rows_of(32))))
     for name in SETTINGS:
-        tables.check(name, record)
-        tables.check(name, {"rows": [], "held_out": {"l1": 0.1, "mse": None}})
+        judging.check(name, record)
+        judging.check(name, {"rows": [], "held_out": {"l1": 0.1, "mse": None}})
     record["rows"][5].pop("aff_sim")
     with pytest.raises(KeyError, match="aff_sim"):
-        tables.check("soft-clamp", record)
+        judging.check("soft-clamp", record)

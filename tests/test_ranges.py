@@ -14,9 +14,10 @@ import pytest
 from backends import ON_CPU
 
 from bcl_fast.experiments.data import mnist
-from bcl_fast.experiments.ranges import RANGES, digits
+from bcl_fast.experiments.formats import decimals
+from bcl_fast.experiments.judging import outside_of_ranges
+from bcl_fast.experiments.ranges import RANGES
 from bcl_fast.experiments.run import Condition, run
-from bcl_fast.experiments.tables import outside_of_ranges
 from bcl_fast.spec import BCLConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +62,7 @@ def test_median_of_five_seeds_is_in_the_ranges(images, preset, backend):
     by_step = [{row["step"]: row for row in record["rows"]} for record in records]
     missed = []
     for (metric, index), (low, high) in cells.items():
-        median = round(statistics.median(rows[index][metric] for rows in by_step), digits(metric))
+        median = round(statistics.median(rows[index][metric] for rows in by_step), decimals(metric))
         if not low <= median <= high:
             missed.append((index, metric, median, (low, high), max(low - median, median - high) < high - low))
     for miss in missed:
@@ -86,5 +87,5 @@ def test_committed_tables_are_in_the_ranges():
     outside, count = outside_of_ranges(rows)
     assert count >= 200 and len(outside) <= 0.1 * count
     for row in outside:
-        (low, high), median = row["range"], round(row["median"], digits(row["metric"]))
+        (low, high), median = row["range"], round(row["median"], decimals(row["metric"]))
         assert max(low - median, median - high) < high - low, row

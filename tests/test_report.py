@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
 from bcl_fast import __main__ as cli  # noqa: E402
-from bcl_fast.experiments import tables  # noqa: E402
+from bcl_fast.experiments import judging, tables  # noqa: E402
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -45,7 +45,7 @@ def page(folder):
 def test_table_command_writes_rows_with_every_key(folder):
     whole = json.loads((folder / "tables" / "tables.json").read_text())
     assert whole["command"].startswith("python -m bcl_fast table trace rank explanations fixes ")
-    assert whole["environment"]["threads"] == 1 and whole["reasons"] == tables.REASONS
+    assert whole["environment"]["threads"] == 1 and whole["reasons"] == judging.REASONS
     keys = {"table", "condition", "seeds", "index", "metric", "published", "median", "min", "max", "mark"}
     assert all(keys <= row.keys() for row in whole["rows"])
     assert {row["table"] for row in whole["rows"]} == {"trace", "rank", "explanations", "fixes"}

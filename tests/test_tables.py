@@ -6,14 +6,16 @@ import math
 
 import pytest
 
-from bcl_fast.experiments import tables
+from bcl_fast.experiments import judging, tables
 from bcl_fast.experiments.baselines import Baseline, measure
 from bcl_fast.experiments.data import digits
+from bcl_fast.experiments.formats import as_text
 from bcl_fast.experiments.jobs import rows_of
-from bcl_fast.experiments.ranges import RANGES, show
+from bcl_fast.experiments.judging import INSIDE, NOT_COMPARABLE, OUTSIDE, judge, measure_cell, value
+from bcl_fast.experiments.ranges import RANGES, variant_of
 from bcl_fast.experiments.run import Condition, run
 from bcl_fast.experiments.settings import CONTROLS, FIXES, LONG, PULLS, SETTINGS, SHORT, jobs_of
-from bcl_fast.experiments.tables import END, INSIDE, NOT_COMPARABLE, OUTSIDE, Cell, judge, measure_cell, value
+from bcl_fast.experiments.tables import END, Cell
 
 # How many numbers each table of the document prints, counted there.
 PUBLISHED = {
@@ -38,7 +40,7 @@ def test_a_recipe_is_consistent(name):
     assert len({(cell.row, cell.column) for cell in cells}) == len(cells)
     for cell in cells:
         assert cell.condition in SETTINGS
-        assert cell.reason is None or cell.reason in tables.REASONS
+        assert cell.reason is None or cell.reason in judging.REASONS
         assert cell.published is None or math.isfinite(float(cell.published))
         steps = SETTINGS[cell.condition].get("steps", 1)
         assert cell.index == END or cell.index < steps
@@ -50,7 +52,7 @@ def test_every_reason_is_shown_by_a_measurement():
     """A reason that a recipe gives has rows in the table of explanations; the rest are about runs, not numbers."""
     shown = {cell.row for cell in tables.EXPLANATIONS.cells}
     given = {cell.reason for table in tables.DOCUMENT_TABLES.values() for cell in table.cells} - {None}
-    assert given <= shown <= set(tables.REASONS)
+    assert given <= shown <= set(judging.REASONS)
 
 
 def test_step_n_is_the_forward_pass_that_the_document_counts():
@@ -62,7 +64,7 @@ def test_step_n_is_the_forward_pass_that_the_document_counts():
 
 
 def test_every_range_is_of_a_cell():
-    cells = {(tables.variant_of(c.condition), c.metric, c.index) for t in tables.TABLES.values() for c in t.cells}
+    cells = {(variant_of(c.condition), c.metric, c.index) for t in tables.TABLES.values() for c in t.cells}
     unused = collections.Counter(
         variant for variant, ranges in RANGES.items() for metric in ranges for i in ranges[metric]
         if (variant, metric, i) not in cells
@@ -121,7 +123,7 @@ def records(images):
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_every_recipe_runs(records, name):
-    rows = tables.measure_table(name, {c: {0: records(c)} for c in tables.conditions_of(name)}, mnist=False)
+    rows = judging.measure_table(name, {c: {0: records(c)} for c in tables.conditions_of(name)}, mnist=False)
     assert [(row["row"], row["column"]) for row in rows] == [
         (cell.row, cell.column) for cell in tables.TABLES[name].cells
     ]
@@ -205,8 +207,8 @@ def test_the_independent_range_widens_ours_and_judges_our_median():
     rounded = measure_cell(cell("0.887", **of), made_up(0.8506, metric="wt_sim", step=299))
     assert rounded["in_range"]  # .8506 is .851
     rows = [dict(table="t", seeds=[0, 1], **row) for row in (inside, outside)]
-    assert tables.outside_of_ranges(rows[:1]) == ([], 1)
-    missed, count = tables.outside_of_ranges(rows[1:] + rows[1:])  # the same measurement in two tables counts once
+    assert judging.outside_of_ranges(rows[:1]) == ([], 1)
+    missed, count = judging.outside_of_ranges(rows[1:] + rows[1:])  # the same measurement in two tables counts once
     assert count == 1 and missed == rows[1:]
 
 
@@ -229,7 +231,7 @@ def test_numbers_are_shown_as_they_are_worth_reading():
         (0.12345, "wt_sim", "0.123"), (41.0, "alive", "41"), (3e-7, "gradient", "3.0e-07"), (0.0, "pull", "0.000"),
         (2e7, "pull_over_gradient", "2.0e+07"), (0.08412, "held_out_l1", "0.0841"), (None, "pull", ""),
     ):  # fmt: skip
-        assert show(number, metric) == text
+        assert as_text(number, metric) == text
 
 
 # --- Baselines --------------------------------------------------------------------------------------------------------

@@ -9,9 +9,11 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .formats import as_text, spread
 from .jobs import Job
-from .ranges import median, show
-from .tables import OUTCOMES, REASONS, TABLES, outside_of_ranges
+from .judging import REASONS, counts_of, outside_of_ranges
+from .sweep import median
+from .tables import OUTCOMES, TABLES
 
 PIPE_WIDTH = 250  # a file or a pipe has no width: tables there are never cut
 
@@ -140,16 +142,8 @@ def print_cells(console: Console, name: str, rows: list[dict[str, Any]]) -> None
         columns = list(dict.fromkeys(row["column"] for row in rows))
         rows = sorted(rows, key=lambda row: columns.index(row["column"]))
     for row in rows:
-        low, high = (show(row[key], row["metric"]) for key in ("min", "max"))
-        table.add_row(
-            row["column"],
-            row["row"],
-            row["printed"] or "",
-            show(row["median"], row["metric"]),
-            f"{low}..{high}",
-            row["mark"],
-            row["reason"] or "",
-        )
+        ours = as_text(row["median"], row["metric"]), spread(row)
+        table.add_row(row["column"], row["row"], row["printed"] or "", *ours, row["mark"], row["reason"] or "")
     console.print(table, highlight=False)
     console.print()
 
@@ -165,8 +159,8 @@ def print_outcomes(console: Console, name: str, rows: list[dict[str, Any]]) -> N
         texts = []
         for heading in headings:
             row = cells.get(heading)
-            mean, low, high = (show(row and row[key], row["metric"] if row else "") for key in ("mean", "min", "max"))
-            texts.append(f"{mean} ({low}..{high})" if mean else "")
+            measured = row is not None and row["mean"] is not None
+            texts.append(f"{as_text(row['mean'], row['metric'])} ({spread(row)})" if measured else "")
         table.add_row(condition, *texts)
     console.print(table, highlight=False)
     console.print()
@@ -180,7 +174,7 @@ def print_sweep(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
     for som_lr, rescue_k in dict.fromkeys((row["som_lr"], row["rescue_k"]) for row in rows):
         cell = [row for row in rows if (row["som_lr"], row["rescue_k"]) == (som_lr, rescue_k)]
         place = ("plain", "") if som_lr is None else (f"{som_lr:g}", str(rescue_k))
-        medians = (show(median(row[metric] for row in cell), metric) for metric in OUTCOMES.values())
+        medians = (as_text(median(row[metric] for row in cell), metric) for metric in OUTCOMES.values())
         table.add_row(*place, *medians)
     console.print(table, highlight=False)
     console.print()
@@ -188,9 +182,7 @@ def print_sweep(console: Console, title: str, rows: list[dict[str, Any]]) -> Non
 
 def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
     """How many cells replicate, why the others do not, and which of our medians miss the independent ranges."""
-    marks = [row["mark"] for row in rows if row["printed"]]
-    counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
-    console.print(f"Published cells: {counts or 'none'}", highlight=False)
+    console.print(f"Published cells: {counts_of(rows)}", highlight=False)
     for reason in dict.fromkeys(row["reason"] for row in rows if row["printed"] and row["reason"]):
         console.print(f"  {reason}: {REASONS[reason]}", highlight=False, soft_wrap=True)
     outside, count = outside_of_ranges(rows)
@@ -198,8 +190,8 @@ def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
         f"Medians outside the range of an independent implementation: {len(outside)} of {count}", highlight=False
     )
     for row in outside:
-        low, high = (show(value, row["metric"]) for value in row["range"])
-        line = f"  {row['condition']}, {row['metric']} at {row['index']}: {show(row['median'], row['metric'])}"
+        low, high = (as_text(value, row["metric"]) for value in row["range"])
+        line = f"  {row['condition']}, {row['metric']} at {row['index']}: {as_text(row['median'], row['metric'])}"
         console.print(f"{line}, not in {low}..{high}", highlight=False, soft_wrap=True)
 
 

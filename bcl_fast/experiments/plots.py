@@ -16,8 +16,9 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from ..records import replacing
-from .ranges import digits, median
+from .formats import decimals
 from .settings import FIXES
+from .sweep import median
 
 # Okabe and Ito's colors: told apart with any color vision. Dashes and markers tell the lines apart without color.
 BCL = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
@@ -233,7 +234,7 @@ def cells_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         if printed:
             axes.plot(*zip(*printed, strict=True), color=CONTROL["color"], marker="x", linestyle="", markersize=7)
         values = [v for cell in cells for v in (cell["min"], cell["max"], cell["published"]) if v is not None]
-        if values and min(values) > 0 and max(values) > 50 * min(values) and digits(cells[0]["metric"]) != 0:
+        if values and min(values) > 0 and max(values) > 50 * min(values) and decimals(cells[0]["metric"]) != 0:
             axes.set_yscale("log")
         axes.set_xticks(places, [cell["row"] for cell in cells], rotation=45, ha="right", fontsize=9)
         _tidy(axes, column)
@@ -299,12 +300,12 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         middle = (values.min() + values.max()) / 2
         for i, j in torch.cartesian_prod(torch.arange(len(som_lrs)), torch.arange(len(rescue_ks))).tolist():
             color = "white" if values[i, j] <= middle else "black"
-            axes.text(j, i, f"{values[i, j]:.{digits(metric)}f}", ha="center", va="center", color=color, fontsize=9)
+            axes.text(j, i, f"{values[i, j]:.{decimals(metric)}f}", ha="center", va="center", color=color, fontsize=9)
         axes.set_xticks(range(len(rescue_ks)), rescue_ks)
         axes.set_yticks(range(len(som_lrs)), [f"{som_lr:g}" for som_lr in som_lrs])
         axes.set_xlabel("rescue_k")
         axes.set_ylabel("som_lr")
-        axes.set_title(f"{heading} (plain: {of(None, None):.{digits(metric)}f})", fontsize=11)
+        axes.set_title(f"{heading} (plain: {of(None, None):.{decimals(metric)}f})", fontsize=11)
         figure.colorbar(image, ax=axes)
     return figure
 

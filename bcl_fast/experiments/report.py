@@ -12,12 +12,13 @@ from jinja2 import Environment, FileSystemLoader
 
 from ..records import read_record, replacing, trusting
 from . import plots
+from .formats import as_text, spread
 from .jobs import path_of, read, read_snapshot
-from .ranges import show
+from .judging import REASONS, UNMEASURED, counts_of, outside_of_ranges
 from .run import check_record, check_snapshot, read_snapshots
 from .settings import jobs_of
 from .sweep import METRICS
-from .tables import REASONS, TABLES, UNMEASURED, outside_of_ranges
+from .tables import TABLES
 
 Block = dict[str, Any]
 Cell = dict[str, str]
@@ -87,7 +88,7 @@ def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
     """Everything there is to see of one run and its control."""
     yield picture(f"Beside {name}", plots.training_picture("With BCL and plain", bcl, control))
     rows = [
-        [text(label), *(text(show(run.record["held_out"][key], f"held_out_{key}")) for run in (bcl, control))]
+        [text(label), *(text(as_text(run.record["held_out"][key], f"held_out_{key}")) for run in (bcl, control))]
         for label, key in (("L1", "l1"), ("MSE", "mse"), ("features that fire", "firing_features"))
     ]  # fmt: skip
     yield {"title": "Held-out images", "table": {"headings": ["", "with BCL", "plain"], "rows": rows}}
@@ -132,11 +133,9 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
     printed = [row for row in rows if row["printed"]]
     unmeasured = {reason: sum(row["reason"] == reason for row in printed) for reason in UNMEASURED}
     different = [row for row in printed if row["reason"] and row["reason"] not in UNMEASURED]
-    marks = [row["mark"] for row in printed]
-    counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
     outside, count = outside_of_ranges(rows)
     lines = [
-        f"Published cells: {counts or 'none'}. Inside: the published number lies within the least and largest of our "
+        f"Published cells: {counts_of(rows)}. Inside: the published number lies within the least and largest of our "
         "seeds, or within the range of an independent implementation where one is known.",
         f"Our medians outside the range of an independent implementation: {len(outside)} of {count}.",
         *(f"{REASONS[reason]} ({number} cells)" for reason, number in unmeasured.items() if number),
@@ -147,7 +146,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
             text(row["table"]),
             text(f"{row['column']}, {row['row']}"),
             text(row["printed"], row["mark"]),
-            text(f"{show(row['median'], row['metric'])} ({spread(row)})"),
+            text(f"{as_text(row['median'], row['metric'])} ({spread(row)})"),
             text(row["reason"]),
         ]
         for row in different
@@ -157,8 +156,8 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
     body = [
         [
             text(f"{row['condition']}, {row['metric']} at {row['index']}"),
-            text(show(row["median"], row["metric"])),
-            text("..".join(show(value, row["metric"]) for value in row["range"])),
+            text(as_text(row["median"], row["metric"])),
+            text("..".join(as_text(value, row["metric"]) for value in row["range"])),
         ]
         for row in outside
     ]
@@ -169,7 +168,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
 def _explanations(rows: list[dict[str, Any]]) -> Iterator[Block]:
     for reason in dict.fromkeys(row["row"] for row in rows):
         body = [
-            [text(row["column"]), text(show(row["median"], row["metric"])), text(spread(row))]
+            [text(row["column"]), text(as_text(row["median"], row["metric"])), text(spread(row))]
             for row in rows
             if row["row"] == reason
         ]
@@ -183,31 +182,27 @@ def _explanations(rows: list[dict[str, Any]]) -> Iterator[Block]:
 def pivot(name: str, rows: list[dict[str, Any]], center: str) -> dict[str, Any]:
     """Rows of a table as the document lays them out: what is published, and below it what was measured here."""
     columns = list(dict.fromkeys(row["column"] for row in rows))
-    notes = {
-        reason: i
-        for i, reason in enumerate(dict.fromkeys(r["reason"] for r in rows if r["printed"] and r["reason"]), 1)
-    }
+    reasons = dict.fromkeys(row["reason"] for row in rows if row["printed"] and row["reason"])
+    notes = {reason: str(i) for i, reason in enumerate(reasons, 1)}
     body = []
     for label in dict.fromkeys(row["row"] for row in rows):
         of = {row["column"]: row for row in rows if row["row"] == label}
-        line = [text(label)]
-        for column in columns:
-            row = of.get(column)
-            if row is None or row["median"] is None and not row["printed"]:
-                line.append(text(""))
-                continue
-            ours = (
-                f"{show(row[center], row['metric'])} ({spread(row)})" if row["median"] is not None else "not measured"
-            )
-            if row["printed"]:
-                note, reason = str(notes.get(row["reason"], "")), REASONS.get(row["reason"], "")
-                line.append(
-                    {"text": row["printed"], "small": ours, "mark": row["mark"], "note": note, "reason": reason}
-                )
-            else:
-                line.append({"text": show(row[center], row["metric"]), "small": spread(row)})
-        body.append(line)
+        cells = (_cell(of[column], center, notes) if column in of else text("") for column in columns)
+        body.append([text(label), *cells])
     return {"headings": [TABLES[name].heading, *columns], "rows": body}
+
+
+def _cell(row: dict[str, Any], center: str, notes: dict[str, str]) -> Cell:
+    ours = as_text(row[center], row["metric"])
+    if not row["printed"]:
+        return {"text": ours, "small": spread(row)}
+    return {
+        "text": row["printed"],
+        "small": f"{ours} ({spread(row)})" if ours else "not measured",
+        "mark": row["mark"],
+        "note": notes.get(row["reason"], ""),
+        "reason": REASONS.get(row["reason"], ""),
+    }
 
 
 def text(value: str, mark: str = "") -> Cell:
@@ -215,14 +210,9 @@ def text(value: str, mark: str = "") -> Cell:
     return {"text": value, "mark": mark}
 
 
-def spread(row: dict[str, Any]) -> str:
-    """The range over seeds."""
-    return "" if row["median"] is None else f"{show(row['min'], row['metric'])}..{show(row['max'], row['metric'])}"
-
-
 def _plain(value: float | None, key: str) -> str:
     """A field of a sweep's row: settings as they are, outcomes rounded."""
-    return show(value, key) if key in METRICS else "" if value is None else f"{value:g}"
+    return as_text(value, key) if key in METRICS else "" if value is None else f"{value:g}"
 
 
 SECTIONS = {"train": _train, "tables": _tables, "sweep": _sweep}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def median(values: Iterable[float | None]) -> float | None:
+    """The median of what is known; None where nothing is, as of runs that diverged."""
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def numbers(name: str, text: str, kind: type = float) -> list[Any]:
