@@ -183,7 +183,11 @@ setup(
     package_dir={"bcl_fast.kernels": "kernels"},
     # kernels/ has no __init__.py: with one, a checkout on the path would hide another package of the name `kernels`.
     # Its README keeps the folder in the wheel where it holds no module.
-    package_data={"bcl_fast.kernels": ["README.md"], "bcl_fast.experiments": ["report.html", "*.csv"]},
+    package_data={
+        "bcl_fast": ["GUIDE.md", "SPEC.md"],
+        "bcl_fast.kernels": ["README.md"],
+        "bcl_fast.experiments": ["report.html"],
+    },
     ext_modules=LIBRARIES,
     install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={

@@ -61,7 +61,7 @@ def wheel(checkout, tmp_path_factory):
 def test_wheel_holds_the_package_its_kernels_and_the_license(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"bcl_fast/layer.py", "bcl_fast/experiments/run.py", "bcl_fast/kernels/README.md"} <= names
-    assert "bcl_fast/SPEC.md" in names
+    assert {"bcl_fast/GUIDE.md", "bcl_fast/SPEC.md"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not any(name.startswith(("kernels/", "tests/", "bench/", "csrc/")) for name in names)
     assert not any(name == "bcl_fast/kernels/__init__.py" for name in names)
