@@ -1,4 +1,4 @@
-"""The README is true: its Python blocks run, its commands and options exist, its numbers are those of the records."""
+"""README and guide are true: blocks run, commands and files are there, numbers are those of the records."""
 
 import json
 import re
@@ -9,22 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from bcl_fast.measure import results
-
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+README, GUIDE = "README.md", "bcl_fast/GUIDE.md"
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in (README, GUIDE)}
+BLOCKS = [
+    pytest.param(name, block, id=f"{Path(name).stem}-{i}")
+    for name, page in PAGES.items()
+    for i, block in enumerate(re.findall(r"^```python\n(.*?)^```", page, re.M | re.S))
+]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_block_runs(block, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, block", BLOCKS)
+def test_python_block_runs(name, block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    exec(compile(block, name, "exec"), {"__name__": "page"})
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[README].encode()) <= 9_000
 
 
 def commands():
-    """Every `python -m bcl_fast ...` of the README as a list of words."""
-    found = re.findall(r"python -m bcl_fast ([^`\n]*)", README)
+    """Every `python -m bcl_fast ...` of both pages as a line of words."""
+    found = re.findall(r"python -m bcl_fast ([^`\n]*)", "\n".join(PAGES.values()))
     assert len(found) >= 3
     return sorted({line.split("&&")[0].strip() for line in found})
 
@@ -45,47 +52,81 @@ def test_command_and_its_options_exist(line):
 @pytest.mark.parametrize("name", ["test-command", "main-command"])
 def test_marked_commands_are_one_line_each(name):
     """`.ci/run` executes them as they stand."""
-    found = re.findall(rf"^<!-- {name} -->\n```sh\n(.*?)^```", README, re.M | re.S)
+    found = re.findall(rf"^<!-- {name} -->\n```sh\n(.*?)^```", PAGES[README], re.M | re.S)
     assert len(found) == 1 and found[0].count("\n") == 1
 
 
-TABLES = json.loads((ROOT / "bench" / "results" / "tables.json").read_text(encoding="utf-8"))
+def headings(path):
+    """The anchors of a page: its headings in small letters, with - for blanks."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def test_counts_of_the_tables_are_those_of_the_committed_record():
-    printed = [row for row in TABLES["rows"] if row["printed"]]
-    found = {name: [int(n) for n in counts] for name, *counts in
-             re.findall(r"^\| `([\w-]+)` \| (\d+) \| (\d+) \| (\d+) \|", README, re.M)}  # fmt: skip
-    marks = ("inside", "outside", "not comparable")
-    for name in {row["table"] for row in printed}:
-        own = [row["mark"] for row in printed if row["table"] == name]
-        assert found[name] == [own.count(mark) for mark in marks]
-    total = [sum(row["mark"] == mark for row in printed) for mark in marks]
-    assert "{} published numbers {} are inside, {} outside, {} not comparable".format(len(printed), *total) in README
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    links = re.findall(r"\]\(([^)\s]+)\)", PAGES[name])
+    assert links
+    for link in links:
+        target, _, anchor = link.partition("#")
+        path = (ROOT / name).parent / target if target else ROOT / name
+        assert path.is_file(), link
+        assert not anchor or anchor in headings(path), link
 
 
-def test_fixes_table_is_that_of_the_committed_record():
-    cells = {(row["row"], row["column"]): row["mean"] for row in TABLES["rows"] if row["table"] == "fixes"}
-    headings, decimals = ("L1", "MSE", "wt_sim", "wt_abscos", "eff. rank", "firing"), (4, 4, 3, 3, 1, 0)
-    start = README.index("| condition | " + " | ".join(headings))
-    lines = README[start:].split("\n\n")[0].splitlines()[2:]
-    assert len(lines) > 20
-    for line in lines:
-        name, *values = (word.strip() for word in line.strip("|").split("|"))
-        for heading, digits, value in zip(headings, decimals, values, strict=True):
-            expected = cells.get((name, heading))
-            assert value == ("" if expected is None else f"{expected:.{digits}f}"), (name, heading)
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_are_there(name):
+    paths = re.findall(r"\b(?:bench|tests|csrc|kernels)/[\w/]+\.\w+", PAGES[name])
+    assert [path for path in paths if not (ROOT / path).exists()] == []
 
+
+# --- Numbers ----------------------------------------------------------------------------------------------------------
 
 RESULTS = ROOT / "bench" / "results"
+SIZES = ((128, 64, 784), (512, 512, 784), (1024, 4096, 784), (4096, 1024, 784), (2048, 8192, 784))
+NAMES = ("reference", "compiled", "portable", "cpu")
 
 
-def test_results_are_those_of_the_newest_records():
-    """`python -m bcl_fast bench readme bench/results README.md` brings them up to date."""
-    assert results.updated(README, RESULTS, ROOT) == README
+def record(name):
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def five_rows(rows):
+    """The README's table of steps, from the rows of a record."""
+    lines = [["(B, D, N)", *NAMES], ["---"] * (1 + len(NAMES))]
+    for size in SIZES:
+        own = {row["contestant"]: row["ratio_to_linear"] for row in rows if tuple(row[key] for key in "BDN") == size}
+        lines.append([f"({', '.join(f'{n:,}' for n in size)})", *(f"{own[name]:.2f}" for name in NAMES)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def test_five_rows_are_those_of_the_record():
+    rows = [row for row in record("cpu.json")["rows"] if (row["question"], row.get("weights")) == ("step", "init")]
+    assert {row["threads"] for row in rows} == {1}
+    found = re.findall(r"^<!-- results: .* -->\n\n(.*?)\n\n<!-- results: end -->", PAGES[README], re.M | re.S)
+    assert found == [five_rows(rows)]
 
 
 def test_the_cpu_backend_keeps_its_promise_of_memory():
-    block = next(block for block in results.newest(RESULTS) if block.question == "memory")
-    kept = [row for row in block.rows if row["contestant"] == "cpu" and row["peak_mb"] is not None]
-    assert kept and all(row["mb_beyond_linear"] <= row["one_bd_and_one_dn_mb"] for row in kept)
+    rows = [row for row in record("cpu.json")["rows"] if (row["question"], row["contestant"]) == ("memory", "cpu")]
+    assert rows and all(row["mb_beyond_linear"] <= row["one_bd_and_one_dn_mb"] for row in rows)
+
+
+def test_what_is_said_of_quality_is_what_the_record_has():
+    rows = [row for row in record("tables.json")["rows"] if row["table"] == "fixes"]
+    mean = {(row["row"], row["column"]): row["mean"] for row in rows}  # under the first spelling of a condition
+
+    def said(condition, column, digits):
+        return f"{mean[condition, column]:.{digits}f}".removeprefix("0")
+
+    text = " ".join(PAGES[README].split())
+    bcl, plain = "decoupled (0.001)", "plain"
+    for sentence in (
+        f"(som_lr 0.001) has a held-out L1 of {said(bcl, 'L1', 3)}, plain training {said(plain, 'L1', 3)};",
+        f"mean cosine {said(bcl, 'wt_sim', 2)} against {said(plain, 'wt_sim', 2)}",
+        f"all {said(bcl, 'firing', 0)} features fire, of the plain network {said(plain, 'firing', 0)};",
+        f"beat the plain network ({said('4 centred targets, no mask (0.01)', 'L1', 3)})",
+        f"BCL ({said('centred inputs (0.001)', 'L1', 3)}) and without ({said('plain, centred inputs', 'L1', 3)})",
+    ):
+        assert sentence in text, sentence
+    assert mean["plain, dead redrawn", "firing"] == mean[bcl, "firing"]
+    assert mean["plain, dead redrawn", "L1"] <= mean[plain, "L1"]
