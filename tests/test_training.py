@@ -298,9 +298,8 @@ def test_bind_optimizer_refuses_and_rebinds():
     assert not layer.weight.equal(start)
 
 
-@pytest.mark.parametrize("fused, set_to_none", [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("fused, set_to_none", [(False, True), (False, False), (True, True), (True, False)])
 def test_grad_scaler_skips_the_pull_with_the_step(fused, set_to_none):
-    """Not (False, False): with zeroed instead of dropped gradients a plain optimizer's skipped step cannot be told."""
     layer, optimizer = bound(optimizer=torch.optim.Adam, lr=1e-3, fused=fused)
     other, plain = bound(optimizer=torch.optim.Adam, lr=1e-3, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
