@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from . import PRESETS, BCLConfig, __version__, ops
-from .cli import Commands, Device, demo_extra, fail, origin, output
+from .cli import Commands, Device, checked, demo_extra, origin
 from .environment import device_types, environment
 from .experiments import judging, tables
 from .experiments.data import load
@@ -78,32 +78,27 @@ def train(
         typer.Option(readable=False, help="Folder for record and picture.", show_default="runs/DATA-PRESET-seedSEED"),
     ] = None,
 ) -> None:
-    """Train an autoencoder with BCL and, beside it, the same one without; write a record and a picture.
+    """Train an autoencoder with BCL and the same one without; write a record and a picture.
 
     Ctrl-C ends it early and keeps what is done.
     """
     options = {name: value for name, value in (("som_lr", som_lr), ("rescue_k", rescue_k)) if value is not None}
     out = Path("runs", f"{data}-{preset}-seed{seed}") if out is None else out
-    try:
-        with demo_extra():
-            from .experiments import plots
+    with checked(out):
+        from .experiments import plots
 
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-            config = BCLConfig.preset(preset, **options)
-            condition = Condition(
-                data, config, steps, seed, features, batch_size, loss=loss, backend=backend, device=device
-            )
-            images = load(data, data_dir, download)
+        config = BCLConfig.preset(preset, **options)
+        condition = Condition(
+            data, config, steps, seed, features, batch_size, loss=loss, backend=backend, device=device
+        )
+        images = load(data, data_dir, download)
         pair = {"bcl": condition, "plain": condition.control()}
         trainings = {name: Training(each, images, row_steps(steps)) for name, each in pair.items()}
-        output(out)
-    except (TypeError, ValueError, OSError) as error:
-        fail(error)
 
-    console = show.make_console()
-    start = time.perf_counter()
+    console, start = show.make_console(), time.perf_counter()
     writers = [SummaryWriter(str(out / "tensorboard" / name)) for name in pair] if tensorboard else []
     with show.TrainingTable(console, steps) as table:
 
@@ -116,46 +111,41 @@ def train(
         advance(list(trainings.values()), on_step)
     for writer in writers:
         writer.close()
-    records = {name: training.record() for name, training in trainings.items()}
-    whole = {
+    runs = {name: plots.Run(training.record(), training.snapshot()) for name, training in trainings.items()}
+    record = {
         **origin(context, start, out=out),
-        "interrupted": any(record["interrupted"] for record in records.values()),
-        "conditions": records,
+        "interrupted": any(run.record["interrupted"] for run in runs.values()),
+        "conditions": {name: run.record for name, run in runs.items()},
     }
-    snapshots = {name: training.snapshot() for name, training in trainings.items()}
-    write_snapshots(out / "train.pt", snapshots)
-    write_record(out / "train.json", whole)
+    write_snapshots(out / "train.pt", {name: run.tensors for name, run in runs.items()})
+    write_record(out / "train.json", record)
     title = f"BCL ({preset}, som_lr {config.som_lr:g}) beside a plain autoencoder: {data}, seed {seed}"
-    runs = (plots.Run(records[name], snapshots[name]) for name in pair)
-    plots.save(plots.training_picture(title, *runs), out / "train.png")
-    show.print_outcome(console, whole)
-    console.print(f"Written to {out}: train.json, train.pt, train.png", soft_wrap=True, highlight=False)
-    if whole["interrupted"]:
+    plots.save(plots.training_picture(title, *runs.values()), out / "train.png")
+    show.print_outcome(console, record)
+    show.print_written(console, out, "train.json, train.pt, train.png")
+    if record["interrupted"]:
         raise typer.Exit(130)
 
 
 # --- table, sweep, report ---------------------------------------------------------------------------------------------
 
 
-def complete(console: Console, jobs: list[Job], out: Path, data_dir: Path, workers: int) -> None:
-    """Do the jobs that are not done yet; end the program where somebody interrupts that."""
-    with show.JobsProgress(console, list(dict.fromkeys(jobs))) as progress:
-        try:
-            run_jobs(jobs, out / "runs", data_dir, workers, progress.on_done)
-        except KeyboardInterrupt:
-            progress.__exit__()
-            console.print(
-                f"Interrupted. What is finished stands in {out / 'runs'}: the same command goes on from there."
-            )
-            raise typer.Exit(130) from None
-
-
 def check_jobs(jobs: Sequence[Job], data: str, data_dir: Path, download: bool) -> None:
     """Raise what a run would raise for its data, device or backend, before any process starts."""
     images = load(data, data_dir, download)
-    trained = [job for job in jobs if isinstance(job, Condition) and job.config is not None]
-    for job in trained[:1]:
-        Training(job, images, ())
+    first = next((job for job in jobs if isinstance(job, Condition) and job.config is not None), None)
+    if first is not None:
+        Training(first, images, ())
+
+
+def complete(console: Console, jobs: Sequence[Job], out: Path, data_dir: Path, workers: int) -> None:
+    """Do the jobs that are not done yet; a KeyboardInterrupt ends the program."""
+    try:
+        with show.JobsProgress(console, list(dict.fromkeys(jobs))) as progress:
+            run_jobs(jobs, out / "runs", data_dir, workers, progress.on_done)
+    except KeyboardInterrupt:
+        console.print(f"Interrupted. Finished runs are in {out / 'runs'}: the same command goes on from there.")
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -174,24 +164,20 @@ def table(
         "runs/tables"
     ),
 ) -> None:
-    """Measure tables of the research document, or its untested fixes, beside what it published.
+    """Measure tables of the research document, and compare them with what it published; or its untested fixes.
 
     Finished runs are kept in OUT/runs and not repeated. Ctrl-C ends it; the same command goes on.
     """
-    try:
+    with checked(out):
+        from .experiments import plots
+
         chosen = list(dict.fromkeys(one for name in names for one in (tables.ALL if name == "all" else (name,))))
         for name in chosen:
             check_choice("table", name, ("all", *tables.TABLES))
         common = dict(data=data, seeds=seeds, most_steps=steps, backend=backend, device=device)
         jobs = {name: jobs_of(name, **common) for one in chosen for name in tables.conditions_of(one)}
         every = [job for some in jobs.values() for job in some]
-        with demo_extra():
-            from .experiments import plots
-
-            check_jobs(every, data, data_dir, download)
-        output(out)
-    except (TypeError, ValueError, OSError) as error:
-        fail(error)
+        check_jobs(every, data, data_dir, download)
 
     console, start = show.make_console(), time.perf_counter()
     complete(console, every, out, data_dir, workers)
@@ -207,9 +193,9 @@ def table(
             draw = plots.outcomes_picture if name == "fixes" else plots.cells_picture
             plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
     show.print_verdicts(console, rows)
-    whole = {**origin(context, start, threads=1), "options": common, "reasons": judging.REASONS, "rows": rows}
-    write_record(out / "tables.json", whole)
-    console.print(f"Written to {out}: tables.json and a picture of each table", soft_wrap=True, highlight=False)
+    found = {"options": common, "reasons": judging.REASONS, "rows": rows}
+    write_record(out / "tables.json", origin(context, start, threads=1) | found)
+    show.print_written(console, out, "tables.json and a picture of each table")
 
 
 @app.command()
@@ -233,17 +219,13 @@ def sweep(
 
     Finished runs are kept in OUT/runs and not repeated. Ctrl-C ends it; the same command goes on.
     """
-    try:
+    with checked(out):
+        from .experiments import plots
+
         grid = numbers("som_lr", som_lr), numbers("rescue_k", rescue_k, int)
         common = dict(data=data, steps=steps, loss=loss, backend=backend, device=device)
         conditions = sweep_conditions(preset, *grid, seeds, **common)
-        with demo_extra():
-            from .experiments import plots
-
-            check_jobs(conditions, data, data_dir, download)
-        output(out)
-    except (TypeError, ValueError, OSError) as error:
-        fail(error)
+        check_jobs(conditions, data, data_dir, download)
 
     console, start = show.make_console(), time.perf_counter()
     complete(console, conditions, out, data_dir, workers)
@@ -253,7 +235,7 @@ def sweep(
     write_record(out / "sweep.json", {**origin(context, start, threads=1), "title": title, "rows": rows})
     plots.save(plots.sweep_picture(title, rows), out / "sweep.png")
     show.print_sweep(console, title, rows)
-    console.print(f"Written to {out}: sweep.csv, sweep.json, sweep.png", soft_wrap=True, highlight=False)
+    show.print_written(console, out, "sweep.csv, sweep.json, sweep.png")
 
 
 @app.command()
@@ -261,12 +243,10 @@ def report(
     folder: Annotated[Path, typer.Argument(readable=False, help="What train, table or sweep wrote; subfolders too.")],
 ) -> None:
     """Make one page of what is in a folder: FOLDER/report.html with every picture inside, and FOLDER/pictures."""
-    with demo_extra():
+    with checked():
         from .experiments.report import write_report
-    try:
+
         page = write_report(folder)
-    except (ValueError, OSError) as error:
-        fail(error)
     print(f"Written: {page}")
 
 

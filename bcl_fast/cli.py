@@ -54,6 +54,18 @@ class Commands(TyperGroup):
             fail(error)
 
 
+@contextmanager
+def checked(out: Path | None = None) -> Iterator[None]:
+    """Within this block options are read: what is wrong with one ends the program with a line; then `out` is made."""
+    try:
+        with demo_extra():
+            yield
+        if out is not None:
+            output(out)
+    except (TypeError, ValueError, OSError) as error:
+        fail(error)
+
+
 def output(folder: Path) -> None:
     """Make the folder --out; where nothing can be written there, the program ends before it computes anything."""
     try:

@@ -44,7 +44,7 @@ def device_types() -> tuple[str, ...]:
 
 
 def environment() -> dict[str, Any]:
-    """What a measurement depends on beside the code, as plain values for a JSON record."""
+    """What a measurement depends on besides the code, as plain values for a JSON record."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -12,7 +12,8 @@ def _check(name: str, tensor: Tensor, at_least: int) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
     if tensor.dim() < at_least:
-        raise ValueError(f"{name} must have at least {at_least} dimensions, got shape {list(tensor.shape)}")
+        dimensions = "1 dimension" if at_least == 1 else f"{at_least} dimensions"
+        raise ValueError(f"{name} must have at least {dimensions}, got shape {list(tensor.shape)}")
 
 
 def weight_similarity_loss(weight: Tensor) -> Tensor:
@@ -26,9 +27,9 @@ def weight_similarity_loss(weight: Tensor) -> Tensor:
         raise ValueError(f"weight must have shape [D, N] with D >= 2, got {list(weight.shape)}")
     D = weight.shape[0]
     some = (weight != 0).any(dim=1, keepdim=True)
-    # The norm of a zero row has no gradient: a row of ones stands in, and its unit is masked out again.
-    whole = torch.where(some, weight / power_of_two(weight), 1.0)
-    unit = whole / torch.linalg.vector_norm(whole, dim=1, keepdim=True) * some
+    # The norm of a zero row has no gradient: its unit is computed from a row of ones and then set to zero.
+    rows = torch.where(some, weight / power_of_two(weight), 1.0)
+    unit = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True) * some
     return (unit.sum(dim=0).square().sum() - unit.square().sum()) / (D * (D - 1))
 
 

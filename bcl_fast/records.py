@@ -1,4 +1,4 @@
-"""Records on disk: JSON files that are whole or not there, and what is said of a file that is not what it should be."""
+"""Records on disk: JSON files, written completely or not at all, and the errors that name a damaged one."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, whole or not at all; NaN and Inf, which JSON lacks, become null."""
+    """Write a record as JSON, completely or not at all; NaN and Inf, which JSON lacks, become null."""
     with replacing(path) as part:
         part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ from bcl_fast import ops  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.experiments import console as show  # noqa: E402
 from bcl_fast.experiments.data import digits  # noqa: E402
-from bcl_fast.experiments.run import Condition, Training, row_steps, run  # noqa: E402
+from bcl_fast.experiments.run import Condition, Training, row_steps, trained  # noqa: E402
 from bcl_fast.measure import results  # noqa: E402
 from bcl_fast.measure.implementations import Size  # noqa: E402
 from bcl_fast.measure.rows import row  # noqa: E402
@@ -47,12 +47,13 @@ def test_train_in_a_process_of_its_own_writes_record_and_picture(tmp_path):
     assert BCLConfig.from_dict(whole["conditions"]["bcl"]["condition"]["config"]) == config
     assert whole["conditions"]["bcl"]["backend"] == "reference" and whole["conditions"]["plain"]["backend"] is None
 
-    here = run(Condition("digits", config, 20, seed=3, backend="reference"), digits())
-    for got, expected in zip(whole["conditions"]["bcl"]["rows"], here["rows"], strict=True):
+    condition = Condition("digits", config, 20, seed=3, backend="reference")
+    here = trained(condition, digits(), row_steps(20)).rows
+    for got, expected in zip(whole["conditions"]["bcl"]["rows"], here, strict=True):
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
     for heading in ("step", "loss", "wt_sim", "aff_corr", "tgt_sim", "unique", "alive", "novelty", "force"):
         assert heading in done.stdout
-    assert len([line for line in done.stdout.splitlines() if line.strip()[:2].strip().isdigit()]) == len(here["rows"])
+    assert len([line for line in done.stdout.splitlines() if line.strip()[:2].strip().isdigit()]) == len(here)
 
 
 def test_recorded_command_repeats_the_run(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from bcl_fast import cpu, native
 from bcl_fast import reference as ref
 from bcl_fast.experiments.data import Images
-from bcl_fast.experiments.run import Condition, run
+from bcl_fast.experiments.run import Condition, trained
 from bcl_fast.spec import BCLConfig
 from bcl_fast.testing import COLUMNS, columns, compete, neighbors_of, relative_error
 
@@ -275,13 +275,7 @@ def test_training_is_the_reference_s_for_the_first_steps():
     """Then roundings grow: the figures on MNIST hold both to the same ranges."""
     pixels = torch.rand(400, 30, generator=torch.Generator().manual_seed(0))
     images = Images("digits", pixels[:340], pixels[340:], (5, 6))
-    records = [
-        run(
-            Condition("digits", BCLConfig(som_lr=0.05), 4, batch_size=64, features=17, backend=backend),
-            images,
-            range(4),
-        )
-        for backend in ("cpu", "reference")
-    ]
-    for ours, expected in zip(*(record["rows"] for record in records), strict=True):
+    options = dict(steps=4, batch_size=64, features=17)
+    conditions = (Condition("digits", BCLConfig(som_lr=0.05), backend=who, **options) for who in ("cpu", "reference"))
+    for ours, expected in zip(*(trained(one, images, range(4)).rows for one in conditions), strict=True):
         assert ours == pytest.approx(expected, rel=1e-3, abs=1e-5)

@@ -19,7 +19,7 @@ from bcl_fast import __main__ as cli  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.experiments import judging  # noqa: E402
 from bcl_fast.experiments.data import read_idx  # noqa: E402
-from bcl_fast.experiments.run import Condition, run  # noqa: E402
+from bcl_fast.experiments.run import Condition, trained  # noqa: E402
 from bcl_fast.measure import results  # noqa: E402
 from bcl_fast.measure.implementations import Size  # noqa: E402
 from bcl_fast.measure.rows import row  # noqa: E402
@@ -394,7 +394,7 @@ def test_check_lets_every_record_of_every_condition_pass():
     from bcl_fast.experiments.jobs import rows_of
     from bcl_fast.experiments.settings import SETTINGS
 
-    record = json.loads(json.dumps(run(Condition("digits", BCLConfig(), 32), digits(), rows_of(32))))
+    record = json.loads(json.dumps(trained(Condition("digits", BCLConfig(), 32), digits(), rows_of(32)).record()))
     for name in SETTINGS:
         judging.check(name, record)
         judging.check(name, {"rows": [], "held_out": {"l1": 0.1, "mse": None}})

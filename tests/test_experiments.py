@@ -11,7 +11,7 @@ from torch import nn
 from bcl_fast import diagnostics, losses
 from bcl_fast.experiments.data import Images, batches, digits, load, mnist, split
 from bcl_fast.experiments.model import Autoencoder
-from bcl_fast.experiments.run import Condition, Training, advance, row_steps, run
+from bcl_fast.experiments.run import Condition, Training, advance, row_steps, trained
 from bcl_fast.records import write_record
 from bcl_fast.spec import BCLConfig
 
@@ -24,6 +24,10 @@ def images():
 
 def condition(**changes):
     return Condition(**{"data": "digits", "config": BCLConfig(som_lr=0.01), "steps": 12, "batch_size": 32, **changes})
+
+
+def record(condition, images, rows=(0, 5, 11)):
+    return trained(condition, images, rows).record()
 
 
 # --- Data ------------------------------------------------------------------------------------------------------------
@@ -85,9 +89,8 @@ def test_bad_condition_names_the_field(field, value, error):
 def test_control_is_a_plain_network_bit_for_bit(images, loss):
     """Its weights are those of a loop written out with torch alone."""
     control = condition(seed=5, loss=loss).control()
-    training = Training(control, images, rows=(0, 3))
+    training = trained(control, images, rows=(0, 3))
     assert type(training.model.encoder) is nn.Linear
-    advance([training], lambda rows: None)
 
     torch.manual_seed(5)
     encoder, decoder = nn.Linear(64, 64), nn.Linear(64, 64)
@@ -110,11 +113,10 @@ def test_bcl_and_control_start_equal_and_see_equal_batches(images):
 
 
 def test_measuring_changes_nothing_and_equal_conditions_give_equal_records(images):
-    dense, sparse = Training(condition(), images, range(12)), Training(condition(), images, ())
-    advance([dense, sparse], lambda rows: None)
+    dense, sparse = trained(condition(), images, range(12)), trained(condition(), images, ())
     assert dense.model.encoder.weight.equal(sparse.model.encoder.weight)
-    assert run(condition(), images) == run(condition(), images)
-    assert run(condition(seed=1), images)["rows"] != run(condition(), images)["rows"]
+    assert record(condition(), images) == record(condition(), images)
+    assert record(condition(seed=1), images)["rows"] != record(condition(), images)["rows"]
 
 
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=str)
@@ -137,7 +139,7 @@ def test_row_holds_the_state_before_the_update_and_the_forces_of_the_step(images
 
 def test_control_is_measured_as_if_its_features_competed(images):
     """At step 0 both stand at the same weights: every metric of the state is that of BCL; nothing is pulled."""
-    with_bcl, plain = (run(each, images, rows=(0,))["rows"][0] for each in (condition(), condition().control()))
+    with_bcl, plain = (record(each, images, rows=(0,))["rows"][0] for each in (condition(), condition().control()))
     assert with_bcl.keys() == plain.keys() and plain["pull"] == 0 and math.isnan(plain["adam_over_pull"])
     for name in ("loss", "aff_corr", "tgt_sim", "wt_sim", "alive", "novelty", "coverage_cv"):
         assert plain[name] == with_bcl[name]
@@ -189,8 +191,7 @@ def test_diversity_term_is_in_the_gradient_and_not_in_the_loss(images, diversity
 
 
 def test_redraw_renews_dead_features_and_only_them(images):
-    training = Training(condition(), images, ())
-    advance([training], lambda rows: None)
+    training = trained(condition(), images, ())
     model, state = training.model, training._optimizer.state
     before = {name: value.clone() for name, value in model.named_parameters()}
     dead = torch.arange(64) % 3 == 0
@@ -208,16 +209,15 @@ def test_redraw_renews_dead_features_and_only_them(images):
 
 
 def test_mean_loss_is_the_mean_since_the_row_before(images):
-    every = run(condition(), images, rows=range(12))["rows"]
-    some = run(condition(), images, rows=(2, 7))["rows"]
+    every = record(condition(), images, rows=range(12))["rows"]
+    some = record(condition(), images, rows=(2, 7))["rows"]
     losses = [row["loss"] for row in every]
     assert [row["mean_loss"] for row in every] == pytest.approx(losses)
     assert [row["mean_loss"] for row in some] == pytest.approx([sum(losses[:3]) / 3, sum(losses[3:8]) / 5])
 
 
 def test_snapshot_holds_what_pictures_need(images):
-    training = Training(condition(), images, rows=(0, 5, 11))
-    advance([training], lambda rows: None)
+    training = trained(condition(), images, rows=(0, 5, 11))
     snapshot = training.snapshot()
     shapes = {name: tuple(tensor.shape) for name, tensor in snapshot.items()}
     assert shapes == {
@@ -232,23 +232,12 @@ def test_snapshot_holds_what_pictures_need(images):
 
 
 def test_record_is_plain_and_complete(images):
-    seen = []
-    record = run(condition(backend="reference"), images, rows=(0, 11), on_row=seen.append)
-    assert record["backend"] == "reference" and record["steps_done"] == 12 and not record["interrupted"]
-    assert seen == record["rows"] and [row["step"] for row in seen] == [0, 11]
-    assert BCLConfig.from_dict(record["condition"]["config"]) == condition().config
-    assert 0 < record["held_out"]["l1"] < 1 and 0 <= record["held_out"]["firing_features"] <= 64
-    json.dumps(record)
-
-
-def test_interrupted_run_keeps_what_is_done(images):
-    def stop(row):
-        if row["step"] == 4:
-            raise KeyboardInterrupt
-
-    record = run(condition(), images, rows=range(12), on_row=stop)
-    assert record["interrupted"] and record["steps_done"] == 5 and len(record["rows"]) == 5
-    assert record["rows"] == run(condition(steps=5), images, rows=range(5))["rows"]
+    found = record(condition(backend="reference"), images, rows=(0, 11))
+    assert found["backend"] == "reference" and found["steps_done"] == 12 and not found["interrupted"]
+    assert [row["step"] for row in found["rows"]] == [0, 11]
+    assert BCLConfig.from_dict(found["condition"]["config"]) == condition().config
+    assert 0 < found["held_out"]["l1"] < 1 and 0 <= found["held_out"]["firing_features"] <= 64
+    json.dumps(found)
 
 
 def test_data_of_another_condition_is_refused():

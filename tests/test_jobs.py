@@ -18,7 +18,7 @@ from bcl_fast.experiments import jobs
 from bcl_fast.experiments.baselines import Baseline
 from bcl_fast.experiments.data import digits
 from bcl_fast.experiments.jobs import path_of, read, read_snapshot, rows_of, run_jobs
-from bcl_fast.experiments.run import Condition, Training, run
+from bcl_fast.experiments.run import Condition, Training, trained
 from bcl_fast.experiments.sweep import METRICS, numbers, sweep_conditions, sweep_rows, write_csv
 from bcl_fast.spec import BCLConfig
 
@@ -70,7 +70,8 @@ def test_processes_write_what_one_run_here_gives(tmp_path):
     assert sorted(map(str, done)) == sorted(map(str, some))  # each once
     for job in some[:3]:
         record = read(job, tmp_path)
-        assert record == json.loads(json.dumps(run(job, digits(), rows_of(8)), default=str).replace("NaN", "null"))
+        here = trained(job, digits(), rows_of(8)).record()
+        assert record == json.loads(json.dumps(here, default=str).replace("NaN", "null"))
         assert read_snapshot(job, tmp_path)["win_rate"].shape == (8, 64)
     assert read(some[3], tmp_path)["rows"] == []
     assert not list(tmp_path.glob("*.part"))

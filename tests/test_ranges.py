@@ -17,7 +17,7 @@ from bcl_fast.experiments.data import mnist
 from bcl_fast.experiments.formats import decimals
 from bcl_fast.experiments.judging import outside_of_ranges
 from bcl_fast.experiments.ranges import RANGES
-from bcl_fast.experiments.run import Condition, run
+from bcl_fast.experiments.run import Condition, trained
 from bcl_fast.spec import BCLConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,10 +56,8 @@ def test_median_of_five_seeds_is_in_the_ranges(images, preset, backend):
     cells = cells_of(preset)
     indices = {index for _, index in cells}
     config = BCLConfig.preset(preset, som_lr=0.001)
-    records = [
-        run(Condition("mnist", config, max(indices) + 1, seed, backend=backend), images, rows=indices) for seed in SEEDS
-    ]
-    by_step = [{row["step"]: row for row in record["rows"]} for record in records]
+    runs = (Condition("mnist", config, max(indices) + 1, seed, backend=backend) for seed in SEEDS)
+    by_step = [{row["step"]: row for row in trained(run, images, indices).rows} for run in runs]
     missed = []
     for (metric, index), (low, high) in cells.items():
         median = round(statistics.median(rows[index][metric] for rows in by_step), decimals(metric))

@@ -13,7 +13,7 @@ from bcl_fast.experiments.formats import as_text
 from bcl_fast.experiments.jobs import rows_of
 from bcl_fast.experiments.judging import INSIDE, NOT_COMPARABLE, OUTSIDE, judge, measure_cell, value
 from bcl_fast.experiments.ranges import RANGES, variant_of
-from bcl_fast.experiments.run import Condition, run
+from bcl_fast.experiments.run import Condition, trained
 from bcl_fast.experiments.settings import CONTROLS, FIXES, LONG, PULLS, SETTINGS, SHORT, jobs_of
 from bcl_fast.experiments.tables import END, Cell
 
@@ -115,7 +115,10 @@ def records(images):
     def record(name):
         job = jobs_of(name, "digits", 1, most_steps=6)[0]
         if job not in done:
-            done[job] = run(job, images, rows_of(job.steps)) if isinstance(job, Condition) else measure(job, images)
+            if isinstance(job, Condition):
+                done[job] = trained(job, images, rows_of(job.steps)).record()
+            else:
+                done[job] = measure(job, images)
         return done[job]
 
     return record

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from .formats import as_text, spread
@@ -15,13 +24,21 @@ from .judging import REASONS, counts_of, outside_of_ranges
 from .sweep import median
 from .tables import OUTCOMES, TABLES
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # in typing from Python 3.11 on
+
 PIPE_WIDTH = 250  # a file or a pipe has no width: tables there are never cut
 
 
 def make_console() -> Console:
-    """The terminal, or whatever standard output is."""
+    """Standard output: a terminal, or a file or pipe without a width."""
     console = Console()
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
+
+
+def print_written(console: Console, out: Path, names: str) -> None:
+    """The last line of a command: what it has left where."""
+    console.print(f"Written to {out}: {names}", soft_wrap=True, highlight=False)
 
 
 COLUMNS = (  # heading, which training (0: BCL, 1: its control), key of the row, format
@@ -77,7 +94,7 @@ class TrainingTable:
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def view(self) -> Group:
-        """The whole table in the end, before that as many of its last rows as the terminal is high."""
+        """The last rows that the terminal has room for; in the end all of them."""
         shown = len(self.cells) if self.finished else max(1, self.console.height - 7)
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, caption=LEGEND, header_style="bold")
         for heading, *_ in COLUMNS:
@@ -87,39 +104,47 @@ class TrainingTable:
         return Group(table, self.progress)
 
 
-def print_outcome(console: Console, whole: dict[str, Any]) -> None:
+def print_outcome(console: Console, record: dict[str, Any]) -> None:
     """What came out at the end of each training, on images that were not trained on."""
     table = Table("", title="Held-out images", title_justify="left")
     for heading in ("steps", "L1", "MSE", "features that fire"):
         table.add_column(heading, justify="right")
-    for name, record in whole["conditions"].items():
-        outcome = record["held_out"]
-        fires = f"{outcome['firing_features']} of {record['condition']['features']}"
-        table.add_row(name, str(record["steps_done"]), f"{outcome['l1']:.4f}", f"{outcome['mse']:.4f}", fires)
+    for name, run in record["conditions"].items():
+        outcome = run["held_out"]
+        fires = f"{outcome['firing_features']} of {run['condition']['features']}"
+        table.add_row(name, str(run["steps_done"]), f"{outcome['l1']:.4f}", f"{outcome['mse']:.4f}", fires)
     console.print(table)
-    console.print(f"{'Interrupted after' if whole['interrupted'] else 'Trained in'} {whole['seconds']:.1f} s")
+    console.print(f"{'Interrupted after' if record['interrupted'] else 'Trained in'} {record['seconds']:.1f} s")
 
 
 # --- Many runs --------------------------------------------------------------------------------------------------------
 
 
-class JobsProgress:
-    """A bar over all steps of many jobs, while it is entered: live on a terminal, a line every tenth elsewhere."""
+class _Bar:
+    """A bar that shows on a terminal while it is entered."""
 
-    def __init__(self, console: Console, jobs: list[Job]) -> None:
-        self.console, self.count, self.done, self.told = console, len(jobs), 0, 0
-        steps = sum(job.steps for job in jobs)
-        columns = TextColumn("{task.fields[done]} of {task.fields[count]} runs"), BarColumn(), TimeElapsedColumn()
-        self.bar = Progress(*columns, TextColumn("left:"), TimeRemainingColumn(), console=console)
-        self.task = self.bar.add_task("runs", total=steps, done=0, count=self.count)
+    def __init__(self, console: Console, *columns: ProgressColumn, total: int, **fields: int) -> None:
+        self.console = console
+        self.bar = Progress(*columns, console=console)
+        self.task = self.bar.add_task("", total=total, **fields)
 
-    def __enter__(self) -> JobsProgress:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
+
+
+class JobsProgress(_Bar):
+    """A bar over all steps of many jobs on a terminal, a line every tenth elsewhere."""
+
+    def __init__(self, console: Console, jobs: list[Job]) -> None:
+        self.count, self.done, self.told = len(jobs), 0, 0
+        columns = TextColumn("{task.fields[done]} of {task.fields[count]} runs"), BarColumn(), TimeElapsedColumn()
+        left = TextColumn("left:"), TimeRemainingColumn()
+        super().__init__(console, *columns, *left, total=sum(job.steps for job in jobs), done=0, count=self.count)
 
     def on_done(self, job: Job) -> None:
         self.done += 1
@@ -198,23 +223,18 @@ def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
 # --- Scaling runs -----------------------------------------------------------------------------------------------------
 
 
-class ScalingTable:
-    """Rows of a scaling run as they are measured, a line each, above a bar while it is entered on a terminal."""
+class ScalingTable(_Bar):
+    """Rows of a scaling run as they are measured, a line each, above a bar on a terminal."""
 
     def __init__(self, console: Console, axis: str, count: int) -> None:
-        self.console, self.axis = console, axis
+        self.axis = axis
         columns = TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-        self.bar = Progress(*columns, console=console)
-        self.task = self.bar.add_task("measuring", total=count)
+        super().__init__(console, *columns, total=count)
 
-    def __enter__(self) -> ScalingTable:
-        if self.console.is_terminal:
-            self.bar.start()
+    def __enter__(self) -> Self:
+        super().__enter__()
         self.print_line(self.axis, "contestant", "ms", "floors", "x linear", "peak MB", "status")
         return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
 
     def on_row(self, row: dict[str, Any]) -> None:
         ms, ratio, peak = (row[key] for key in ("ms", "ratio_to_linear", "peak_mb"))

@@ -68,11 +68,11 @@ def mnist(root: Path | str, download: bool = False) -> Images:
 
 def read_idx(path: Path) -> Tensor:
     """The images [n, height, width] uint8 of a file in MNIST's format: four big-endian numbers, then the pixels."""
-    whole = path.read_bytes()
-    magic, *shape = struct.unpack(">4I", whole[:16].ljust(16, b"\0"))
-    if magic != 0x803 or len(whole) != 16 + math.prod(shape) or 0 in shape:
+    content = path.read_bytes()
+    magic, *shape = struct.unpack(">4I", content[:16].ljust(16, b"\0"))
+    if magic != 0x803 or len(content) != 16 + math.prod(shape) or 0 in shape:
         raise ValueError(f"{path} is damaged or no file of images: delete it and fetch it again (--download)")
-    return torch.frombuffer(bytearray(whole), dtype=torch.uint8, offset=16).reshape(shape)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=16).reshape(shape)
 
 
 def load(name: str, root: Path | str, download: bool = False) -> Images:

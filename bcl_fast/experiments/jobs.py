@@ -21,11 +21,11 @@ from .. import __version__
 from ..records import read_record, trusting, write_record
 from .baselines import Baseline, measure
 from .data import Images, load
-from .run import Condition, Training, advance, check_record, check_snapshot, read_snapshots, row_steps, write_snapshots
+from .run import Condition, check_record, check_snapshot, read_snapshots, row_steps, trained, write_snapshots
 
 Job = Condition | Baseline
 DENSE_ROWS = 31  # the first steps, all of which are measured
-AGAIN = "delete it and the file of that name beside it, and the same command computes them again"
+AGAIN = "delete it and the file of that name next to it, and the same command computes them again"
 MAX_WORKERS = 8  # each holds the data set and a torch of its own, about 1 GB
 
 
@@ -42,8 +42,8 @@ def workers_here() -> int:
 
 def path_of(job: Job, folder: Path) -> Path:
     """Where the record of `job` lies: a name to read, and a digest of all it depends on."""
-    whole = [dataclasses.asdict(job), __version__, torch.__version__, DENSE_ROWS]
-    digest = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:12]
+    depends_on = [dataclasses.asdict(job), __version__, torch.__version__, DENSE_ROWS]
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:12]
     kind = job.kind if isinstance(job, Baseline) else "plain" if job.config is None else "bcl"
     return folder / f"{job.data}-{kind}-{job.steps}-seed{job.seed}-{digest}.json"
 
@@ -60,7 +60,7 @@ def read(job: Job, folder: Path) -> dict[str, Any] | None:
 
 
 def read_snapshot(job: Job, folder: Path) -> dict[str, Tensor]:
-    """The tensors beside the record of a training run: see `Training.snapshot`."""
+    """The tensors of a training run, next to its record: see `Training.snapshot`."""
     path = path_of(job, folder).with_suffix(".pt")
     return check_snapshot(read_snapshots(path, AGAIN), path, AGAIN)
 
@@ -70,13 +70,12 @@ def compute(job: Job, images: Images, folder: Path) -> None:
     path = path_of(job, folder)
     if isinstance(job, Baseline):
         return write_record(path, measure(job, images))
-    training = Training(job, images, rows_of(job.steps))
-    advance([training], lambda rows: None)
+    training = trained(job, images, rows_of(job.steps))
     record = training.record()
     if record["interrupted"]:
         raise KeyboardInterrupt
     write_snapshots(path.with_suffix(".pt"), training.snapshot())
-    write_record(path, record)  # last: where it stands, the job is done
+    write_record(path, record)  # last: where there is a record, the job is done
 
 
 def run_jobs(
@@ -89,7 +88,7 @@ def run_jobs(
     """Do all jobs that have no record in `folder` yet, `workers` at a time in processes of one thread each.
 
     `on_done` is called for every job, also for those found done. A KeyboardInterrupt, or an error of one job, ends the
-    others at once; finished records stand.
+    others at once; finished records are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = []

@@ -83,7 +83,7 @@ def judge(published: str, low: float, high: float) -> str:
 
 
 def measure_cell(cell: Cell, records: list[Record], mnist: bool = True) -> dict[str, Any]:
-    """A cell's row of the results: our seeds' median, mean, min and max beside what is published, and the verdicts.
+    """A cell's row of the results: our seeds' median, mean, min and max, what is published, and the verdicts.
 
     `mark` says whether the published number lies within our seeds' min..max, widened to `range`, where an independent
     implementation's is known; `reason` why not. `in_range` says whether our median lies in that range.

@@ -37,7 +37,7 @@ class Run(NamedTuple):
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
+    """Write a figure as PNG, completely or not at all."""
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=120)
 
@@ -125,7 +125,7 @@ def force_picture(bcl: Run) -> Figure:
 
 
 def image_picture(bcl: Run) -> Figure:
-    """Each feature's weight, and beside it the target that its rescue pulls it to."""
+    """Each feature's weight, and the target that its rescue pulls it to."""
     figure = _figure(12, 6.8, "Features and their rescue targets, with BCL")
     panels = figure.subplots(1, 2)
     _mosaic(panels[0], bcl.tensors["weight"])
@@ -214,7 +214,7 @@ def _weight_scale(
 
 
 def cells_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A panel per column of a table: what is published beside the median and range of our seeds, row by row."""
+    """A panel per column of a table: the published number, and the median and range of our seeds, row by row."""
     columns = list(dict.fromkeys(row["column"] for row in rows))
     across = min(3, len(columns))
     down = math.ceil(len(columns) / across)
@@ -250,7 +250,7 @@ SHOWN_OUTCOMES = ("L1", "MSE", "wt_sim", "wt_abscos", "eff. rank", "firing")
 
 
 def outcomes_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A line per condition, a panel per outcome: the mean and range over seeds, beside the plain control's."""
+    """A line per condition, a panel per outcome: the mean and range over seeds; lines mark the plain control's."""
     of = {(row["row"], row["column"]): row for row in rows if row["median"] is not None}
     groups = {group: [name for name in names if (name, "L1") in of] for group, names in FIXES.items()}
     lines: list[str | None] = []  # from the top; None leaves a gap between groups
@@ -312,7 +312,7 @@ def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 # --- Scaling runs -----------------------------------------------------------------------------------------------------
 
-LOOKS = {  # color and marker of each, dashes for what nobody would train with
+LOOKS = {  # color and marker of each, dashes for what is too slow to train with
     "linear": ("black", "o", "-"),
     "reference": ("#D55E00", "s", "--"),
     "compiled": ("#E69F00", "D", "--"),
@@ -321,7 +321,7 @@ LOOKS = {  # color and marker of each, dashes for what nobody would train with
     "triton": ("#CC79A7", "P", "-"),
     "cuda": ("#56B4E9", "X", "-"),
 }
-ENDED = ("time-out", "out of memory")  # what stands beside a cross
+ENDED = ("time-out", "out of memory")  # what is written next to a cross
 
 
 def scaling_picture(

@@ -49,10 +49,10 @@ def write_report(folder: Path) -> Path:
     return page
 
 
-def _section(kind: str, whole: dict[str, Any], folder: Path, place: str, pictures: Path) -> dict[str, Any]:
+def _section(kind: str, record: dict[str, Any], folder: Path, place: str, pictures: Path) -> dict[str, Any]:
     """What the page says of one record, which lies in `folder`; its pictures go to the folder `pictures`."""
     blocks = []
-    for block in SECTIONS[kind](whole, folder):
+    for block in SECTIONS[kind](record, folder):
         if "figure" in block:
             words = re.findall(r"[a-z0-9]+", f"{kind} {place} {block['title']}".lower())
             path = pictures / ("-".join(dict.fromkeys(words[:8])) + ".png")
@@ -62,10 +62,10 @@ def _section(kind: str, whole: dict[str, Any], folder: Path, place: str, picture
     title = {"train": "Training", "tables": "Tables", "sweep": "Sweep"}[kind]
     return {
         "title": title if place == "." else f"{title}: {place}",
-        "command": whole["command"],
-        "lines": [f"bcl_fast {whole['bcl_fast']}, {whole['seconds']:,.0f} s."],
+        "command": record["command"],
+        "lines": [f"bcl_fast {record['bcl_fast']}, {record['seconds']:,.0f} s."],
         "blocks": blocks,
-        "environment": dict(whole["environment"]),
+        "environment": dict(record["environment"]),
     }
 
 
@@ -74,11 +74,11 @@ def picture(title: str, figure: plots.Figure, *lines: str) -> Block:
     return {"title": title, "figure": figure, "lines": lines}
 
 
-def _train(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
+def _train(record: dict[str, Any], folder: Path) -> Iterator[Block]:
     path = folder / "train.pt"
     snapshots = read_snapshots(path, REMEDY)
     bcl, control = (
-        plots.Run(check_record(whole["conditions"][name]), check_snapshot(snapshots.get(name), path, REMEDY))
+        plots.Run(check_record(record["conditions"][name]), check_snapshot(snapshots.get(name), path, REMEDY))
         for name in ("bcl", "plain")
     )
     yield from _pair("a plain network", bcl, control)
@@ -99,15 +99,15 @@ def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
     yield picture("Coverage", plots.coverage_picture(bcl, control))
 
 
-def _sweep(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
-    yield picture(whole["title"], plots.sweep_picture(whole["title"], whole["rows"]))
-    headings = list(whole["rows"][0])
-    rows = [[text(_plain(row[key], key)) for key in headings] for row in whole["rows"]]
+def _sweep(record: dict[str, Any], folder: Path) -> Iterator[Block]:
+    yield picture(record["title"], plots.sweep_picture(record["title"], record["rows"]))
+    headings = list(record["rows"][0])
+    rows = [[text(_plain(row[key], key)) for key in headings] for row in record["rows"]]
     yield {"title": "Every run", "table": {"headings": headings, "rows": rows}}
 
 
-def _tables(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
-    rows = whole["rows"]
+def _tables(record: dict[str, Any], folder: Path) -> Iterator[Block]:
+    rows = record["rows"]
     yield from _verdicts(rows)
     for name in dict.fromkeys(row["table"] for row in rows):
         own = [row for row in rows if row["table"] == name]
@@ -121,7 +121,7 @@ def _tables(whole: dict[str, Any], folder: Path) -> Iterator[Block]:
             yield picture(f"{name}: {title}", plots.cells_picture(title, own))
             yield {"title": f"{name}: the numbers", "table": pivot(name, own, "median")}
     for pair in SHOWN_PAIRS:
-        jobs = [jobs_of(name, **whole["options"] | {"seeds": 1})[0] for name in pair]
+        jobs = [jobs_of(name, **record["options"] | {"seeds": 1})[0] for name in pair]
         if all(path_of(job, folder / "runs").exists() for job in jobs):
             loaded = (plots.Run(read(job, folder / "runs"), read_snapshot(job, folder / "runs")) for job in jobs)
             yield from _pair(f"{pair[1]}: {pair[0]}, seed 0", *loaded)

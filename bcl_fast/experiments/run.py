@@ -35,7 +35,7 @@ CHOICES = {
     "activation": ("relu", "none"),
     "diversity": ("none", "weight_similarity", "activation_entropy"),
 }
-UNTOUCHED = BCLConfig(som_lr=0, gradient_mask="none")  # competition that is watched and does nothing
+UNTOUCHED = BCLConfig(som_lr=0, gradient_mask="none")  # competition that is observed and changes nothing
 SHOWN_IMAGES = 16
 SNAPSHOT = ("step", "win_rate", "gradient", "pull", "adam", "image_coverage", "weight", "images", "reconstruction")
 ROW_FACTORS = (1, 1.5, 2, 2.5, 3, 4, 5, 7)  # of every power of ten
@@ -168,7 +168,7 @@ class Training:
             handle.remove()
 
     def _measured_update(self, batch: Tensor) -> dict[str, float]:
-        """The same update, looked at on the way; only such a step pays for observing."""
+        """The same update, observed; only such a step pays for it."""
         before = self.model.encoder_weight.clone()
         with self._observed() as records:
             loss = self._backward(batch)
@@ -206,7 +206,7 @@ class Training:
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
-        """What pictures need beside the record, on the CPU.
+        """What pictures need in addition to the record, on the CPU.
 
         Of every measured step: `step` [rows], `win_rate`, `gradient`, `pull` and `adam` (norms) [rows, D],
         `image_coverage` [rows, B]. As they are now: `weight` [D, pixels], and held-out `images` [16, pixels] with their
@@ -232,19 +232,11 @@ class Training:
         }
 
 
-def run(
-    condition: Condition,
-    images: Images,
-    rows: Collection[int] | None = None,
-    on_row: Callable[[dict[str, float]], None] = lambda row: None,
-) -> dict[str, Any]:
-    """Train one condition and return its record; `on_row` is called with each row as it is measured.
-
-    `rows` are the steps to measure, None: `row_steps`. A KeyboardInterrupt ends the run early, marked in the record.
-    """
-    training = Training(condition, images, row_steps(condition.steps) if rows is None else rows)
-    advance([training], lambda new: None if new[0] is None else on_row(new[0]))
-    return training.record()
+def trained(condition: Condition, images: Images, rows: Collection[int]) -> Training:
+    """One condition trained to its end, or to a KeyboardInterrupt, and measured at the steps `rows`."""
+    training = Training(condition, images, rows)
+    advance([training], lambda new: None)
+    return training
 
 
 def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] | None]], None]) -> None:
@@ -256,11 +248,11 @@ def advance(trainings: list[Training], on_step: Callable[[list[dict[str, float] 
         for _ in range(trainings[0].condition.steps):
             on_step([training.step() for training in trainings])
     except KeyboardInterrupt:
-        pass  # what is done stands in the trainings
+        pass  # the trainings hold what is done
 
 
 def write_snapshots(path: Path, snapshots: Mapping[str, Any]) -> None:
-    """Write tensors by name, whole or not at all; `torch.load(path, weights_only=True)` reads them."""
+    """Write tensors by name, completely or not at all; `torch.load(path, weights_only=True)` reads them."""
     with replacing(path) as part, part.open("wb") as file:
         torch.save(dict(snapshots), file)
 

@@ -1,6 +1,7 @@
 """Every condition of the tables by name: the history of the research document, its untested fixes, and their controls.
 
-A setting is what `Condition` needs beside data, seed, backend and device; or a `Baseline` with the seeds it is for.
+A setting has the fields of a `Condition` other than data, seed, backend and device, or the kind of a `Baseline` and
+its seeds.
 """
 
 from __future__ import annotations

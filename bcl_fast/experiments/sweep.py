@@ -48,7 +48,7 @@ def sweep_rows(conditions: Iterable[Condition], folder: Path) -> list[dict[str, 
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows of equal keys as CSV, whole or not at all; an empty field is None."""
+    """Write rows of equal keys as CSV, completely or not at all; an empty field is None."""
     with replacing(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
