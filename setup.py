@@ -1,9 +1,17 @@
-"""Build script: the metadata, kernels/ installed as bcl_fast.kernels, and the optional libraries of csrc/.
+"""How the optional libraries of csrc/ are built; everything else about the package is in pyproject.toml.
 
 The environment variable BCL_FAST_EXT says what to build: `auto` (the default) builds what it can, the C++ library with
 a C++ compiler and the CUDA library where nvcc is found, and tells what it skipped and why; `cpu`, `cuda` and `all`
 build that and make a failure an error; `none` builds nothing. BCL_FAST_CUDA_ARCHITECTURES says for which GPUs, such as
 `90` alone.
+
+A wheel to give away, one for every Python 3, is made on the oldest Linux it should serve (the extra [wheel] installs
+what the second line needs):
+
+    pip wheel --no-deps --wheel-dir build/wheel .
+    auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
+
+libgomp stays outside, because torch brings one, and another would be a second pool of threads.
 """
 
 import hashlib
@@ -16,9 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.command.sdist import sdist
 
-VERSION = re.search(r'^__version__ = "(.+)"$', Path("bcl_fast/__init__.py").read_text(encoding="utf-8"), re.M)[1]
 MODES = ("auto", "cpu", "cuda", "all", "none")
 MODE = os.environ.get("BCL_FAST_EXT", "auto")
 if MODE not in MODES:
@@ -27,25 +33,32 @@ if MODE not in MODES:
 # Behind whatever CXXFLAGS, LDFLAGS and their like ask for: of words that contradict each other GCC and Clang take the
 # last, where they link too. Linked with -ffast-math or -Ofast, a library sets flush-to-zero for the whole process, and
 # NaN has no order. A product and a sum may be fused: a key is a product of a difference, where nothing can be.
-EXACT = ["-O3", "-fno-fast-math", "-fno-unsafe-math-optimizations", "-fno-finite-math-only", "-fno-associative-math",
-         "-fno-reciprocal-math", "-fsigned-zeros"]  # fmt: skip
+EXACT = (
+    "-O3 -fno-fast-math -fno-unsafe-math-optimizations -fno-finite-math-only -fno-associative-math "
+    "-fno-reciprocal-math -fsigned-zeros"
+).split()
 # The same for nvcc, and no fused multiply-add: a key is rounded as the reference rounds it, wherever it is formed.
 EXACT_CUDA = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
-SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("api", "baseline", "avx2", "avx512", "exact")]
+HOST = "-Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Werror -Xlinker --exclude-libs,ALL".split()
+
+
+def files(folder, *patterns):
+    return sorted(str(path) for pattern in patterns for path in Path(folder).glob(pattern))
+
+
 CPU = Extension(
     "bcl_fast._cpu",
-    SOURCES,
-    depends=["csrc/cpu/kernels.h", "csrc/cpu/kernels.inc"],
+    files("csrc/cpu", "*.cpp"),
+    depends=files("csrc/cpu", "*.h", "*.inc"),
     extra_compile_args=["-std=c++17", "-fvisibility=hidden", *EXACT, "-fno-math-errno", "-fno-trapping-math"],
     language="c++",
 )
 CUDA = Extension(
     "bcl_fast._cuda",
     ["csrc/cuda/library.cu"],
-    depends=[str(path) for path in Path("csrc/cuda").glob("*.*h")],
-    extra_compile_args=["-O3", "-std=c++17", *EXACT_CUDA, "--expt-relaxed-constexpr", "--cudart=static",
-                        "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Werror", "-Xlinker", "--exclude-libs,ALL"],
-)  # fmt: skip
+    depends=files("csrc/cuda", "*.h", "*.cuh"),
+    extra_compile_args=["-O3", "-std=c++17", *EXACT_CUDA, "--expt-relaxed-constexpr", "--cudart=static", *HOST],
+)
 # Later GPUs than the last compile its PTX as they load it.
 ARCHITECTURES = os.environ.get("BCL_FAST_CUDA_ARCHITECTURES", "80 90 100").split()
 ARCHITECTURES_ASKED = "BCL_FAST_CUDA_ARCHITECTURES" in os.environ
@@ -79,7 +92,7 @@ def nvcc_command(ext, target):
     if nvcc is None:
         raise FileNotFoundError(f"no nvcc in {os.path.join(home, 'bin') if home else 'PATH'}")
     codes = [f"arch=compute_{sm},code=sm_{sm}" for sm in ARCHITECTURES]
-    codes.append("arch=compute_{0},code=compute_{0}".format(ARCHITECTURES[-1]))
+    codes.append(f"arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}")
     gencode = [word for code in codes for word in ("-gencode", code)]
     arguments = [*ext.extra_compile_args, f"-DBCL_BUILD={build_name(ext)}", *gencode]
     return [nvcc, "-shared", "--threads=0", *arguments, *ext.sources, "-o", str(target)]
@@ -153,51 +166,11 @@ class BuildExt(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Any Python 3, this platform."""
+    """For every Python 3; where there is a library to build, for this platform alone."""
 
     def get_tag(self):
         *_, platform = super().get_tag()
         return ("py3", "none", platform) if self.distribution.ext_modules else super().get_tag()
 
 
-class Sdist(sdist):
-    """A source archive that also holds the folders no package claims."""
-
-    def make_release_tree(self, base_dir, files):
-        unclaimed = (path for folder in ("csrc", "bench", "tests") for path in Path(folder).rglob("*"))
-        extra = {str(path) for path in unclaimed if path.is_file() and "__pycache__" not in path.parts}
-        super().make_release_tree(base_dir, sorted(extra.union(files)))
-
-
-setup(
-    name="bcl-fast",
-    version=VERSION,
-    description="Bidirectional Competitive Learning for PyTorch: a linear layer whose features compete",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    author="The bcl_fast developers",
-    license_expression="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
-    packages=["bcl_fast", "bcl_fast.experiments", "bcl_fast.measure", "bcl_fast.kernels"],
-    package_dir={"bcl_fast.kernels": "kernels"},
-    # kernels/ has no __init__.py: with one, a checkout on the path would hide another package of the name `kernels`.
-    # Its README keeps the folder in the wheel where it holds no module.
-    package_data={
-        "bcl_fast": ["GUIDE.md", "SPEC.md"],
-        "bcl_fast.kernels": ["README.md"],
-        "bcl_fast.experiments": ["report.html"],
-    },
-    ext_modules=LIBRARIES,
-    install_requires=["torch>=2.11", 'triton>=3.6; platform_system == "Linux"'],
-    extras_require={
-        "demo": ["typer", "rich", "matplotlib", "scikit-learn", "torchvision", "tensorboard"],
-        # setuptools: for tests/test_packaging.py
-        "test": ["pytest", "pytest-xdist", "hypothesis", "numpy", "setuptools>=77"],
-        "bench": ["pytest-benchmark"],
-        "integrations": ["lightning", "accelerate", "transformers", "peft"],  # tests train inside of them
-        "peers": ["minisom", "torchsom", "vector-quantize-pytorch"],  # bench/bench_peers.py times them where they are
-    },
-    entry_points={"console_scripts": ["bcl-fast = bcl_fast.__main__:main"]},
-    cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel, "sdist": Sdist},
-)
+setup(ext_modules=LIBRARIES, cmdclass={"build_ext": BuildExt, "bdist_wheel": Wheel})

@@ -11,7 +11,7 @@ from .layer import BCLLayer
 from .spec import PRESETS, BCLConfig
 
 __all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl", "graphed"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def _find_kernels() -> None:
