@@ -95,7 +95,7 @@ def test_descent_on_them_diversifies():
         (weight_similarity_loss, torch.ones(1, 2), ValueError, r"weight must have shape \[D, N\] with D >= 2"),
         (weight_similarity_loss, torch.ones(2, 2, 2), ValueError, r"weight must have shape \[D, N\] with D >= 2"),
         (activation_entropy_loss, torch.ones(3, dtype=torch.int32), TypeError, "activation must be floating point"),
-        (activation_entropy_loss, torch.tensor(1.0), ValueError, "activation must have at least 1 dimension, got shape"),
+        (activation_entropy_loss, torch.tensor(1.0), ValueError, "activation must have at least 1 dimension, got"),
     ],
 )
 def test_bad_input(loss, value, error, message):

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from . import layout
 from .formats import as_text, spread
 from .jobs import Job
 from .judging import REASONS, counts_of, outside_of_ranges
@@ -214,10 +215,9 @@ def print_verdicts(console: Console, rows: list[dict[str, Any]]) -> None:
     console.print(
         f"Medians outside the range of an independent implementation: {len(outside)} of {count}", highlight=False
     )
-    for row in outside:
-        low, high = (as_text(value, row["metric"]) for value in row["range"])
-        line = f"  {row['condition']}, {row['metric']} at {row['index']}: {as_text(row['median'], row['metric'])}"
-        console.print(f"{line}, not in {low}..{high}", highlight=False, soft_wrap=True)
+    for cells in layout.misses(outside)["rows"]:
+        measurement, ours, span = (cell["text"] for cell in cells)
+        console.print(f"  {measurement}: {ours}, not in {span}", highlight=False, soft_wrap=True)
 
 
 # --- Scaling runs -----------------------------------------------------------------------------------------------------

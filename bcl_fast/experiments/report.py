@@ -11,8 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from ..records import read_record, replacing, trusting
-from . import plots
-from .formats import as_text, spread
+from . import layout, plots
+from .formats import as_text
 from .jobs import path_of, read, read_snapshot
 from .judging import REASONS, UNMEASURED, counts_of, outside_of_ranges
 from .run import check_record, check_snapshot, read_snapshots
@@ -21,7 +21,6 @@ from .sweep import METRICS
 from .tables import TABLES
 
 Block = dict[str, Any]
-Cell = dict[str, str]
 REMEDY = "repeat the command that wrote it, or delete it"
 # Which run of the tables is shown in pictures beside which control: the first pair whose runs are there.
 SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps"))
@@ -87,10 +86,10 @@ def _train(record: dict[str, Any], folder: Path) -> Iterator[Block]:
 def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
     """Everything there is to see of one run and its control."""
     yield picture(f"Beside {name}", plots.training_picture("With BCL and plain", bcl, control))
-    rows = [
-        [text(label), *(text(as_text(run.record["held_out"][key], f"held_out_{key}")) for run in (bcl, control))]
-        for label, key in (("L1", "l1"), ("MSE", "mse"), ("features that fire", "firing_features"))
-    ]  # fmt: skip
+    rows = []
+    for label, key in (("L1", "l1"), ("MSE", "mse"), ("features that fire", "firing_features")):
+        outcomes = (as_text(run.record["held_out"][key], f"held_out_{key}") for run in (bcl, control))
+        rows.append([layout.text(one) for one in (label, *outcomes)])
     yield {"title": "Held-out images", "table": {"headings": ["", "with BCL", "plain"], "rows": rows}}
     yield picture("Reconstructions", plots.reconstruction_picture(bcl, control))
     yield picture("Win rates", plots.win_rate_picture(bcl, control))
@@ -102,7 +101,7 @@ def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
 def _sweep(record: dict[str, Any], folder: Path) -> Iterator[Block]:
     yield picture(record["title"], plots.sweep_picture(record["title"], record["rows"]))
     headings = list(record["rows"][0])
-    rows = [[text(_plain(row[key], key)) for key in headings] for row in record["rows"]]
+    rows = [[layout.text(_plain(row[key], key)) for key in headings] for row in record["rows"]]
     yield {"title": "Every run", "table": {"headings": headings, "rows": rows}}
 
 
@@ -116,10 +115,10 @@ def _tables(record: dict[str, Any], folder: Path) -> Iterator[Block]:
             yield from _explanations(own)
         elif name == "fixes":
             yield picture(title, plots.outcomes_picture(title, own), "Mean, and range over seeds.")
-            yield {"title": f"{name}: the numbers", "table": pivot(name, own, "mean")}
+            yield {"title": f"{name}: the numbers", "table": layout.pivot(name, own, "mean")}
         else:
             yield picture(f"{name}: {title}", plots.cells_picture(title, own))
-            yield {"title": f"{name}: the numbers", "table": pivot(name, own, "median")}
+            yield {"title": f"{name}: the numbers", "table": layout.pivot(name, own, "median")}
     for pair in SHOWN_PAIRS:
         jobs = [jobs_of(name, **record["options"] | {"seeds": 1})[0] for name in pair]
         if all(path_of(job, folder / "runs").exists() for job in jobs):
@@ -130,9 +129,8 @@ def _tables(record: dict[str, Any], folder: Path) -> Iterator[Block]:
 
 def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
     """What replicates, as a count, and everything that does not, one by one."""
-    printed = [row for row in rows if row["printed"]]
-    unmeasured = {reason: sum(row["reason"] == reason for row in printed) for reason in UNMEASURED}
-    different = [row for row in printed if row["reason"] and row["reason"] not in UNMEASURED]
+    unmeasured = {reason: sum(row["reason"] == reason for row in rows if row["printed"]) for reason in UNMEASURED}
+    different = layout.different(rows)
     outside, count = outside_of_ranges(rows)
     lines = [
         f"Published cells: {counts_of(rows)}. Inside: the published number lies within the least and largest of our "
@@ -141,73 +139,14 @@ def _verdicts(rows: list[dict[str, Any]]) -> Iterator[Block]:
         *(f"{REASONS[reason]} ({number} cells)" for reason, number in unmeasured.items() if number),
         *(f"{reason}: {REASONS[reason]}" for reason in dict.fromkeys(row["reason"] for row in different)),
     ]
-    body = [
-        [
-            text(row["table"]),
-            text(f"{row['column']}, {row['row']}"),
-            text(row["printed"], row["mark"]),
-            text(f"{as_text(row['median'], row['metric'])} ({spread(row)})"),
-            text(row["reason"]),
-        ]
-        for row in different
-    ]
-    headings = ["table", "cell", "published", "ours", "why"]
-    yield {"title": "What replicates", "lines": lines, "table": {"headings": headings, "rows": body}, "text": True}
-    body = [
-        [
-            text(f"{row['condition']}, {row['metric']} at {row['index']}"),
-            text(as_text(row["median"], row["metric"])),
-            text("..".join(as_text(value, row["metric"]) for value in row["range"])),
-        ]
-        for row in outside
-    ]
-    if body:
-        yield {"title": "Medians outside", "table": {"headings": ["measurement", "median", "range"], "rows": body}}
+    yield {"title": "What replicates", "lines": lines, "table": layout.differences(different), "text": True}
+    if outside:
+        yield {"title": "Medians outside", "table": layout.misses(outside)}
 
 
 def _explanations(rows: list[dict[str, Any]]) -> Iterator[Block]:
     for reason in dict.fromkeys(row["row"] for row in rows):
-        body = [
-            [text(row["column"]), text(as_text(row["median"], row["metric"])), text(spread(row))]
-            for row in rows
-            if row["row"] == reason
-        ]
-        yield {
-            "title": f"Why: {reason}",
-            "lines": [REASONS[reason]],
-            "table": {"headings": ["measurement", "median", "min..max"], "rows": body},
-        }
-
-
-def pivot(name: str, rows: list[dict[str, Any]], center: str) -> dict[str, Any]:
-    """Rows of a table as the document lays them out: what is published, and below it what was measured here."""
-    columns = list(dict.fromkeys(row["column"] for row in rows))
-    reasons = dict.fromkeys(row["reason"] for row in rows if row["printed"] and row["reason"])
-    notes = {reason: str(i) for i, reason in enumerate(reasons, 1)}
-    body = []
-    for label in dict.fromkeys(row["row"] for row in rows):
-        of = {row["column"]: row for row in rows if row["row"] == label}
-        cells = (_cell(of[column], center, notes) if column in of else text("") for column in columns)
-        body.append([text(label), *cells])
-    return {"headings": [TABLES[name].heading, *columns], "rows": body}
-
-
-def _cell(row: dict[str, Any], center: str, notes: dict[str, str]) -> Cell:
-    ours = as_text(row[center], row["metric"])
-    if not row["printed"]:
-        return {"text": ours, "small": spread(row)}
-    return {
-        "text": row["printed"],
-        "small": f"{ours} ({spread(row)})" if ours else "not measured",
-        "mark": row["mark"],
-        "note": notes.get(row["reason"], ""),
-        "reason": REASONS.get(row["reason"], ""),
-    }
-
-
-def text(value: str, mark: str = "") -> Cell:
-    """A cell of a table on the page."""
-    return {"text": value, "mark": mark}
+        yield {"title": f"Why: {reason}", "lines": [REASONS[reason]], "table": layout.evidence(rows, reason)}
 
 
 def _plain(value: float | None, key: str) -> str:
