@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from . import PRESETS, BCLConfig, __version__, ops
-from .cli import Commands, Device, checked, demo_extra, origin
+from . import PRESETS, BCLConfig, __version__, backends
+from .cli import Commands, Device, demo_extra, fail, origin, output
 from .environment import device_types, environment
 from .experiments import judging, tables
 from .experiments.data import load
@@ -266,14 +266,14 @@ def doctor() -> None:
     table.add_row("Triton", here["triton"] or "not installed")
     for device, name in here["devices"].items():
         table.add_row(device, name)
-    table.add_row("C++ library", ops.cpu_library())
-    table.add_row("CUDA library", ops.cuda_library())
-    table.add_row("Not yet measured", f"{' and '.join(ops.UNMEASURED)}, on any GPU")
+    table.add_row("C++ library", backends.cpu_library())
+    table.add_row("CUDA library", backends.cuda_library())
+    table.add_row("Not yet measured", f"{' and '.join(backends.UNMEASURED)}, on any GPU")
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")
     for device in device_types():
-        for backend, reason in ops.backends(device).items():
+        for backend, reason in backends.availability(device).items():
             table.add_row(backend, device, "no" if reason else "yes", reason)
     console.print(table)
 

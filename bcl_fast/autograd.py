@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from . import ops
+from . import operators, owners
+from .backends import GENERAL
+from .structures import Observed, Statistics
 
 
 class _Once(torch.autograd.Function):
@@ -23,13 +27,21 @@ class _Once(torch.autograd.Function):
         )
 
 
+class _Saved(NamedTuple):
+    """What a forward keeps for its backward."""
+
+    x: Tensor  # [B, N]
+    weight: Tensor | None  # [D, N], where x needs a gradient
+    observed: Observed
+    statistics: Statistics
+
+
 class MaskedLinear(torch.autograd.Function):
     """The output of a linear layer, already computed, with the backward that gives each feature what it won.
 
     x [B, N], weight [D, N], bias [D] or None receive gradients. shifted is W + O [D, N] in offset space, else None;
-    activation [B, D] is the product, mask and winner are G (see `ops.statistics_`), dtype is that of output and
-    gradients' products, moves is how often the weight had moved, and pending is what the backward hands to the layer
-    for its pull: ticket, then all but x.
+    activation [B, D] is the product, dtype is that of the output and of the gradients' products, moves is how often the
+    weight had moved. What follows are the fields of `Observed` and of `Statistics`, one by one: autograd saves tensors.
     """
 
     @staticmethod
@@ -40,52 +52,63 @@ class MaskedLinear(torch.autograd.Function):
         bias: Tensor | None,
         shifted: Tensor | None,
         activation: Tensor,
-        mask: Tensor,
-        winner: Tensor,
         dtype: torch.dtype,
         gradient_mask: str,
         backend: str,
         moves: int,
-        *pending: Tensor,
+        observed_activation: Tensor | None,
+        observed_neighbors: Tensor | None,
+        *statistics: Tensor,
     ) -> Tensor:
         # The weight is needed for dX alone; without it a second backward works after the pull changed it.
         kept = (weight if shifted is None else shifted) if x.requires_grad else None
-        ctx.save_for_backward(x, kept, mask, winner, *pending)
+        ctx.save_for_backward(x, kept, observed_activation, observed_neighbors, *statistics)
         ctx.dtype, ctx.gradient_mask, ctx.backend = dtype, gradient_mask, backend
         ctx.weight_dtype, ctx.compiled = weight.dtype, torch.compiler.is_compiling()
         # What is saved may come back copied (save_on_cpu) or made anew (checkpoint); this forward's own ticket may not.
-        ctx.ticket, ctx.moves, ctx.weight = (None, 0, None) if ctx.compiled else (pending[0], moves, weight)
+        ticket = Statistics(*statistics).ticket
+        ctx.ticket, ctx.moves, ctx.weight = (None, 0, None) if ctx.compiled else (ticket, moves, weight)
         return activation.to(dtype) if activation.dtype != dtype else activation.detach()
 
     @staticmethod
     def backward(ctx, grad_output: Tensor):
-        saved = ctx.saved_tensors  # once: checkpoint gives them away
+        x, weight, activation, neighbors, *statistics = ctx.saved_tensors  # once: checkpoint gives them away
+        saved = _Saved(x, weight, Observed(activation, neighbors), Statistics(*statistics))
         if ctx.compiled or not torch.is_grad_enabled():
-            return MaskedLinear._gradients(ctx, grad_output, *saved)
+            return MaskedLinear._gradients(ctx, grad_output, saved)
         with torch.no_grad():
-            gradients = MaskedLinear._gradients(ctx, grad_output, *saved)
-        origins = grad_output, saved[0], ctx.weight
+            gradients = MaskedLinear._gradients(ctx, grad_output, saved)
+        origins = grad_output, x, ctx.weight
         return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
 
     @staticmethod
-    def _gradients(
-        ctx, grad_output: Tensor, x: Tensor, weight: Tensor | None, mask: Tensor, winner: Tensor, *pending: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        ticket, *choices = pending
+    def _gradients(ctx, grad_output: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]:
+        x, weight, observed, statistics = saved
+        ticket = statistics.ticket
         if ctx.ticket is not None and ticket is not ctx.ticket:
-            ops.require_still(ticket, ctx.ticket, ctx.moves)
+            owners.require_still(ticket, ctx.ticket, ctx.moves)
             ticket = ctx.ticket
-        bypass = not ctx.compiled and ops.can_bypass_dispatcher(grad_output)
+        bypass = not ctx.compiled and operators.can_bypass_dispatcher(grad_output)
         # autograd.grad(is_grads_batched=True) brings several gradients as one, which has no memory of its own.
         batched = bypass and torch._C._functorch.is_legacy_batchedtensor(grad_output)
         # With retain_graph=True the mask is read again.
         reuse = bypass and not batched and not torch._C._autograd._get_current_graph_task_keep_graph()
-        masked, bias_gradient = ops.operator("masked_gradient", grad_output)(
-            grad_output, mask, winner, ctx.gradient_mask, ctx.dtype, [ticket, x, *choices], ctx.compiled, reuse,
-            ops.GENERAL if batched else ctx.backend,
-        )  # fmt: skip
-        with ops.no_autocast(x.device.type):
+        masked, bias_gradient = operators.operator("masked_gradient", grad_output)(
+            grad_output,
+            statistics.mask,
+            statistics.winner,
+            ctx.gradient_mask,
+            ctx.dtype,
+            ctx.compiled,
+            reuse,
+            GENERAL if batched else ctx.backend,
+            ticket,
+            *observed,
+            *statistics.pull(x),
+        )
+        with operators.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
             weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)
         bias_gradient = bias_gradient.to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
-        return x_gradient, weight_gradient, bias_gradient, *[None] * (8 + len(pending))
+        others = len(ctx.needs_input_grad) - 3
+        return x_gradient, weight_gradient, bias_gradient, *[None] * others

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import backends, operators
 from .layer import BCLLayer, ranks
 from .spec import check_number
 
@@ -113,7 +113,7 @@ class GraphedStep:
         """One step on the inputs that lie there, whatever the mode of who asks for it."""
         self._optimizer.zero_grad(set_to_none=True)
         torch.clear_autocast_cache()  # around us may be an autocast that keeps the casts of the step before
-        with ops.no_autocast(self._device.type):
+        with operators.no_autocast(self._device.type):
             loss = self._loss_function(self._model, *self._inputs)
         torch.clear_autocast_cache()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
@@ -280,8 +280,8 @@ def _checked(model: Any, loss_function: Any, optimizer: Any, examples: tuple[Any
 
 def _check_layer(path: str, layer: BCLLayer, optimizer: torch.optim.Optimizer) -> None:
     name = f"model.{path}" if path else "model"
-    if layer.backend not in ops.REFRESH:
-        allowed = " or ".join(map(repr, ops.REFRESH))
+    if layer.backend not in backends.REFRESH:
+        allowed = " or ".join(map(repr, backends.REFRESH))
         raise ValueError(f"{name} must have the backend {allowed}, which count on the device, got {layer.backend!r}")
     if layer.bound_optimizer not in (None, optimizer):
         got = type(layer.bound_optimizer).__name__

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import native
-from .norms import shortened, with_norms
+from .norms import with_norms
+from .structures import Competition, Pull
 
 PANEL = 1 << 19  # similarities held at once by the neighbor search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
@@ -82,21 +83,22 @@ def competition(
     forces: str,
     rescue_onset: float,
     pull_onset: float,
-) -> tuple[Tensor, ...]:
+) -> Competition:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
     activation, neighbors, x = _rows(activation), neighbors.contiguous(), _rows(x.to(activation.dtype))
     (B, D), (features, k) = activation.shape, neighbors.shape
     if not 1 <= D == features or k < 1 or neighbors.dtype != torch.int64:
         raise native.bad_neighbors(neighbors, D)
     floats, indices = activation.new_empty, neighbors.new_empty
-    results = (
-        floats(B, D), floats(B), floats(D), floats(D), indices(B), indices(B, k), floats(B, k), floats(B), floats(B),
-        floats(D), floats(D),
-    )  # fmt: skip
+    rank_score, novelty, win_rate, winner = floats(B, D), floats(D), floats(D), indices(B)
+    per_pair, per_sample, per_feature = (indices(B, k), floats(B, k)), (floats(B), floats(B)), (floats(D), floats(D))
+    found = Competition(rank_score, novelty, win_rate, winner, *per_pair, *per_sample, *per_feature)
+    coverage = floats(B)
+    score, *others = (tensor.data_ptr() for tensor in found)
     _call("competition", activation.dtype, activation.data_ptr(), activation.stride(0), B, D, neighbors.data_ptr(), k,
           temperature, x.data_ptr(), x.stride(0), x.shape[1], forces == "coupled", rescue_onset, pull_onset,
-          *(tensor.data_ptr() for tensor in results))  # fmt: skip
-    return results
+          score, coverage.data_ptr(), *others)  # fmt: skip
+    return found
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
@@ -132,83 +134,53 @@ def selection(
 
 
 def _targets(
-    destination: Tensor,
-    pulled: tuple[Tensor, Tensor | None, Tensor, float] | None,
-    x: Tensor,
-    pair_feature: Tensor,
-    pair_pull: Tensor,
-    rescue_rows: Tensor,
-    rescue_weight: Tensor,
-    winner_share: Tensor,
+    destination: Tensor, pulled: tuple[Tensor, Tensor | None, float] | None, pull: Pull, rescued: bool = True
 ) -> None:
-    """Targets into destination [D, N], or, given (weight, offset, som_strength, som_lr), a pull of it."""
-    x = _rows(x.to(destination.dtype))
+    """Targets into destination [D, N], of winners alone unless `rescued`; given (weight, offset, som_lr), a pull."""
+    x = _rows(pull.x.to(destination.dtype))
     (B, N), D = x.shape, destination.shape[0]
-    pairs = pair_feature.contiguous(), pair_pull.contiguous()
-    rescue = rescue_rows.contiguous(), rescue_weight.contiguous()
-    k, r = pairs[0].shape[1], rescue[0].shape[1]
-    weight, offset, som_strength, som_lr = pulled or (None, None, None, 0.0)
+    pairs = pull.pair_feature.contiguous(), pull.pair_pull.contiguous()
+    rescue = pull.rescue_rows.contiguous(), pull.rescue_weight.contiguous()
+    k, r = pairs[0].shape[1], rescue[0].shape[1] if rescued else 0
+    winner_share, som_strength = (
+        pull.winner_share.contiguous(),
+        None if pulled is None else pull.som_strength.contiguous(),
+    )
+    weight, offset, som_lr = pulled or (None, None, 0.0)
     refused = _call(
         "targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(native.pointer, pairs), k,
         *map(native.pointer, rescue), r, winner_share.data_ptr(), native.pointer(weight), native.pointer(offset),
         destination.data_ptr(), N, native.pointer(som_strength), som_lr,
     )  # fmt: skip
     if refused == BAD_PAIR_FEATURE:
-        raise _outside("pair_feature", pair_feature, D)
+        raise _outside("pair_feature", pull.pair_feature, D)
     if refused == BAD_RESCUE_ROW:
-        raise _outside("rescue_rows", rescue_rows, B)
+        raise _outside("rescue_rows", pull.rescue_rows, B)
 
 
-def targets(
-    x: Tensor,
-    pair_feature: Tensor,
-    pair_pull: Tensor,
-    rescue_rows: Tensor,
-    rescue_weight: Tensor,
-    winner_share: Tensor,
-    target_projection: str,
-) -> Tensor:
-    """Stage `targets_pull`, its first half (sums of step 9a, step 10): som_target [D, N]."""
-    target = x.new_empty(winner_share.shape[0], x.shape[1], dtype=winner_share.dtype)
-    if rescue_rows.shape[1] < x.shape[0]:
-        _targets(target, None, x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share.contiguous())
-    else:  # all of the batch: a product is faster than a sum of rows
-        none = rescue_rows[:, :0], rescue_weight[:, :0]
-        _targets(target, None, x, pair_feature, pair_pull, *none, winner_share.contiguous())
-        pull = torch.empty_like(rescue_weight).scatter_(1, rescue_rows, rescue_weight * (1 - winner_share)[:, None])
-        target.addmm_(pull, x.to(target.dtype))
-    if target_projection == "none":
-        return target
-    mean = target.mean(dim=0)
-    if target_projection == "centered":
-        return target.sub_(mean)
-    mean = shortened(mean)  # its length does not matter
-    square = mean @ mean
-    return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
+def targets(pull: Pull) -> Tensor:
+    """Stage `targets` (sums of step 9a, step 10): som_target [D, N]."""
+    x, rows, share = pull.x, pull.rescue_rows, pull.winner_share
+    target = x.new_empty(share.shape[0], x.shape[1], dtype=share.dtype)
+    few = rows.shape[1] < x.shape[0]
+    _targets(target, None, pull, rescued=few)
+    if not few:  # all of the batch: a product is faster than a sum of rows
+        dense = torch.empty_like(pull.rescue_weight).scatter_(1, rows, pull.rescue_weight * (1 - share)[:, None])
+        target.addmm_(dense, x.to(target.dtype))
+    return target
 
 
-def targets_pull_(
-    weight: Tensor,
-    som_offset: Tensor | None,
-    som_strength: Tensor,
-    som_lr: Tensor,
-    x: Tensor,
-    *choices: Tensor | str,
-) -> None:
-    """Stage `targets_pull_` (steps 9a, 10 and 13), in place on weight, or on som_offset where there is one."""
+def targets_pull_(weight: Tensor, som_offset: Tensor | None, som_lr: Tensor, pull: Pull) -> None:
+    """Stage `targets_pull_` (sums of step 9a, steps 10 and 13), in place on weight or, if given, som_offset."""
     destination = weight if som_offset is None else som_offset
-    *tensors, target_projection = choices
-    rescue_rows = tensors[2]
     both = (weight,) if som_offset is None else (weight, som_offset)
-    if target_projection == "none" and rescue_rows.shape[1] < x.shape[0] and all(t.is_contiguous() for t in both):
-        *lists, winner_share = tensors
-        pulled = weight, som_offset, som_strength.contiguous(), float(som_lr)
-        _targets(destination, pulled, x, *lists, winner_share.contiguous())
+    if pull.rescue_rows.shape[1] < pull.x.shape[0] and all(tensor.is_contiguous() for tensor in both):
+        _targets(destination, (weight, som_offset, float(som_lr)), pull)
         return
-    increment = targets(x, *choices).sub_(weight)
+    increment = targets(pull).sub_(weight)
     if som_offset is not None:
         increment.sub_(som_offset)
-    destination.addcmul_(increment.mul_(som_strength[:, None]), som_lr)
+    destination.addcmul_(increment.mul_(pull.som_strength[:, None]), som_lr)
 
 
 def gradient(

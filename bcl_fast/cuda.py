@@ -1,19 +1,22 @@
 """The stages in CUDA C++ for which Triton does not reach the hardware (csrc/cuda): float32, any shape, any strides.
 
-The functions, their arguments and their results are those of the stages in `reference`; `ops.CUDA_SERVES` says which
-calls come here. Nothing waits for the device.
+The functions, their arguments and their results are those of the stages in `reference`; `why_not` says which
+calls do not come here. Nothing waits for the device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native
+from .structures import Competition
 
 KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}  # of ranks
 
@@ -53,6 +56,56 @@ def missing(device_type: str) -> str | None:
     return "its CUDA C++ library runs " + ("on the host, for tests" if on_host else "on GPUs only")
 
 
+# Stage -> the fewest samples and features from which on this library serves it; below, Triton does. Not yet measured:
+# by arithmetic (bench/LOG.md) the library is ahead at every size.
+MIN_SIZE = {"competition": (1, 2), "selection": (1, 2), "rank": (1, 2)}
+MAX_RESCUE_K = 32  # samples of a feature that the selection's kernels keep at hand
+
+
+def why_not(stage: str, arguments: tuple[Any, ...]) -> str | None:
+    """None where this library serves a call of a stage with these arguments, else the reason."""
+    return WHY_NOT[stage](*arguments)
+
+
+def _too_small(stage: str, matrix: Tensor) -> str | None:
+    (B, D), (samples, features) = matrix.shape, MIN_SIZE[stage]
+    return (
+        None if B >= samples and D >= features else f"Triton is faster below {samples} samples or {features} features"
+    )
+
+
+def _why_not_competition(activation: Tensor, *_: Any) -> str | None:
+    return _too_small("competition", activation)
+
+
+def _why_not_selection(
+    activation: Tensor,
+    bias: Tensor | None,
+    x_inverse_norm: Tensor,
+    weight_inverse_norm: Tensor | None,
+    need: Tensor | None,
+    affinity_rule: str,
+    rescue_weighting: str,
+    rescue_k: int,
+) -> str | None:
+    if affinity_rule != "rank":
+        return f"it selects by rank alone, not by {affinity_rule}"
+    if not 0 < rescue_k <= MAX_RESCUE_K:
+        return f"it selects 1 to {MAX_RESCUE_K} samples a feature, not {rescue_k or 'all'}"
+    return _too_small("selection", activation)
+
+
+def _why_not_rank(key: Tensor, *_: Any) -> str | None:
+    return _too_small("rank", key)
+
+
+WHY_NOT: dict[str, Callable[..., str | None]] = {
+    "competition": _why_not_competition,
+    "selection": _why_not_selection,
+    "rank": _why_not_rank,
+}
+
+
 @functools.lru_cache(maxsize=4096)
 def _bytes(stage: str, index: int | None, sizes: tuple[int, ...], form: tuple[int, ...]) -> ctypes.c_size_t:
     """The scratch memory of a stage for these sizes, device and form; 0 until the library was asked."""
@@ -90,7 +143,7 @@ def competition(
     forces: str,
     rescue_onset: float,
     pull_onset: float,
-) -> tuple[Tensor, ...]:
+) -> Competition:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
 
     What no operator returns, such as coverage and need, lies where the scratch memory begins.
@@ -107,9 +160,9 @@ def competition(
                     rescue_onset, pull_onset, rank_score.data_ptr(), winner.data_ptr(), pair_feature.data_ptr(),
                     pair_pull.data_ptr(), winner_share.data_ptr(), som_strength.data_ptr())  # fmt: skip
     rest = scratch.numel() - 3 * B - 2 * D
-    coverage, novelty, win_rate, x_inverse_norm, need, _ = scratch.split_with_sizes((B, D, D, B, B, rest))
-    return (rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need,
-            winner_share, som_strength)  # fmt: skip
+    _, novelty, win_rate, x_inverse_norm, need, _ = scratch.split_with_sizes((B, D, D, B, B, rest))
+    pairs = pair_feature, pair_pull
+    return Competition(rank_score, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength)
 
 
 def selection(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops, state
+from . import backends, counters, operators, state
 from .autograd import MaskedLinear
 from .pulls import LOW_PRECISION, Pulls, ranks
 from .spec import BCLConfig, check_number
 from .state import Written
+from .structures import Observed, Statistics
 
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
@@ -70,7 +70,7 @@ class BCLLayer(nn.Linear):
         if dtype not in FLOATING:
             raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATING))}, got {dtype!r}")
         config = (config or BCLConfig()).replace(**options)
-        ops.resolve_backend(fused, backend, "meta")  # its errors come before anything is built
+        backends.resolve_backend(fused, backend, "meta")  # its errors come before anything is built
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._config, self._som_lr, self._requested = config, config.som_lr, (fused, backend)
         self.frozen = False
@@ -162,15 +162,16 @@ class BCLLayer(nn.Linear):
         self._written = Written(refreshed_at=self._refreshed_at)
         self._choose_backend()
         self._pulls = Pulls(self)
+        self._options = self._config.statistics
         self._observers: tuple[Callable[[Any], None], ...] = ()
         self._warming_up = False  # for a capture, which must find everything compiled
         self._pulls.attach(self.weight)
 
     def _choose_backend(self) -> None:
         weight = self.weight
-        self._backend = ops.resolve_backend(*self._requested, weight.device.type, weight.dtype)
+        self._backend = backends.resolve_backend(*self._requested, weight.device.type, weight.dtype)
         # som_lr where the pull reads it: a CUDA graph then follows a schedule, as long as the tensor is the same one.
-        kind = dict(dtype=ops.exact(weight.dtype), device=weight.device)
+        kind = dict(dtype=operators.exact(weight.dtype), device=weight.device)
         cell = self.__dict__.get("_som_lr_cell")
         if cell is None or dict(dtype=cell.dtype, device=cell.device) != kind:
             with torch.inference_mode(False):  # else nobody could set it later
@@ -192,7 +193,7 @@ class BCLLayer(nn.Linear):
             self._trust_state()
         return self
 
-    _RUNTIME = ("_backend", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up")
+    _RUNTIME = ("_backend", "_options", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in self._RUNTIME}
@@ -253,21 +254,18 @@ class BCLLayer(nn.Linear):
             self._pulls.received = True
             return self._linear(input, weight, bias, offset)
         x, dtype = input.reshape(-1, self.in_features), _product_dtype(weight)
-        with ops.no_autocast(input.device.type):
+        with operators.no_autocast(input.device.type):
             with torch.no_grad():
                 shifted = None if offset is None else weight + offset
                 effective_weight = weight if shifted is None else shifted
                 if x.dtype == weight.dtype == dtype and dtype not in LOW_PRECISION:
                     activation = F.linear(x, effective_weight, bias)
                 else:
-                    activation = ops.operator("product", x)(x, effective_weight, bias, dtype)
-                mask, winner, *pending = self._statistics(x, effective_weight, bias, activation, compiling)
-                if self._observers:
-                    pending += [activation.clone(), self.neighbors.clone()]
-            output = MaskedLinear.apply(
-                x, weight, bias, shifted, activation, mask, winner, dtype, self._config.gradient_mask, self._backend,
-                moves, *pending,
-            )  # fmt: skip
+                    activation = operators.operator("product", x)(x, effective_weight, bias, dtype)
+                statistics = self._statistics(x, effective_weight, bias, activation, compiling)
+                observed = Observed(activation.clone(), self.neighbors.clone()) if self._observers else Observed()
+            options = dtype, self._config.gradient_mask, self._backend, moves
+            output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *observed, *statistics)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -310,9 +308,9 @@ class BCLLayer(nn.Linear):
 
     def _statistics(
         self, x: Tensor, effective_weight: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
-    ) -> tuple[Tensor, ...]:
-        """Steps 1 to 11 for x [B, N], the weight [D, N] that stands and activation [B, D]: see `ops.statistics_`."""
-        config, buffers = self._config, self._buffers
+    ) -> Statistics:
+        """Steps 1 to 11 of one forward, by the operator `statistics_`: x [B, N], activation [B, D]."""
+        buffers = self._buffers
         neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
         written = self._written
         if not compiling and (
@@ -325,31 +323,13 @@ class BCLLayer(nn.Linear):
             self._look_at_state(self.weight)
             neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
             written = self._written
-        found = ops.operator("statistics_", x)(
-            x,
-            effective_weight,
-            bias,
-            activation,
-            neighbors,
-            step,
-            refreshed_at,
-            self._pulls.ticket,
-            config.recompute_every,
-            config.temperature,
-            config.affinity,
-            config.need_weighting,
-            config.rescue_weighting,
-            config.rescue_k,
-            config.forces,
-            config.gradient_mask,
-            config.rescue_onset,
-            config.pull_onset,
-            config.check_finite,
-            self._backend,
+        state = neighbors, step, refreshed_at, self._pulls.ticket
+        found = operators.operator("statistics_", x)(
+            x, effective_weight, bias, activation, *state, self._backend, *self._options
         )
         if not compiling:
             written.neighbors_version = neighbors._version  # a refresh is our own
-        return found
+        return Statistics(*found)
 
     def _check_input(self, input: Tensor, weight: Tensor) -> None:
         if not isinstance(input, Tensor):
@@ -426,7 +406,7 @@ class BCLLayer(nn.Linear):
         """
         buffers, written = (self.neighbors, self.step, self._refreshed_at), self._written
         known = written.neighbors, written.step, written.refreshed_at
-        if self.weight is written.weight and all(map(operator.is_, buffers, known)):
+        if self.weight is written.weight and all(one is other for one, other in zip(buffers, known, strict=True)):
             return
         self._look_again(self.weight)
         for copy, buffer in zip(seen, (self.neighbors, self.step, self._refreshed_at), strict=True):
@@ -449,7 +429,7 @@ class BCLLayer(nn.Linear):
         While a CUDA graph is captured nothing is looked at; kernels clamp. A competition of which nobody has written
         the neighbors and the step starts afresh, with a warning; anything else that is wrong is a ValueError.
         """
-        if ops.capturing(weight.device):
+        if counters.capturing(weight.device):
             return
         written = self._written
         self._complete_state(weight)
@@ -493,7 +473,7 @@ class BCLLayer(nn.Linear):
     @property
     def _pulls_now(self) -> bool:
         # A graph reads som_lr in every replay, so that 0 at its capture decides nothing.
-        return not self.frozen and (self._som_lr > 0 or self._warming_up or ops.capturing(self.weight.device))
+        return not self.frozen and (self._som_lr > 0 or self._warming_up or counters.capturing(self.weight.device))
 
     def bind_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull once per optimizer step instead of once per backward, in a hook before that step.

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norms import shortened, with_norms
+from .norms import with_norms
 from .spec import EPS
+from .structures import Competition, Pull
 
 # Elements of one working tile: on a CPU half a level-2 cache of float32, on an accelerator enough to fill it.
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 25
@@ -99,7 +100,7 @@ def competition(
     forces: str,
     rescue_onset: float,
     pull_onset: float,
-) -> tuple[Tensor, ...]:
+) -> Competition:
     """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
     neighbors = neighbors.clamp(0, neighbors.shape[0] - 1)  # as the reference: damaged state may hold anything
     margin = _margin(activation, neighbors)
@@ -118,10 +119,8 @@ def competition(
     if pull_onset:
         som_strength.masked_fill_(~(win_rate < pull_onset), 0.0)
     x_inverse_norm, need = inverse_norm(x.to(activation.dtype)), (coverage + 1).reciprocal_()
-    return (
-        rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need, winner_share,
-        som_strength,
-    )  # fmt: skip
+    pairs = pair_feature, pair_pull
+    return Competition(rank_score, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength)
 
 
 def _descending(key: Tensor) -> Tensor:
@@ -217,39 +216,20 @@ def _rescue_target(x: Tensor, rescue_rows: Tensor, rescue_weight: Tensor) -> Ten
     return torch.empty_like(rescue_weight).scatter_(1, rescue_rows, rescue_weight) @ x
 
 
-def targets(
-    x: Tensor,
-    pair_feature: Tensor,
-    pair_pull: Tensor,
-    rescue_rows: Tensor,
-    rescue_weight: Tensor,
-    winner_share: Tensor,
-    target_projection: str,
-) -> Tensor:
-    """Stage `targets_pull`, its first half (sums of step 9a, step 10): som_target [D, N]."""
-    x = x.contiguous()
-    D = winner_share.shape[0]
-    target = _rescue_target(x, rescue_rows, rescue_weight)
-    target.lerp_(_winner_target(x, pair_feature, pair_pull, D), winner_share[:, None])
-    if target_projection == "none":
-        return target
-    mean = target.mean(dim=0)
-    if target_projection == "centered":
-        return target.sub_(mean)
-    mean = shortened(mean)  # its length does not matter
-    square = mean @ mean
-    return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
+def targets(pull: Pull) -> Tensor:
+    """Stage `targets` (sums of step 9a, step 10): som_target [D, N]."""
+    x, share = pull.x.contiguous(), pull.winner_share
+    target = _rescue_target(x, pull.rescue_rows, pull.rescue_weight)
+    return target.lerp_(_winner_target(x, pull.pair_feature, pull.pair_pull, share.shape[0]), share[:, None])
 
 
-def targets_pull_(
-    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: Tensor, *choices: Tensor | str
-) -> None:
-    """Stage `targets_pull_` (steps 9a, 10 and 13), in place on weight, or on som_offset where there is one."""
-    increment = targets(*choices).sub_(weight)
+def targets_pull_(weight: Tensor, som_offset: Tensor | None, som_lr: Tensor, pull: Pull) -> None:
+    """Stage `targets_pull_` (sums of step 9a, steps 10 and 13), in place on weight or, if given, som_offset."""
+    increment = targets(pull).sub_(weight)
     if som_offset is not None:
         increment.sub_(som_offset)
     destination = weight if som_offset is None else som_offset
-    destination.addcmul_(increment.mul_(som_strength[:, None]), som_lr)
+    destination.addcmul_(increment.mul_(pull.som_strength[:, None]), som_lr)
 
 
 def gradient(

@@ -6,37 +6,17 @@ import functools
 import sys
 import warnings
 import weakref
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import backends, counters, operators, owners
 from .rounding import add_rounded_
+from .structures import PendingPull, Pull
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 PATIENCE = 20  # times in a row that something may happen before a warning: a scaler skips steps at first
-
-
-@dataclass
-class PendingPull:
-    """What one forward leaves for its pull: the input, the choices, and the marks that go with them."""
-
-    ticket: Tensor  # int64 scalar on the host: see ops.register_owner
-    x: Tensor  # [B, N]
-    pair_feature: Tensor  # [B, k]
-    pair_pull: Tensor  # [B, k]
-    rescue_rows: Tensor  # [D, r]
-    rescue_weight: Tensor  # [D, r]
-    winner_share: Tensor  # [D]
-    som_strength: Tensor  # [D]
-    activation: Tensor | None = None  # [B, D], where somebody observes
-    neighbors: Tensor | None = None  # [D, k], likewise
-
-    @property
-    def choices(self) -> tuple[Tensor, ...]:
-        return self.pair_feature, self.pair_pull, self.rescue_rows, self.rescue_weight, self.winner_share
 
 
 class _Backward:
@@ -66,7 +46,7 @@ class Pulls:
 
     def __init__(self, layer: nn.Linear) -> None:
         self._layer = weakref.ref(layer)
-        self.ticket = ops.register_owner(self)
+        self.ticket = owners.register_owner(self)
         self.moves = 0  # how often a pull has moved the weight or its offset
         self._running: dict[int, weakref.ref[_Backward]] = {}
         # Of reentrant checkpointing, since the last move: first passes, pulls of their recomputation, and the versions
@@ -118,29 +98,29 @@ class Pulls:
                 self._running = {t: reference for t, reference in self._running.items() if reference() is not None}
             backward = _Backward()
             self._running[task] = weakref.ref(backward)
-            end = functools.partial(self._end, task, backward, ops.capturing(weight.device))
+            end = functools.partial(self._end, task, backward, counters.capturing(weight.device))
             torch.autograd.Variable._execution_engine.queue_callback(end)
         return backward
 
-    def receive(self, pending: list[Tensor], compiled: bool) -> None:
-        """Called by the backward of each forward with the fields of its PendingPull (see `ops.masked_gradient`)."""
+    def receive(self, pending: PendingPull, compiled: bool) -> None:
+        """Called by the backward of each forward (see `operators.masked_gradient`)."""
         layer = self._layer()
         if layer is None:
             return
         weight = layer._parameters["weight"]  # past nn.Module's slow look-up, as below
         if self.kept is not None:
             self._look_after_kept(weight)
-        if layer._observers and ops.capturing(weight.device):
+        if layer._observers and counters.capturing(weight.device):
             raise RuntimeError("observe() cannot look into a CUDA graph: leave its block before the capture")
-        backward = self._backward(torch._C._current_graph_task_id(), weight)
+        backward = self._backward(owners.running_backward(), weight)
         if compiled:
             if backward.arrived or backward.pulled:
                 raise RuntimeError(
                     "under torch.compile one forward of a BCLLayer per backward is supported, got a second"
                 )
             # The compiled backward reuses its buffers for other values after this call.
-            pending[1:] = [tensor.clone() for tensor in pending[1:]]
-        backward.arrived.append(PendingPull(*pending))
+            pending = pending._replace(pull=Pull(*(tensor.clone() for tensor in pending.pull)))
+        backward.arrived.append(pending)
         self.received = True
         self.attach(weight)
 
@@ -149,8 +129,8 @@ class Pulls:
 
         It is where a forward of an autograd function, by whatever library, has called it.
         """
-        task = torch._C._current_graph_task_id()
-        if task != ops.NO_BACKWARD:  # a checkpoint inside another, of which the recomputation runs
+        task = owners.running_backward()
+        if task != owners.NO_BACKWARD:  # a checkpoint inside another, of which the recomputation runs
             self._backward(task, weight)
             return
         frame = sys._getframe(2)
@@ -218,7 +198,7 @@ class Pulls:
                 try:
                     owner._consume(weight)
                 except BaseException:  # whose traceback may live on, and with it the record of this backward
-                    owner._running.pop(torch._C._current_graph_task_id(), None)
+                    owner._running.pop(owners.running_backward(), None)
                     raise
 
         handle = weight.register_post_accumulate_grad_hook(consume)
@@ -245,7 +225,7 @@ class Pulls:
 
     def _consume(self, weight: Tensor) -> None:
         """Pull once with what the running backward brought, or keep it for the bound optimizer's step."""
-        layer, task = self._layer(), torch._C._current_graph_task_id()
+        layer, task = self._layer(), owners.running_backward()
         if layer is None or layer._parameters["weight"] is not weight:
             return
         backward = self._alive(task)
@@ -312,24 +292,23 @@ class Pulls:
                 return self._pull(layer, weight, pulls)
         offset, step, last = layer._buffers["som_offset"], layer._buffers["step"], pulls[-1]
         observers, record = layer._observers, None
-        if observers and last.activation is not None:
-            state = weight, offset, layer.bias, last.activation, last.neighbors, layer.config
-            record = ops.record(ops.read_counter(step), last.x, *state)
+        if observers and last.observed.activation is not None:
+            state = weight, offset, layer.bias, *last.observed, layer.config
+            record = backends.record(counters.read_counter(step), last.pull.x, *state)
         self._arrived, pulls_now = True, layer._pulls_now
         if pulls_now and ranks() > 1:
             self._warn_once("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift")
         if pulls_now and self._optimizer is None and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
-            choices = *last.choices, layer._config.target_projection, layer._backend
-            forces = last.som_strength, layer._som_lr_cell
-            ops.operator("targets_pull_", weight)(weight, offset, step, *forces, last.x, *choices)
+            options = layer._som_lr_cell, layer._config.target_projection, layer._backend
+            operators.operator("targets_pull_", weight)(weight, offset, step, *options, *last.pull)
             self._moved()
         else:
             if pulls_now:
-                for pull in pulls:
-                    self._average(layer, pull)
+                for pending in pulls:
+                    self._average(layer, pending.pull)
                 if self._optimizer is None:
                     self._apply_average(layer, found_inf=None)
-            ops.advance_(step, layer._backend)
+            counters.advance_(step, layer._backend)
         layer._written.step_version = step._version
         if record is not None:
             for observer in observers:
@@ -340,12 +319,12 @@ class Pulls:
         self._first_passes = self._recomputed = 0
         self._steps.clear()
 
-    def _average(self, layer: nn.Linear, pull: PendingPull) -> None:
+    def _average(self, layer: nn.Linear, pull: Pull) -> None:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""
         weight = layer.weight
-        choices = *pull.choices, layer._config.target_projection, layer._backend
-        increment = ops.operator("som_increment", weight)(weight, layer.som_offset, pull.som_strength, pull.x, *choices)
-        captured = ops.capturing(weight.device)
+        options = layer._config.target_projection, layer._backend
+        increment = operators.operator("som_increment", weight)(weight, layer.som_offset, *options, *pull)
+        captured = counters.capturing(weight.device)
         kept = self.kept or _Kept(torch.zeros_like(increment), 0, captured)
         self._require_same_side(kept, captured)
         total = kept.samples + pull.x.shape[0]
@@ -367,7 +346,7 @@ class Pulls:
         kept, self.kept = self.kept, None
         if kept is None or not layer._pulls_now:
             return
-        self._require_same_side(kept, ops.capturing(layer.weight.device))
+        self._require_same_side(kept, counters.capturing(layer.weight.device))
         increment = kept.mean.mul_(layer._som_lr_cell)
         if found_inf is not None:  # not a product: what overflowed may have made the increment NaN
             increment = torch.where(found_inf > 0, 0.0, increment)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .norms import power_of_two, shortened
 from .spec import EPS, BCLConfig
+from .structures import Competition, Pull
 
 
 def inverse_norm(rows: Tensor) -> Tensor:
@@ -243,11 +244,6 @@ def som_increment(weight: Tensor, som_target: Tensor, som_strength: Tensor) -> T
 
 # --- The stages: what every backend offers under these names and signatures ------------------------------------------
 
-COMPETITION = (  # what the stage `competition` returns
-    "rank_score", "coverage", "novelty", "win_rate", "winner", "pair_feature", "pair_pull", "x_inverse_norm", "need",
-    "winner_share", "som_strength",
-)  # fmt: skip
-
 
 def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
     """Stage `neighbors` (step 1): weight [D, N] -> [D, min(neighborhood_k, D - 1)] int64."""
@@ -262,24 +258,29 @@ def competition(
     forces: str,
     rescue_onset: float,
     pull_onset: float,
-) -> tuple[Tensor, ...]:
-    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
+) -> Competition:
+    """Stage `competition` (steps 2 to 8, and what follows from them for a sample or for a feature).
 
-    activation [B, D], neighbors [D, k], x [B, N]; forces and onsets: SPEC section 3. Returns, in the order of
-    `COMPETITION`: rank_score [B, D]; coverage [B]; novelty, win_rate [D]; winner [B] int64; pair_feature [B, k] int64,
-    the winner's neighbors, and pair_pull [B, k], the rank_score * local_novelty of each; x_inverse_norm and need [B]
-    of step 9b; winner_share [D] of step 10 and som_strength [D] of step 11. A neighbor that is no feature, as damaged
-    state may hold it, counts as the nearest index that is one.
+    activation [B, D], neighbors [D, k], x [B, N]; forces and onsets are the options of SPEC section 3. A neighbor that
+    is no feature, as damaged state may hold it, counts as the nearest index that is one.
     """
     neighbors = features(neighbors)
     m = margin(strength(activation), neighbors)
     R = rank_score(m, temperature)
     coverage, rate, w = image_coverage(R), win_rate(R), winner(m)
     novelty, pair_feature = feature_novelty(R, coverage), neighbors[w]
-    pair_pull = (R * local_novelty(R, neighbors)).gather(1, pair_feature)
-    per_sample = inverse_norm(x.to(activation.dtype)), image_need(coverage)
-    per_feature = winner_share(rate, novelty, forces, rescue_onset), som_strength(rate, novelty, forces, pull_onset)
-    return R, coverage, novelty, rate, w, pair_feature, pair_pull, *per_sample, *per_feature
+    return Competition(
+        rank_score=R,
+        novelty=novelty,
+        win_rate=rate,
+        winner=w,
+        pair_feature=pair_feature,
+        pair_pull=(R * local_novelty(R, neighbors)).gather(1, pair_feature),
+        x_inverse_norm=inverse_norm(x.to(activation.dtype)),
+        need=image_need(coverage),
+        winner_share=winner_share(rate, novelty, forces, rescue_onset),
+        som_strength=som_strength(rate, novelty, forces, pull_onset),
+    )
 
 
 def selection(
@@ -302,37 +303,24 @@ def selection(
     return rows, rescue_weight(weighted, rows, rescue_weighting)
 
 
-def targets(
-    x: Tensor,
-    pair_feature: Tensor,
-    pair_pull: Tensor,
-    rescue_rows: Tensor,
-    rescue_weight: Tensor,
-    winner_share: Tensor,
-    target_projection: str,
-) -> Tensor:
-    """Stage `targets_pull`, its first half (sums of step 9a, step 10): x [B, N] and the choices -> som_target [D, N].
-
-    pair_feature [B, k] int64 are the neighbors of each sample's winner, pair_pull [B, k] their weights; rescue_rows
-    [D, r] int64 and rescue_weight [D, r] come from `selection`; winner_share [D].
-    """
-    B, D = x.shape[0], winner_share.shape[0]
-    pull = torch.zeros(B, D, dtype=pair_pull.dtype, device=x.device).scatter_(1, pair_feature, pair_pull)
-    toward_won = winner_target(pull / (pull.sum(dim=0) + EPS), x)
-    toward_rescued = rescue_target(rescue_pull(rescue_rows, rescue_weight, B), x)
-    return project(som_target(toward_won, toward_rescued, winner_share), target_projection)
+def targets(pull: Pull) -> Tensor:
+    """Stage `targets` (sums of step 9a, step 10): som_target [D, N], in the dtype of the statistics."""
+    x, (B, D) = pull.x, (pull.x.shape[0], pull.winner_share.shape[0])
+    pairs = torch.zeros(B, D, dtype=pull.pair_pull.dtype, device=x.device)
+    pairs.scatter_(1, pull.pair_feature, pull.pair_pull)
+    toward_won = winner_target(pairs / (pairs.sum(dim=0) + EPS), x)
+    toward_rescued = rescue_target(rescue_pull(pull.rescue_rows, pull.rescue_weight, B), x)
+    return som_target(toward_won, toward_rescued, pull.winner_share)
 
 
-def targets_pull_(
-    weight: Tensor, som_offset: Tensor | None, som_strength: Tensor, som_lr: Tensor, *choices: Tensor | str
-) -> None:
-    """Stage `targets_pull_` (steps 9a, 10 and 13), in place on weight [D, N] or, if there is one, som_offset.
+def targets_pull_(weight: Tensor, som_offset: Tensor | None, som_lr: Tensor, pull: Pull) -> None:
+    """Stage `targets_pull_` (sums of step 9a, steps 10 and 13), in place on weight [D, N], or on som_offset, if any.
 
-    `choices` are the arguments of `targets`; som_strength [D], som_lr a scalar in the dtype of the weight.
+    som_lr is a scalar in the dtype of the weight; the targets are not projected.
     """
     effective_weight = weight if som_offset is None else weight + som_offset
     destination = weight if som_offset is None else som_offset
-    destination.addcmul_(som_increment(effective_weight, targets(*choices), som_strength), som_lr)
+    destination.addcmul_(som_increment(effective_weight, targets(pull), pull.som_strength), som_lr)
 
 
 def gradient(

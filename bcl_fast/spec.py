@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import numbers
@@ -95,6 +96,11 @@ class BCLConfig:
             put(name, check_number(name, getattr(self, name), low=low, integer=True))
 
     @property
+    def statistics(self) -> StatisticsOptions:
+        """The options that the statistics of a forward depend on, in the order of their fields here."""
+        return StatisticsOptions(*(getattr(self, name) for name in StatisticsOptions._fields))
+
+    @property
     def couples(self) -> bool:
         """Whether the gradient mask depends on the whole batch (`coupled` of SPEC section 3, unless G is replaced)."""
         return self.forces == "coupled" and self.gradient_mask == "soft"
@@ -121,3 +127,9 @@ class BCLConfig:
         """One of `PRESETS` by name, with `options` changed on top."""
         check_choice("preset", name, tuple(PRESETS))
         return cls.from_dict({**PRESETS[name], **options})
+
+
+# What the layer applies by itself: its state, its pull, its ranks. The statistics of a forward depend on the rest.
+_OF_THE_LAYER = ("som_lr", "neighborhood_k", "target_projection", "som_space", "sync")
+STATISTICS_FIELDS = tuple(field for field in dataclasses.fields(BCLConfig) if field.name not in _OF_THE_LAYER)
+StatisticsOptions = collections.namedtuple("StatisticsOptions", [field.name for field in STATISTICS_FIELDS])

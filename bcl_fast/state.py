@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import counters, operators
 
 WIDENED = (torch.int32, torch.int16, torch.int8, torch.uint8)  # the same numbers as in int64
 Kind = tuple[tuple[int, ...], torch.dtype]
@@ -76,7 +76,7 @@ def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong |
             f"neighbors must be, for each feature, {k} different others of 0 .. {D - 1}, "
             f"got {neighbors[feature].tolist()} for feature {feature}",
         )
-    if not 0 <= now < ops.MAX_STEPS:
+    if not 0 <= now < counters.MAX_STEPS:
         return Wrong("step", f"step must be >= 0 and < 2^40, got {now}")
     if not all_finite:
         place = (~som_offset.isfinite()).nonzero()[0].tolist()
@@ -86,7 +86,7 @@ def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong |
 
 def has_numbers(tensor: Tensor) -> bool:
     """Whether a tensor can be looked at: one of the meta device, or a fake, cannot."""
-    return not tensor.is_meta and type(tensor) in ops.PLAIN
+    return not tensor.is_meta and type(tensor) in operators.PLAIN
 
 
 def same_numbers(before: Tensor, after: Tensor) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .spec import PRESETS
+from .structures import Competition, Pull
 
 # Every option of SPEC section 3 away from its default at least once, by name.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -67,7 +68,7 @@ def neighbors_of(D: int, neighborhood_k: int, seed: int = 0) -> Tensor:
 
 
 def compete(
-    competition: Callable[..., tuple[Tensor, ...]],
+    competition: Callable[..., Competition],
     activation: Tensor,
     neighbors: Tensor,
     temperature: float = 5.0,
@@ -75,11 +76,10 @@ def compete(
     forces: str = "decoupled",
     rescue_onset: float = 0.0,
     pull_onset: float = 0.0,
-) -> dict[str, Tensor]:
-    """What a backend's stage `competition` returns, by name; where x [B, N] does not matter it is all ones."""
+) -> Competition:
+    """What a backend's stage `competition` returns; where x [B, N] does not matter it is all ones."""
     x = activation.new_ones(activation.shape[0], 1) if x is None else x
-    results = competition(activation, neighbors, temperature, x, forces, rescue_onset, pull_onset)
-    return dict(zip(reference.COMPETITION, results, strict=True))
+    return competition(activation, neighbors, temperature, x, forces, rescue_onset, pull_onset)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -94,3 +94,86 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
 def budget(reference32: Tensor, truth: Tensor) -> float:
     """The error allowed given the same activation: 1e-5, or twice the reference's own against float64."""
     return max(1e-5, 2 * relative_error(reference32, truth))
+
+
+# --- The exactness contract, stage by stage (SPEC section 6) ----------------------------------------------------------
+
+
+_NAMES = {  # of the results of stages that have several
+    "competition": Competition._fields,
+    "selection": ("rescue_rows", "rescue_weight"),
+    "gradient": ("masked", "bias_gradient"),
+}
+
+
+class Expected(NamedTuple):
+    """What the reference makes of the arguments of a stage, by the name of the result."""
+
+    own: dict[str, Tensor]  # in float32
+    truth: dict[str, Tensor]  # in float64
+
+
+def expected(stage: str, arguments: Sequence[Any]) -> Expected:
+    """What the reference makes of these arguments of a stage; of a stage that works in place, the change."""
+    function = getattr(reference, stage)
+    return Expected(*(_results(function, stage, arguments, dtype) for dtype in (torch.float32, torch.float64)))
+
+
+def check_stage(
+    function: Callable[..., Any], stage: str, arguments: Sequence[Any], right: Expected | None = None
+) -> dict[str, float]:
+    """Raise an AssertionError unless `function`, anybody's implementation of a stage, keeps the exactness contract.
+
+    `stage` is the name of a stage and `arguments` are its arguments as `reference` has them; `right` saves the
+    reference's own work where it is known (see `expected`). Choices must be equal bit by bit, given these arguments;
+    neighbors may fall behind by a float64 cosine of 1e-6; everything else is judged by float64 and may be off by the
+    larger of 1e-5 and twice the reference's own error. Returns those errors by the name of the result.
+    """
+    got, right = _results(function, stage, arguments, torch.float32), right or expected(stage, arguments)
+    if stage == "neighbors":
+        regret = _regret(arguments[0].double(), got[stage], right.truth[stage])
+        assert regret <= 1e-6, f"neighbors are less similar by {regret:.1e}"
+        return {stage: regret}
+    errors = {}
+    for name, reference32 in right.own.items():
+        mine, place = got[name], stage if name == stage else f"{stage} {name}"
+        if stage == "selection":
+            mine, reference32 = mine.sort(dim=1).values, reference32.sort(dim=1).values
+        if not reference32.is_floating_point() or name == "masked":
+            assert mine.equal(reference32), f"{place} differs in {int((mine != reference32).sum())} elements"
+        elif name != "pair_pull" or right.own["winner"].equal(right.truth["winner"]):  # else it is of other winners
+            errors[place] = relative_error(mine, right.truth[name])
+            assert errors[place] <= budget(reference32, right.truth[name]), f"{place} is off by {errors[place]:.1e}"
+    return errors
+
+
+def _results(
+    function: Callable[..., Any], stage: str, arguments: Sequence[Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """What a function returns, by name, for arguments cast to this dtype; of one that works in place, the change."""
+    in_place = stage.endswith("_")
+    given = [_cast(argument, dtype, copy=in_place) for argument in arguments]
+    result = function(*given)
+    if in_place:
+        changed = 0 if given[1] is None else 1  # som_offset, where there is one, else weight
+        return {stage: given[changed] - _cast(arguments[changed], dtype)}
+    results = result if isinstance(result, tuple) else (result,)
+    return dict(zip(_NAMES.get(stage, (stage,)), results, strict=True))
+
+
+def _cast(argument: Any, dtype: torch.dtype, copy: bool = False) -> Any:
+    """A floating-point tensor in this dtype, also inside a structure; anything else as it is."""
+    if isinstance(argument, Pull):
+        return Pull(*(_cast(tensor, dtype) for tensor in argument))
+    floating = isinstance(argument, Tensor) and argument.is_floating_point()
+    return argument.to(dtype, copy=copy) if floating else argument
+
+
+def _regret(weight: Tensor, chosen: Tensor, best: Tensor) -> float:
+    """By how much, at most, the cosine of a chosen neighbor [D, k] falls behind that of the best at its place."""
+    unit = weight * reference.inverse_norm(weight)[:, None]
+    regret = 0.0
+    for place in range(chosen.shape[1]):  # a [D, N] at a time
+        gap = ((unit[best[:, place]] - unit[chosen[:, place]]) * unit).sum(dim=1)
+        regret = max(regret, float(gap.max()))
+    return regret

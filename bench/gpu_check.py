@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_parts import GPU, PARTS, REHEARSAL, ROOT, Plan, units
 
-from bcl_fast import ops
+from bcl_fast import backends
 from bcl_fast.measure import prebuilt, verdicts
 from bcl_fast.measure.rows import OK
 from bcl_fast.measure.units import Record, run_all
@@ -72,8 +72,8 @@ def main() -> int:
     started = time.monotonic()
     options = parsed()
     plan = prepared(options)
-    for stage in ops.DISPATCH:
-        ops.stage(stage, "triton")  # imported once, for all children
+    for stage in backends.STAGES:
+        backends.stage(stage, "triton")  # imported once, for all children
     record = Record(options.out, options.resume)
     done = {key for key, row in record.outcomes().items() if row["status"] == OK}
     parts = [part for part in PARTS if part in options.only and part not in options.skip]

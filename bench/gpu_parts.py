@@ -23,7 +23,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from bcl_fast import BCLLayer, graphed, native, ops  # noqa: E402
+from bcl_fast import BCLLayer, backends, graphed, native  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.measure import peers, prebuilt, tools, variants, verdicts  # noqa: E402
 from bcl_fast.measure.choices import check_choices  # noqa: E402
@@ -32,10 +32,11 @@ from bcl_fast.measure.implementations import Implementation, Size, batch, build,
 from bcl_fast.measure.launches import kernels  # noqa: E402
 from bcl_fast.measure.precisions import PRECISIONS, multiplying  # noqa: E402
 from bcl_fast.measure.rows import OUT_OF_MEMORY, Row  # noqa: E402
-from bcl_fast.measure.stages import check_stage, check_stages, expected, stage_calls  # noqa: E402
+from bcl_fast.measure.stages import check_stages, stage_calls  # noqa: E402
 from bcl_fast.measure.steps import begin, race  # noqa: E402
 from bcl_fast.measure.timing import captured, interleaved, taken, window  # noqa: E402
 from bcl_fast.measure.units import FAILED, REFUSED, Refused, Unit  # noqa: E402
+from bcl_fast.testing import check_stage, expected  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Plan:
     weights: tuple[str, ...]  # of stages
     tests: dict[str, tuple[str, ...]]  # what pytest gets
     benches: dict[str, tuple[str, ...]]  # part -> one of its benches
-    backends: tuple[str, ...] = ops.ON_GPU
+    backends: tuple[str, ...] = backends.ON_GPU
     prebuilt: Path | None = None
 
 
@@ -109,7 +110,7 @@ REHEARSAL = Plan(
 
 
 def require(backend: str, plan: Plan) -> None:
-    if reason := ops.why_not(backend, plan.device) if backend in ops.BACKENDS else None:
+    if reason := backends.why_not(backend, plan.device) if backend in backends.NAMES else None:
         raise RuntimeError(f"{backend!r} cannot serve: {reason}")
 
 
@@ -124,7 +125,7 @@ def alone(plan: Plan, backend: str, stage: str, given: tuple[Any, ...]) -> Row:
     """What a stage takes, and whether captured; one that works in place does so on a copy of what others want too."""
     first, *rest = given
     first = first.clone() if stage.endswith("_") else first
-    return taken(partial(ops.stage(stage, backend), first, *rest), plan.device, plan.rounds)._asdict()
+    return taken(partial(backends.stage(stage, backend), first, *rest), plan.device, plan.rounds)._asdict()
 
 
 def planned(size: Size) -> float:
@@ -324,13 +325,14 @@ def _variants(plan: Plan, backend: str, stage: str, size: Size) -> Iterator[Row]
     """What stands and every rival of it, held to the contract and then timed."""
     require(backend, plan)
     for weights in plan.weights:
-        (one,) = expected(size, plan.device, [stage], weight_of(weights, size, plan))
+        given = stage_calls(size, plan.device, "reference", weight_of(weights, size, plan))[stage]
+        right = expected(stage, given)
         for variant in variants.variants(backend, stage):
             row = {"contestant": backend, **asdict(size), "weights": weights, "stage": stage, "variant": str(variant)}
             with variants.applied(variant):
                 try:
-                    check_stage(one, backend, size)
-                    found = alone(plan, backend, stage, one.arguments)
+                    check_stage(backends.stage(stage, backend), stage, given, right)
+                    found = alone(plan, backend, stage, given)
                 except AssertionError as error:
                     yield row | {"status": FAILED, "message": str(error)}
                 except Exception as error:

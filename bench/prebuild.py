@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_parts import GPU, REHEARSAL, ROOT, Plan
 
-from bcl_fast import ops
+from bcl_fast import backends
 from bcl_fast.measure import prebuilt, variants
 from bcl_fast.measure.implementations import build
 from bcl_fast.measure.precisions import PRECISIONS
@@ -51,14 +51,14 @@ def launch_all(plan: Plan) -> None:
             implementation.step()
     for size in (*plan.sizes, *plan.odd, *plan.deep):
         for stage, given in stage_calls(size, "meta", "triton", drawn=size in plan.deep).items():
-            ops.stage(stage, "triton")(*given)
+            backends.stage(stage, "triton")(*given)
     for size in plan.sizes[-2:] if plan is GPU else ():
         for stage, given in stage_calls(size, "meta", "triton").items():
             for variant in variants.variants("triton", stage):
                 with variants.applied(variant):
-                    ops.stage(stage, "triton")(*given)
+                    backends.stage(stage, "triton")(*given)
     for size in plan.ranked:
-        ops.stage("rank", "triton")(stage_calls(size, "meta", "triton")["rank"][0])
+        backends.stage("rank", "triton")(stage_calls(size, "meta", "triton")["rank"][0])
     for sizes in plan.growing.values():
         for size in sizes:
             build("triton", size, None, "meta").step()

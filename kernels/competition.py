@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..structures import Competition
+
 EPS = tl.constexpr(1e-8)
 LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
 SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
@@ -198,10 +200,8 @@ def competition(
     forces: str,
     rescue_onset: float,
     pull_onset: float,
-) -> tuple[torch.Tensor, ...]:
-    """activation [B, D], x [B, N] and neighbors [D, k] int64, any strides -> rank_score [B, D], coverage [B],
-    novelty, win_rate [D], winner [B], pair_feature, pair_pull [B, k], x_inverse_norm, need [B], winner_share,
-    som_strength [D]: int64 the winner and pair_feature, float32 the others."""
+) -> Competition:
+    """activation [B, D], x [B, N] and neighbors [D, k] int64, any strides -> `Competition`, float32 and int64."""
     (B, D), N, (features, K) = activation.shape, x.shape[1], neighbors.shape
     if not 1 <= D == features or K < 1 or neighbors.dtype != torch.int64:  # state that users load
         given = f"{neighbors.dtype} {list(neighbors.shape)}"
@@ -226,7 +226,5 @@ def competition(
         partial, novelty, win_rate, winner_share, som_strength, B, D, programs, rescue_onset, pull_onset,
         forces == "coupled", rescue_onset > 0, pull_onset > 0, BLOCK_P, features,
     )  # fmt: skip
-    return (
-        rank_score, coverage, novelty, win_rate, winner, pair_feature, pair_pull, x_inverse_norm, need, winner_share,
-        som_strength,
-    )  # fmt: skip
+    pairs = pair_feature, pair_pull
+    return Competition(rank_score, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength)

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..structures import Pull
+
 EPS = tl.constexpr(1e-8)
 MAX_CHUNKS = 32  # programs that group the pairs; the pull reads one start of each per feature
 CHUNK_ROWS = 16  # fewest samples of a chunk
@@ -14,7 +16,6 @@ GATHER = 8  # rows of x gathered at once, of a common list of eight winner pairs
 MAX_BLOCK_N = 128  # one warp's width: a narrow block of a large x stays in the level-2 cache while all features read it
 # Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
-FINITE = 2.0**-126, 2.0**127 * (1 - 2.0**-24)  # the smallest normal float32, and half of the largest
 DENSE_ROWS = 16  # a larger whole batch is rescued by a product: a gather would read all of x for every feature
 
 
@@ -137,12 +138,19 @@ def _takes_whole_batch(x: torch.Tensor, rescue_rows: torch.Tensor) -> bool:
     return x.shape[0] == rescue_rows.shape[1] > DENSE_ROWS
 
 
-def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair_pull, rescue_rows, rescue_weight,
-          winner_share):  # fmt: skip
-    """Targets into destination [D, N], or, given som_strength and som_lr, a step toward them.
+def _pull(
+    destination: torch.Tensor,
+    weight: torch.Tensor | None,
+    som_lr: torch.Tensor | None,
+    step: torch.Tensor | None,
+    pull: Pull,
+) -> None:
+    """Targets into destination [D, N], or, given som_lr, a step toward them.
 
-    A large whole batch is left out.
+    A large batch of which all samples are rescued is left out.
     """
+    x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share, som_strength = pull
+    som_strength = None if som_lr is None else som_strength.contiguous()
     (B, N), D, k = x.shape, winner_share.shape[0], pair_feature.shape[1]
     r = 0 if B == 0 or _takes_whole_batch(x, rescue_rows) else rescue_rows.shape[1]
     chunk_rows = max(CHUNK_ROWS, -(-B // MAX_CHUNKS))  # triton.cdiv takes microseconds on the host
@@ -152,75 +160,47 @@ def _pull(destination, weight, som_strength, som_lr, step, x, pair_feature, pair
     cursor = torch.empty(chunks, D, dtype=torch.int32, device=x.device)
     start = torch.empty(D + 1, chunks, dtype=torch.int32, device=x.device)
     row = torch.empty(B * k, dtype=torch.int64, device=x.device)
-    pull = torch.empty(B * k, dtype=torch.float32, device=x.device)
+    weights = torch.empty(B * k, dtype=torch.float32, device=x.device)
     _pairs_kernel[(chunks,)](
-        pair_feature.contiguous(), pair_pull.contiguous(), cursor, start, row, pull, B * k, chunk, chunks, D,
+        pair_feature.contiguous(), pair_pull.contiguous(), cursor, start, row, weights, B * k, chunk, chunks, D,
         k, STREAM, TILE, COMPARE, num_warps=8, num_stages=1, **REGISTERS)  # fmt: skip
     BLOCK_N = min(MAX_BLOCK_N, 1 << (N - 1).bit_length())
     weight_stride = (0, 0) if weight is None else weight.stride()
     _pull_kernel[D, -(-N // BLOCK_N)](
-        destination, weight, som_strength, step, x, start, row, pull,
+        destination, weight, som_strength, step, x, start, row, weights,
         rescue_rows.contiguous(), rescue_weight.contiguous(), winner_share.contiguous(), som_lr, B, N, chunk, chunks, r,
         *destination.stride(), *weight_stride, *x.stride(), MAX_CHUNKS, GATHER, BLOCK_N, num_warps=1)  # fmt: skip
 
 
-def targets(
-    x: torch.Tensor,
-    pair_feature: torch.Tensor,
-    pair_pull: torch.Tensor,
-    rescue_rows: torch.Tensor,
-    rescue_weight: torch.Tensor,
-    winner_share: torch.Tensor,
-    target_projection: str,
-) -> torch.Tensor:
-    """Where each feature is pulled to.
-
-    x [B, N], pair_feature [B, k] int64, pair_pull [B, k] float32, rescue_rows [D, r] int64, rescue_weight [D, r] and
-    winner_share [D] float32 -> [D, N] float32.
-    """
-    target = torch.empty(winner_share.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
-    _pull(target, None, None, None, None, x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share)
-    if _takes_whole_batch(x, rescue_rows):
-        pull = torch.empty_like(rescue_weight).scatter_(1, rescue_rows, rescue_weight * (1 - winner_share)[:, None])
-        target.addmm_(pull, x.float())
-    if target_projection == "none":
-        return target
-    mean = target.mean(dim=0)
-    if target_projection == "centered":
-        return target.sub_(mean)
-    half = (mean.abs().sum() / 2).clamp(*FINITE)
-    mean = mean / half.log2().floor().exp2() * 2.0**-20  # so short that no sum of products with it leaves the range
-    square = mean @ mean
-    return target.addr_(target @ mean / torch.where(square > 0, square, 1.0), mean, alpha=-1)
+def targets(pull: Pull) -> torch.Tensor:
+    """Where each feature is pulled to: [D, N] float32."""
+    x, rows, share = pull.x, pull.rescue_rows, pull.winner_share
+    target = torch.empty(share.shape[0], x.shape[1], dtype=torch.float32, device=x.device)
+    _pull(target, None, None, None, pull)
+    if _takes_whole_batch(x, rows):
+        dense = torch.empty_like(pull.rescue_weight).scatter_(1, rows, pull.rescue_weight * (1 - share)[:, None])
+        target.addmm_(dense, x.float())
+    return target
 
 
 def targets_pull_(
     weight: torch.Tensor,
     som_offset: torch.Tensor | None,
-    som_strength: torch.Tensor,
     som_lr: torch.Tensor,
-    x: torch.Tensor,
-    pair_feature: torch.Tensor,
-    pair_pull: torch.Tensor,
-    rescue_rows: torch.Tensor,
-    rescue_weight: torch.Tensor,
-    winner_share: torch.Tensor,
-    target_projection: str,
+    pull: Pull,
     step: torch.Tensor | None = None,
 ) -> None:
     """One pull, in place on weight or, if there is one, on som_offset; step, if given, goes on by one.
 
-    weight and som_offset [D, N] float32 of any strides, som_strength [D] float32, som_lr a float32 and step an int64
-    scalar; the rest as in `targets`.
+    weight and som_offset [D, N] float32 of any strides, som_lr a float32 and step an int64 scalar.
     """
-    choices = x, pair_feature, pair_pull, rescue_rows, rescue_weight, winner_share
     destination, other = (weight, None) if som_offset is None else (som_offset, weight)
-    if target_projection == "none" and not _takes_whole_batch(x, rescue_rows):
-        _pull(destination, other, som_strength.contiguous(), som_lr, step, *choices)
+    if not _takes_whole_batch(pull.x, pull.rescue_rows):
+        _pull(destination, other, som_lr, step, pull)
         return
-    gap = targets(*choices, target_projection).sub_(weight)
+    gap = targets(pull).sub_(weight)
     if som_offset is not None:
         gap.sub_(som_offset)
-    destination.addcmul_(gap.mul_(som_strength[:, None]), som_lr)
+    destination.addcmul_(gap.mul_(pull.som_strength[:, None]), som_lr)
     if step is not None:
         step.add_(1)

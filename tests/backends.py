@@ -9,12 +9,12 @@ import sys
 import pytest
 import torch
 
-from bcl_fast import ops
+from bcl_fast import backends, cuda
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # decided by conftest.py
-DEVICE = {name: "cuda" if name in ops.ON_GPU and torch.cuda.is_available() else "cpu" for name in ops.BACKENDS}
-SLOW = set(ops.ON_GPU) if INTERPRETED else set()  # seconds for what the others do in milliseconds
-ON_CPU = [name for name in ops.BACKENDS if ops.why_not(name, "cpu") is None and name not in SLOW]
+DEVICE = {name: "cuda" if name in backends.ON_GPU and torch.cuda.is_available() else "cpu" for name in backends.NAMES}
+SLOW = set(backends.ON_GPU) if INTERPRETED else set()  # seconds for what the others do in milliseconds
+ON_CPU = [name for name in backends.NAMES if backends.why_not(name, "cpu") is None and name not in SLOW]
 
 
 def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12, stage=None):
@@ -26,9 +26,9 @@ def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12, stage=None):
         (name, size)
         for name, device in DEVICE.items()
         for size in sizes
-        if name != "reference" and ops.why_not(name, device, dtype) is None
+        if name != "reference" and backends.why_not(name, device, dtype) is None
         if name not in SLOW or size is None or size[0] * size[1] <= most
-        if name != "cuda" or stage is None or stage in ops.CUDA_SERVES
+        if name != "cuda" or stage is None or stage in cuda.WHY_NOT
     ]
 
 
@@ -40,7 +40,7 @@ def over_backends(slow=True, **options):
 
 def stage(name, backend, beside=None):
     """The function of a stage, or one `beside` it, for CPU tensors whatever its device; in-place changes come back."""
-    function = ops.stage(beside or name, backend)
+    function = backends.stage(beside or name, backend)
     if beside:
         function = getattr(sys.modules[function.__module__], name)
     device = DEVICE[backend]

@@ -24,6 +24,8 @@ import pytest
 import torch
 from interpreter import Launch, Launches
 
+from bcl_fast.structures import Pull
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -123,8 +125,8 @@ def selection(rule: str, weighting: str) -> Call:
     )
 
 
-def choices(a: SimpleNamespace) -> tuple[torch.Tensor, ...]:
-    return a.x, a.pair_feature, a.pair_pull, a.rescue_rows, a.rescue_weight, a.winner_share
+def pull(a: SimpleNamespace) -> Pull:
+    return Pull(**{name: getattr(a, name) for name in Pull._fields})
 
 
 # Stage -> calls that together launch every kernel of its file in every form.
@@ -150,9 +152,9 @@ CALLS: dict[str, dict[str, Call]] = {
         "ranks": lambda m, a: m.rank(a.activation),
     },
     "targets_pull": {
-        "targets": lambda m, a: m.targets(*choices(a), "none"),
-        "weight": lambda m, a: m.targets_pull_(a.weight, None, a.som_strength, a.som_lr, *choices(a), "none", a.step),
-        "offset": lambda m, a: m.targets_pull_(a.weight, a.offset, a.som_strength, a.som_lr, *choices(a), "none", None),
+        "targets": lambda m, a: m.targets(pull(a)),
+        "weight": lambda m, a: m.targets_pull_(a.weight, None, a.som_lr, pull(a), a.step),
+        "offset": lambda m, a: m.targets_pull_(a.weight, a.offset, a.som_lr, pull(a), None),
     },
     "gradient": {
         "mask": lambda m, a: m.gradient(a.grad_output, a.mask, None, a.mask),

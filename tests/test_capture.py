@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
-from test_layer import backends, batch, make, same, state
+from test_layer import batch, each_backend, make, same, state
 from torch import nn
 
-from bcl_fast import BCLLayer, capture, graphed, ops
+from bcl_fast import BCLLayer, backends, capture, counters, graphed
 
 OPTIMIZERS = {
     "SGD": dict(lr=0.05),
@@ -47,15 +47,17 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(capture, "aside", lambda device, function: function())
     monkeypatch.setattr(capture, "record", record)
     monkeypatch.setattr(capture, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(ops, "REFRESH", {**ops.REFRESH, "portable": "portable"})
-    stage = ops.stage.__wrapped__
-    monkeypatch.setattr(ops, "stage", lambda name, backend: refresh_ if name == "refresh_" else stage(name, backend))
+    monkeypatch.setattr(backends, "REFRESH", (*backends.REFRESH, "portable"))
+    stage = backends.stage.__wrapped__
+    monkeypatch.setattr(
+        backends, "stage", lambda name, backend: refresh_ if name == "refresh_" else stage(name, backend)
+    )
 
 
 def refresh_(weight, neighbors, step, refreshed_at, recompute_every):
     """The refresh as `triton` has it, on a backend that can be run here."""
     if int(step) % recompute_every == 0 and int(refreshed_at) != int(step):
-        neighbors.copy_(ops.stage("neighbors", "portable")(weight, neighbors.shape[1]))
+        neighbors.copy_(backends.stage("neighbors", "portable")(weight, neighbors.shape[1]))
         refreshed_at.copy_(step)
 
 
@@ -66,9 +68,8 @@ def pulls_on_the_device(monkeypatch):
 
     stock = portable.targets_pull_
 
-    def targets_pull_(*arguments):
-        *arguments, step = arguments
-        stock(*arguments)
+    def targets_pull_(weight, som_offset, som_lr, pull, step):
+        stock(weight, som_offset, som_lr, pull)
         step.add_(1)
 
     monkeypatch.setattr(portable, "targets_pull_", targets_pull_)
@@ -433,8 +434,8 @@ def test_bad_inputs_change_nothing():
 
 @pytest.fixture
 def capturing(monkeypatch):
-    monkeypatch.setattr(ops, "capturing", lambda device: True)
-    return lambda now: monkeypatch.setattr(ops, "capturing", lambda device: now)
+    monkeypatch.setattr(counters, "capturing", lambda device: True)
+    return lambda now: monkeypatch.setattr(counters, "capturing", lambda device: now)
 
 
 def test_a_captured_backward_that_accumulates_nothing_raises(capturing):
@@ -467,7 +468,7 @@ def test_observing_a_capture_raises(capturing):
         layer(batch()).sum().backward()
 
 
-@backends
+@each_backend
 def test_a_pull_reads_som_lr_where_it_lies(backend):
     """In a graph the number that a schedule writes there later; in eager mode it is the same number."""
     layer, other = make(backend, som_lr=0.1), make(backend, som_lr=0.1)

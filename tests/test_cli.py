@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
 from bcl_fast import __main__ as cli  # noqa: E402
-from bcl_fast import ops  # noqa: E402
+from bcl_fast import backends  # noqa: E402
 from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.experiments import console as show  # noqa: E402
 from bcl_fast.experiments.data import digits  # noqa: E402
@@ -281,8 +281,8 @@ def test_bench_readme_writes_between_the_marks(tmp_path):
 def test_doctor_names_versions_devices_and_reasons():
     result = invoke("doctor")
     assert result.exit_code == 0
-    unmeasured = "Not yet measured", *ops.UNMEASURED
-    for part in ("Python", torch.__version__, "Triton", "cpu", *ops.BACKENDS, "CUDA library", *unmeasured):
+    unmeasured = "Not yet measured", *backends.UNMEASURED
+    for part in ("Python", torch.__version__, "Triton", "cpu", *backends.NAMES, "CUDA library", *unmeasured):
         assert part in result.output
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_layer import D, N, backends, batch, make, same, state
+from test_layer import D, N, batch, each_backend, make, same, state
 from torch import nn
 
 from bcl_fast.layer import BCLLayer
@@ -26,7 +26,7 @@ def train(layer, call, steps=6, **kinds):
     return x.grad
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_training_is_bit_equal_across_the_refresh(backend, compiler):
     plain, other = make(backend, recompute_every=4), make(backend, recompute_every=4)
@@ -52,7 +52,7 @@ def test_dtypes(dtype, compiler):
     assert same(state(plain), state(other))
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_autocast(backend, compiler):
     """The roundings of the product are inside an operator: a compiler leaves out those that it sees undone."""

@@ -11,7 +11,7 @@ import warnings
 import pytest
 import torch
 from test_integrations import DATA, OPTIONS, may_start_afresh, network, train
-from test_layer import D, N, backends, batch, make, same, state
+from test_layer import D, N, batch, each_backend, make, same, state
 from torch import nn
 
 from bcl_fast.layer import BCLLayer
@@ -307,7 +307,7 @@ def test_a_step_written_past_its_version_is_read():
 
 
 @pytest.mark.parametrize("value", [-5, D, 2**40, -(2**63), 2**63 - 1])
-@backends
+@each_backend
 def test_neighbors_written_past_their_version_count_as_the_nearest_index(backend, value):
     layer, other = make(backend), make(backend)
     for each in (layer, other):

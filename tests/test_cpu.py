@@ -16,6 +16,7 @@ from bcl_fast import reference as ref
 from bcl_fast.experiments.data import Images
 from bcl_fast.experiments.run import Condition, trained
 from bcl_fast.spec import BCLConfig
+from bcl_fast.structures import Pull
 from bcl_fast.testing import COLUMNS, columns, compete, neighbors_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,7 +101,7 @@ def test_competition_with_nan_and_inf_has_the_reference_s_winner(odd):
     activation = torch.where(uniform(257 * 37, 10).reshape(257, 37) < 0.02, odd, columns("random", 257, 37))
     neighbors = neighbors_of(37, 8)
     got, own = (compete(module.competition, activation, neighbors) for module in (cpu, ref))
-    assert got["winner"].equal(own["winner"])
+    assert got.winner.equal(own.winner)
 
 
 @pytest.mark.parametrize("k", [1, 8, 66])
@@ -108,7 +109,7 @@ def test_competition_at_primes(k):
     B, D = PRIMES
     activation, neighbors = columns("random", B, D), neighbors_of(D, k)
     got, own = (compete(module.competition, activation, neighbors) for module in (cpu, ref))
-    assert all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
+    assert max(map(relative_error, got, own)) <= 1e-5
 
 
 def test_infinite_similarities_are_the_largest_numbers():
@@ -118,22 +119,22 @@ def test_infinite_similarities_are_the_largest_numbers():
 
 
 @pytest.mark.parametrize("value", [-1, 19, 41, -(2**63), 2**31, 2**32, 2**40, 2**63 - 1])
-@pytest.mark.parametrize("name, place, size", [("pair_feature", 1, 19), ("rescue_rows", 3, 41)])
-def test_an_index_out_of_bounds_is_an_error_that_names_it(name, place, size, value):
+@pytest.mark.parametrize("name, size", [("pair_feature", 19), ("rescue_rows", 41)])
+def test_an_index_out_of_bounds_is_an_error_that_names_it(name, size, value):
     value = -7 if name == "rescue_rows" and value == 19 else value
     B, D, N = 41, 19, 33
     pairs = neighbors_of(D, 3)[torch.arange(B) % D], torch.ones(B, 3)
     rescue = torch.arange(D * 5).view(D, 5) % B, torch.ones(D, 5)
-    given = [columns("random", B, N), *pairs, *rescue, torch.ones(D)]
-    given[place].view(-1)[-1] = value
-    weight, step = columns("random", D, N), (torch.ones(D), torch.tensor(0.1))
+    pull = Pull(columns("random", B, N), *pairs, *rescue, torch.ones(D), torch.ones(D))
+    getattr(pull, name).view(-1)[-1] = value
+    weight = columns("random", D, N)
     before = weight.clone()
     for offset in (None, torch.zeros(D, N)):
         with pytest.raises(ValueError, match=rf"^{name} must hold indices 0 \.\. {size - 1}, got {value}$"):
-            cpu.targets_pull_(weight, offset, *step, *given, "none")
+            cpu.targets_pull_(weight, offset, torch.tensor(0.1), pull)
         assert weight.equal(before) and (offset is None or offset.count_nonzero() == 0)
     with pytest.raises(ValueError, match=f"^{name} must hold"):
-        cpu.targets(*given, "centered")
+        cpu.targets(pull)
 
 
 def test_indices_of_a_whole_batch_are_looked_at_too():
@@ -142,7 +143,7 @@ def test_indices_of_a_whole_batch_are_looked_at_too():
     for value in (-1, 4, 2**40):
         rows[2, 1] = value
         with pytest.raises(RuntimeError, match="out of bounds"):  # torch's own: a product takes the place of sums
-            cpu.targets(x, *pairs, rows, torch.ones(5, 4), torch.ones(5), "none")
+            cpu.targets(Pull(x, *pairs, rows, torch.ones(5, 4), torch.ones(5), torch.ones(5)))
 
 
 @pytest.mark.parametrize("shape, dtype", [((6, 3), int), ((5, 0), int), ((5, 3), torch.int32)], ids=str)
@@ -187,11 +188,12 @@ def test_bits_do_not_depend_on_the_number_of_threads():
 
     def everything():
         won = compete(cpu.competition, activation, neighbors, x=x)
-        rows, shares = cpu.selection(activation, None, won["x_inverse_norm"], None, won["need"], "rank", "hard", 5)
-        target = cpu.targets(x, won["pair_feature"], won["pair_pull"], rows, shares, won["winner_share"], "none")
-        gradient = cpu.gradient(activation, won["rank_score"], None)
+        rows, shares = cpu.selection(activation, None, won.x_inverse_norm, None, won.need, "rank", "hard", 5)
+        forces = won.winner_share, won.som_strength
+        target = cpu.targets(Pull(x, won.pair_feature, won.pair_pull, rows, shares, *forces))
+        gradient = cpu.gradient(activation, won.rank_score, None)
         others = cpu.neighbors(weight, 8), cpu.rank(activation), cpu.inverse_norm(x)
-        return *won.values(), rows, target, *gradient, *others
+        return *won, rows, target, *gradient, *others
 
     before = torch.get_num_threads()
     try:
@@ -214,7 +216,7 @@ assert cpu.instruction_set() == {isa!r}, cpu.instruction_set()
 for B, D in ((1, 2), (17, 19), (1009, 67)):
     a, near, need = columns("random", B, D), neighbors_of(D, 8), torch.rand(B)
     got, own = (compete(module.competition, a, near) for module in (cpu, ref))
-    assert got["winner"].equal(own["winner"]) and all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
+    assert got.winner.equal(own.winner) and max(map(relative_error, got, own)) <= 1e-5
     for rule in ("rank", "cosine"):
         arguments = a, None, torch.ones(B), torch.ones(D), need, rule, "hard", 5
         assert cpu.selection(*arguments)[0].sort().values.equal(ref.selection(*arguments)[0].sort().values)
@@ -242,7 +244,7 @@ def test_sigmoid_is_as_exact_as_torch_s():
     """Of margins: one feature wins, the other is 0, so that the margin is the activation."""
     x = torch.cat([torch.linspace(0, 1, 20001), torch.linspace(0, 87, 40001)])
     activation = torch.stack([x, torch.zeros_like(x)], dim=1)
-    R = compete(cpu.competition, activation, torch.tensor([[1], [0]]), 1.0)["rank_score"]
+    R = compete(cpu.competition, activation, torch.tensor([[1], [0]]), 1.0).rank_score
     truth = torch.stack([x, -x], dim=1).double().sigmoid()
     assert ((R - truth).abs() / truth).max() <= 4e-7  # 3.3 units in the last place
     assert torch.sigmoid(torch.stack([x, -x], dim=1)).sub(truth).abs().div(truth).max() <= 4e-7

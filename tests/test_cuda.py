@@ -17,7 +17,7 @@ from backends import DEVICE, stage
 from test_layer import batch, make
 from test_stages import by_row, check_competition, vectors
 
-from bcl_fast import cuda, native, ops
+from bcl_fast import backends, cuda, native
 from bcl_fast import reference as ref
 from bcl_fast.testing import VARIANTS, columns, neighbors_of, relative_error
 
@@ -27,7 +27,7 @@ ONE_BLOCK, CLUSTER, MEMORY = range(3)
 IN_REGISTERS, EIGHT_AT_ONCE, ONE_BY_ONE = range(3)
 # Multiprocessors, shared bytes of a block, clusters at once.
 A100, H100 = (108, 163 << 10, 0), (132, 227 << 10, 15)
-SERVED = ops.why_not("cuda", "cuda" if torch.cuda.is_available() else "cpu") is None
+SERVED = backends.why_not("cuda", "cuda" if torch.cuda.is_available() else "cpu") is None
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; less shared memory leads here on the host")
 on_host = pytest.mark.skipif("BCL_FAST_CUDA" not in os.environ, reason="a GPU, or no C++ compiler")
@@ -455,7 +455,7 @@ def test_other_inputs_are_triton_s(monkeypatch):
     """What the C++ does not express goes to the Triton stage of the same name, as the table says."""
     called = []
     monkeypatch.setattr(cuda, "selection", lambda *arguments: called.append(arguments))
-    stage_of = ops.stage.__wrapped__("selection", "cuda")  # past its cache
+    stage_of = backends.stage.__wrapped__("selection", "cuda")  # past its cache
     some = columns("random", 7, 5), None, torch.ones(7), torch.ones(5), torch.ones(7)
     for rule, r in (("cosine", 2), ("rank", 0), ("rank", 33)):
         assert stage_of(*some, rule, "hard", r)[0].shape == (5, min(r or 7, 7))
@@ -469,9 +469,9 @@ def test_a_library_of_another_version_is_named(monkeypatch):
     native.cuda.cache_clear()
     monkeypatch.setattr(native, "CUDA_ABI", 99)
     try:
-        assert "interface 2, not 99" in ops.why_not("cuda", "cpu")
+        assert "interface 2, not 99" in backends.why_not("cuda", "cpu")
         monkeypatch.setenv("BCL_FAST_CUDA", "/nowhere/at/all.so")
-        assert "does not load" in ops.why_not("cuda", "cpu")
+        assert "does not load" in backends.why_not("cuda", "cpu")
     finally:
         native.cuda.cache_clear()
 

@@ -9,7 +9,7 @@ import torch
 from test_layer import batch, make, same, state
 from torch import nn
 
-from bcl_fast import BCLLayer, graphed, ops
+from bcl_fast import BCLLayer, backends, graphed
 from bcl_fast.measure.implementations import Size, build
 from bcl_fast.measure.stages import check_stages
 from bcl_fast.testing import VARIANTS, relative_error
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SIZES = [(128, 64, 784), (1000, 777, 501), (1024, 4096, 784), (8192, 8192, 784)]
 
 
-@pytest.fixture(params=ops.ON_GPU)
+@pytest.fixture(params=backends.ON_GPU)
 def backend(request):
-    if reason := ops.why_not(request.param, "cuda"):
+    if reason := backends.why_not(request.param, "cuda"):
         pytest.skip(reason)
     return request.param
 
@@ -63,13 +63,13 @@ def test_the_same_inputs_give_the_same_bits(backend):
 
 
 def fastest():
-    return "cuda" if ops.why_not("cuda", "cuda") is None else "triton"
+    return "cuda" if backends.why_not("cuda", "cuda") is None else "triton"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes_train(dtype):
     if dtype == torch.float64:
-        ops._fastest.cache_clear()
+        backends._fastest.cache_clear()
         with pytest.warns(UserWarning, match="'portable' serves, slower than 'triton' would: it computes in float32"):
             layer = make(dtype=dtype).cuda()
     else:

@@ -157,8 +157,8 @@ def test_without_minutes_everything_is_skipped(tmp_path):
 @REHEARSED
 def test_a_missing_backend_is_a_failure(tmp_path):
     words = "--out", tmp_path, "--only", "versions,ranks"
-    found = ("import os, runpy, sys; from bcl_fast import ops; "
-             "ops.why_not = lambda backend, *rest: 'not built' if backend == 'cuda' else None; "
+    found = ("import os, runpy, sys; from bcl_fast import backends; "
+             "backends.why_not = lambda backend, *rest: 'not built' if backend == 'cuda' else None; "
              "sys.argv[0] = 'bench/gpu_check.py'; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
     done = python("-c", found, *words, "--rehearse")
     assert done.returncode == 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bcl_fast.ops import DISPATCH
+from bcl_fast.backends import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = {"reference", "portable", "kernels", "cpu", "cuda"}
@@ -20,42 +20,48 @@ ALLOWED = {
     "environment": set(),
     "records": set(),
     "rounding": set(),
-    "kernels": set(),
+    "structures": set(),
+    "kernels": {"structures"},
     "native": set(),
     "norms": {"spec"},
     "losses": {"norms"},
-    "reference": {"spec", "norms"},
-    "portable": {"spec", "norms"},
-    "cpu": {"norms", "native"},
-    "cuda": {"spec", "native"},
-    "ops": {"spec"},
-    "autograd": {"spec", "ops"},
-    "pulls": {"ops", "rounding"},
-    "state": {"ops"},
-    "layer": {"spec", "ops", "autograd", "pulls", "state"},
+    "projection": {"norms"},
+    "reference": {"spec", "norms", "structures"},
+    "portable": {"spec", "norms", "structures"},
+    "cpu": {"norms", "native", "structures"},
+    "cuda": {"native", "structures"},
+    "backends": {"spec"},
+    "counters": {"backends"},
+    "owners": {"structures"},
+    "operators": {"spec", "backends", "counters", "owners", "projection", "structures"},
+    "autograd": {"backends", "operators", "owners", "structures"},
+    "pulls": {"backends", "counters", "operators", "owners", "rounding", "structures"},
+    "state": {"counters", "operators"},
+    "layer": {"spec", "backends", "counters", "operators", "autograd", "pulls", "state", "structures"},
     "attach": {"layer"},
-    "capture": {"spec", "ops", "layer"},
+    "capture": {"spec", "backends", "counters", "operators", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
-    "testing": {"spec", "reference"},
-    "measure": {"spec", "records", "reference", "capture", "cuda", "ops", "pulls", "layer", "testing", "measure"},
+    "testing": {"spec", "reference", "structures"},
+    "measure": {"spec", "records", "reference", "capture", "cuda", "backends", "layer", "structures", "testing"}
+    | {"measure"},
     "experiments": {"__init__", "spec", "environment", "attach", "layer", "losses", "diagnostics", "experiments"}
     | {"records"},
     "cli": {"__init__", "environment", "records"},
     "cli_bench": {"cli", "spec", "environment", "records", "measure", "experiments"},
-    "__main__": {"__init__", "spec", "environment", "records", "ops", "cli", "cli_bench", "experiments"},
+    "__main__": {"__init__", "spec", "environment", "records", "backends", "cli", "cli_bench", "experiments"},
 }
-ALLOWED_IN_FUNCTIONS = {"ops": BACKENDS}
+ALLOWED_IN_FUNCTIONS = {"backends": BACKENDS}
 # Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
 ONLY_IN = {
     "matplotlib": {"experiments.plots"},
-    "importlib": {"__init__", "environment", "ops", "measure.peers", "measure.tools"},
+    "importlib": {"__init__", "environment", "backends", "measure.peers", "measure.tools"},
 }
 DRAWING = {"experiments.plots", "experiments.report"}
 NEVER = {"kernels", "tests", "bench"}
 
 
 class Import(NamedTuple):
-    """One imported name, absolute: `from .spec import EPS` in bcl_fast/ops.py is bcl_fast.spec."""
+    """One imported name, absolute: `from .spec import EPS` in bcl_fast/backends.py is bcl_fast.spec."""
 
     target: str
     line: int
@@ -136,23 +142,23 @@ def test_a_module_imports_only_what_is_below_it(name):
         ("spec", "from .reference import rank"),
         ("spec", "import bcl_fast.reference"),
         ("reference", "from bcl_fast.kernels import competition"),
-        ("kernels.competition", "from ..ops import stage"),
+        ("kernels.competition", "from ..backends import stage"),
         ("kernels.competition", "from .selection import selection"),
         ("layer", "def f():\n    from . import portable"),
         ("layer", "import bcl_fast"),
-        ("ops", "from . import reference"),
-        ("ops", "if True:\n    from .portable import rank"),
-        ("ops", "def f():\n    from .native import load"),
-        ("ops", "import triton"),
+        ("backends", "from . import reference"),
+        ("backends", "if True:\n    from .portable import rank"),
+        ("backends", "def f():\n    from .native import load"),
+        ("backends", "import triton"),
         ("portable", "import importlib"),
         ("experiments.run", "from matplotlib import pyplot"),
         ("experiments.run", "from .plots import draw"),
-        ("experiments.run", "from ..ops import stage"),
+        ("experiments.run", "from ..backends import stage"),
         ("__main__", "from .experiments import plots"),
         ("experiments.sweep", "from .report import write_report"),
         ("measure", "from bench.stages import sizes"),
         ("measure", "import tests"),
-        ("ops", "def f():\n    import kernels.competition"),
+        ("backends", "def f():\n    import kernels.competition"),
         ("helpers", ""),
     ],
 )
@@ -164,24 +170,25 @@ def test_the_check_sees(name, source):
 @pytest.mark.parametrize(
     "name, source",
     [
-        ("ops", "def f():\n    from . import reference\n    from .kernels import competition\n    import triton"),
+        ("backends", "def f():\n    from . import reference\n    from .kernels import competition\n    import triton"),
         ("kernels.competition", "import triton\nimport triton.language as tl\nimport torch"),
         (
             "experiments.plots",
             "from matplotlib import pyplot\nfrom .model import Autoencoder\nfrom ..layer import BCLLayer",
         ),
         ("experiments.run", "def f():\n    from .plots import draw"),
-        ("__main__", "from . import __version__, ops"),
+        ("__main__", "from . import __version__, backends"),
     ],
 )
 def test_the_check_allows(name, source):
-    known = {"kernels.competition", "kernels", "reference", "ops", "experiments.plots"}
+    known = {"kernels.competition", "kernels", "reference", "backends", "experiments.plots"}
     assert violations(source, name, known) == []
 
 
-def test_dispatch_names_backends_only():
-    served = {layer_of(module) for row in DISPATCH.values() for module in row.values()}
-    assert served <= BACKENDS
+def test_every_stage_has_a_kernel_file():
+    """And every backend a row of what it may import."""
+    assert {f"kernels.{name}" for name in STAGES.values()} <= modules().keys()
+    assert BACKENDS <= ALLOWED.keys()
 
 
 def test_nothing_imports_the_bare_name_kernels():

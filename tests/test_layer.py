@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from bcl_fast import reference as ref
 from bcl_fast.attach import AttachedBCL, attach_bcl
+from bcl_fast.backends import FASTEST
 from bcl_fast.layer import BCLLayer
-from bcl_fast.ops import FASTEST
 from bcl_fast.spec import CHOICES, BCLConfig
 from bcl_fast.testing import VARIANTS
 
 N, D = 13, 11
-backends = pytest.mark.parametrize("backend", ON_CPU)
+each_backend = pytest.mark.parametrize("backend", ON_CPU)
 CLOSE = {torch.float64: {}, torch.float32: dict(rtol=1e-4, atol=1e-5)}  # for torch.testing.assert_close
 
 
@@ -152,7 +152,7 @@ def check_one_step(backend, options, bias=True, dtype=torch.float64):
         assert layer.weight.equal(before["weight"])
 
 
-@backends
+@each_backend
 @variants
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_step_is_the_specification(backend, options, bias):
@@ -202,7 +202,7 @@ def test_any_shape_and_config_makes_the_same_step_on_every_backend(options, B, d
             torch.testing.assert_close(got, expected)
 
 
-@backends
+@each_backend
 def test_masked_backward_is_the_derivative_where_the_mask_is_one(backend):
     """Without a mask and a pull the layer is a Linear: gradcheck against finite differences."""
     layer = make(backend, gradient_mask="none", som_lr=0.0, dtype=torch.float64)
@@ -210,7 +210,7 @@ def test_masked_backward_is_the_derivative_where_the_mask_is_one(backend):
     assert torch.autograd.gradcheck(layer, (x,), nondet_tol=0.0)
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("kind", ["soft", "winner_take_all"])
 def test_masked_backward_is_linear_in_the_incoming_gradient(backend, kind):
     layer = make(backend, gradient_mask=kind, som_lr=0.0, dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_masked_backward_is_linear_in_the_incoming_gradient(backend, kind):
 # --- Modes in which it is an exact nn.Linear -------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("mode", ["eval", "no_grad", "inference", "frozen weight"])
 def test_is_an_exact_linear(backend, mode):
     layer, x = make(backend), batch()
@@ -257,7 +257,7 @@ def test_offset_takes_part_in_evaluation():
     assert layer(batch()).equal(F.linear(batch(), layer.weight + layer.som_offset, layer.bias))
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("how", ["frozen", "som_lr"])
 def test_frozen_and_zero_som_lr_stop_only_the_pull(backend, how):
     layer, free = make(backend), make(backend)
@@ -276,7 +276,7 @@ def test_frozen_and_zero_som_lr_stop_only_the_pull(backend, how):
 # --- Input -----------------------------------------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("shape", [(N,), (6, N), (2, 3, N), (1, 2, 3, N)], ids=str)
 def test_leading_dimensions_are_samples(backend, shape):
     flat, shaped = make(backend), make(backend)
@@ -288,7 +288,7 @@ def test_leading_dimensions_are_samples(backend, shape):
     assert same(state(flat), state(shaped)) and flat.weight.grad.equal(shaped.weight.grad)
 
 
-@backends
+@each_backend
 def test_padding_is_left_out_by_its_mask(backend):
     """layer(x[mask]) is what the docstring says: rows that are no samples neither compete nor are rescued."""
     packed, padded = make(backend), make(backend)
@@ -303,7 +303,7 @@ def test_padding_is_left_out_by_its_mask(backend):
     assert same(state(packed), state(padded)) and packed.weight.grad.equal(padded.weight.grad)
 
 
-@backends
+@each_backend
 def test_strided_input(backend):
     plain, strided = make(backend), make(backend)
     x = batch()
@@ -314,7 +314,7 @@ def test_strided_input(backend):
     torch.testing.assert_close(strided.weight, plain.weight)
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("shape", [(0, N), (3, 0, N)], ids=str)
 def test_empty_batch(backend, shape):
     layer = make(backend)
@@ -324,7 +324,7 @@ def test_empty_batch(backend, shape):
     assert output.shape == (*shape[:-1], D) and same(before, state(layer))
 
 
-@backends
+@each_backend
 @variants
 @pytest.mark.parametrize("B", [1, 2])
 def test_tiny_batches_stay_finite(backend, options, B):
@@ -369,7 +369,7 @@ def test_check_finite_raises_before_anything_changes():
     assert same(before, state(layer))
 
 
-@backends
+@each_backend
 @variants
 def test_nan_and_inf_do_not_crash(backend, options):
     layer = make(backend, **options)
@@ -398,7 +398,7 @@ def train(layer, steps, start=0):
         optimizer.zero_grad()
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset"), dict(dtype=torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("saved_at", [4, 5, 6])
 def test_resumed_run_is_bit_equal_across_the_refresh(backend, options, saved_at):
@@ -575,7 +575,7 @@ def test_attach_lists_the_linears_for_a_bad_name(name):
 # --- Observing -------------------------------------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 @variants
 def test_observing_changes_no_number_and_records_the_specification(backend, options):
     options = {"recompute_every": 2, **options}

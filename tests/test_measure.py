@@ -6,13 +6,14 @@ import pytest
 import torch
 from backends import INTERPRETED
 
-from bcl_fast import cuda, ops, portable
+from bcl_fast import backends, cuda, portable
 from bcl_fast.measure import alone as processes
 from bcl_fast.measure import implementations, peers, precisions, rows, scaling, stages, steps, timing, variants
 from bcl_fast.measure.choices import check_choices
 from bcl_fast.measure.floor import STEP, Ceilings
 from bcl_fast.measure.implementations import Size, build
 from bcl_fast.measure.stages import check_stages
+from bcl_fast.structures import Competition
 
 SIZE = Size(61, 17, 23)
 ROOF = Ceilings(1, 1, 1)  # milliseconds are megabytes and GFLOP
@@ -61,7 +62,7 @@ def test_stages_are_held_to_the_contract():
     assert max(errors.values()) <= 1e-5
 
 
-OWN_STAGE = ops.stage
+OWN_STAGE = backends.stage
 
 
 def spoil_stage(monkeypatch, stage, spoil):
@@ -71,7 +72,7 @@ def spoil_stage(monkeypatch, stage, spoil):
         result = right(*arguments)
         return spoil(*result) if isinstance(result, tuple) else spoil(result)
 
-    monkeypatch.setattr(ops, "stage", lambda name, backend: (
+    monkeypatch.setattr(backends, "stage", lambda name, backend: (
         wrong if (name, backend) == (stage, "portable") else OWN_STAGE(name, backend)
     ))  # fmt: skip
 
@@ -79,9 +80,9 @@ def spoil_stage(monkeypatch, stage, spoil):
 @pytest.mark.parametrize(
     "stage, spoil, message",
     [
-        ("selection", lambda rows, shares: (rows.roll(1, 0), shares), "selection 0 differs in"),
+        ("selection", lambda rows, shares: (rows.roll(1, 0), shares), "selection rescue_rows differs in"),
         ("competition", lambda R, *rest: (R * 1.001, *rest), "competition rank_score is off by"),
-        ("gradient", lambda masked, total: (masked + 1e-9, total), "gradient 0 differs in"),
+        ("gradient", lambda masked, total: (masked + 1e-9, total), "gradient masked differs in"),
         ("neighbors", lambda near: near.flip(0), "neighbors are less similar by"),
     ],
 )
@@ -97,7 +98,7 @@ def test_nothing_wrong_is_timed(monkeypatch):
     monkeypatch.setattr(steps, "race", lambda *arguments: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="portable at .*: the first pull differs from the reference's by"):
         steps.step_times(SIZE, ROOF)
-    with pytest.raises(AssertionError, match="selection 0 differs in"):
+    with pytest.raises(AssertionError, match="selection rescue_rows differs in"):
         steps.step_times(SIZE, ROOF, implementations.trained_weight(SIZE, 2))
 
 
@@ -151,19 +152,20 @@ def test_winners_end_to_end(monkeypatch):
     rounded = check_choices("portable", size, "bf16")
     assert rounded.samples > 0 and 0 < rounded.margin_lost < 1
 
-    def next_one(R, coverage, novelty, win_rate, winner, *rest):
-        return R, coverage, novelty, win_rate, (winner + 1) % size.D, *rest
+    def next_one(*results):
+        found = Competition(*results)
+        return found._replace(winner=(found.winner + 1) % size.D)
 
     spoil_stage(monkeypatch, "competition", next_one)
     with pytest.raises(AssertionError, match="portable at .*, bf16: a winner's margin is .* times as far"):
         check_choices("portable", size, "bf16")
 
 
-# --- Contestants and clocks -------------------------------------------------------------------------------------------
+# --- Implementations and timing ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["linear", "reference", "portable"])
-def test_a_contestant_refreshes_when_asked_and_never_by_itself(name, monkeypatch):
+def test_an_implementation_refreshes_when_asked_and_never_by_itself(name, monkeypatch):
     calls = []
     own = OWN_STAGE
 
@@ -172,7 +174,7 @@ def test_a_contestant_refreshes_when_asked_and_never_by_itself(name, monkeypatch
             calls.append(backend)
         return own(stage, backend)
 
-    monkeypatch.setattr(ops, "stage", counted)
+    monkeypatch.setattr(backends, "stage", counted)
     implementation = build(name, SIZE)
     assert (implementation.refresh is None) == (name == "linear")
     if implementation.refresh is not None:
@@ -184,7 +186,7 @@ def test_a_contestant_refreshes_when_asked_and_never_by_itself(name, monkeypatch
     assert implementation.weight.equal(start) == (name == "linear")  # the pull moved it
 
 
-def test_every_contestant_has_a_row_or_a_reason():
+def test_every_implementation_has_a_row_or_a_reason():
     found = steps.step_times(SIZE, ROOF, rounds=2, seconds=0)
     assert [row["contestant"] for row in found if row["ms"]] == implementations.serving()
     assert {row["contestant"] for row in found} == set(implementations.NAMES)

@@ -12,30 +12,30 @@ import pytest
 import torch
 from backends import ON_CPU
 
-from bcl_fast import BCLLayer, cpu, cuda, ops
+from bcl_fast import BCLConfig, BCLLayer, backends, counters, cpu, cuda, operators, owners, reference
+from bcl_fast.spec import CHOICES
+from bcl_fast.structures import Statistics
 from bcl_fast.testing import VARIANTS, columns, neighbors_of
 
 ROOT = Path(__file__).resolve().parents[1]
 B, D, N, K = 9, 5, 4, 3
 backend = pytest.mark.parametrize("backend", ON_CPU)
-CONFIGS = {name: ops.BCLConfig(**options) for name, options in VARIANTS.items()}
+CONFIGS = {name: BCLConfig(**options) for name, options in VARIANTS.items()}
 
 
 def statistics_arguments(backend, config, dtype=torch.float32, bias=True):
     x, weight = columns("random", B, N, dtype), columns("random", D, N, dtype, seed=1)
     c = columns("random", 1, D, dtype, seed=2)[0] if bias else None
-    return (
-        x, weight, c, torch.nn.functional.linear(x, weight, c), neighbors_of(D, K), torch.tensor(0), torch.tensor(-1),
-        torch.tensor(0), config.recompute_every, config.temperature, config.affinity, config.need_weighting,
-        config.rescue_weighting, config.rescue_k, config.forces, config.gradient_mask, config.rescue_onset,
-        config.pull_onset, config.check_finite, backend,
-    )  # fmt: skip
+    activation, ticket = torch.nn.functional.linear(x, weight, c), torch.tensor(0)
+    state = neighbors_of(D, K), torch.tensor(0), torch.tensor(-1)
+    return x, weight, c, activation, *state, ticket, backend, *config.statistics
 
 
-def pending(backend, config, dtype=torch.float32):
-    arguments = statistics_arguments(backend, config, dtype)
-    mask, winner, ticket, *choices = torch.ops.bcl_fast.statistics_(*arguments)
-    return arguments, mask, winner, [ticket, arguments[0], *choices]
+def forward(backend, config, dtype=torch.float32):
+    """A weight, what the statistics of a forward with it leave, and the pull they hold."""
+    x, weight, *others = statistics_arguments(backend, config, dtype)
+    found = Statistics(*torch.ops.bcl_fast.statistics_(x, weight, *others))
+    return weight, found, found.pull(x)
 
 
 @backend
@@ -59,11 +59,11 @@ def test_opcheck_product(bias, dtype):
 def test_what_happens_on_the_host_is_kept_out_of_a_compiler_s_cuda_graphs():
     """The pull is handed over, and counters are remembered, in Python: a replay would leave that out."""
     tagged = {
-        name for name in ops._functions
+        name for name in operators._functions
         if torch.Tag.cudagraph_unsafe in getattr(torch.ops.bcl_fast, name).default.tags
     }  # fmt: skip
     assert tagged == {"statistics_", "masked_gradient", "targets_pull_"}
-    assert set(ops._functions) - tagged == {"product", "som_increment"}  # functions of their arguments alone
+    assert set(operators._functions) - tagged == {"product", "som_increment"}  # functions of their arguments alone
 
 
 def test_an_operator_runs_on_the_device_of_its_tensors(monkeypatch):
@@ -73,31 +73,31 @@ def test_an_operator_runs_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     for device, expected in (("cpu", []), ("cuda:0", []), ("cuda:1", [torch.device("cuda:1")])):
         like = SimpleNamespace(device=torch.device(device))
-        assert ops._call(lambda *arguments: arguments, like, 2) == (like, 2)
+        assert operators._call(lambda *arguments: arguments, like, 2) == (like, 2)
         assert entered == expected
 
 
 def captured(monkeypatch):
     """From now on the host believes that what it launches goes into a CUDA graph."""
-    monkeypatch.setattr(ops, "capturing", lambda device: True)
+    monkeypatch.setattr(counters, "capturing", lambda device: True)
 
 
 @backend
 def test_a_capture_of_what_is_counted_on_the_host_raises(monkeypatch, backend):
     """A graph would keep whether neighbors were due at its capture, and the number of the step."""
-    arguments = statistics_arguments(backend, ops.BCLConfig())
+    arguments = statistics_arguments(backend, BCLConfig())
     captured(monkeypatch)
     with pytest.raises(RuntimeError, match=f"backend '{backend}' counts steps on the host.*'triton' or 'cuda'"):
         torch.ops.bcl_fast.statistics_(*arguments)
     with pytest.raises(RuntimeError, match="counts steps on the host"):
-        ops.advance_(torch.tensor(3), backend)
+        counters.advance_(torch.tensor(3), backend)
 
 
 def test_a_capture_of_what_is_counted_on_the_device_goes_on(monkeypatch):
     captured(monkeypatch)
-    for backend in ops.REFRESH:
+    for backend in backends.REFRESH:
         step = torch.tensor(3)
-        ops.advance_(step, backend)
+        counters.advance_(step, backend)
         assert int(step) == 4
 
 
@@ -105,43 +105,47 @@ def test_a_capture_of_what_is_counted_on_the_device_goes_on(monkeypatch):
 @pytest.mark.parametrize("kind", ["soft", "winner_take_all", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_opcheck_masked_gradient(backend, kind, dtype):
-    _, mask, winner, left = pending(backend, ops.BCLConfig(gradient_mask=kind), torch.float64 if dtype.itemsize == 8
-                                    else torch.float32)  # fmt: skip
-    arguments = columns("random", B, D).to(dtype), mask, winner, kind, dtype, left, False, False, backend
-    torch.library.opcheck(torch.ops.bcl_fast.masked_gradient.default, arguments)
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    _, found, pull = forward(backend, BCLConfig(gradient_mask=kind), exact)
+    arguments = columns("random", B, D).to(dtype), found.mask, found.winner, kind, dtype, False, False, backend
+    for observed in ((None, None), (columns("random", B, D), neighbors_of(D, K))):
+        whole = *arguments, found.ticket, *observed, *pull
+        torch.library.opcheck(torch.ops.bcl_fast.masked_gradient.default, whole)
 
 
 @backend
 @pytest.mark.parametrize("offset", [False, True])
 def test_opcheck_pull_and_increment(backend, offset):
-    (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig())
+    weight, _, pull = forward(backend, BCLConfig())
     som_offset = torch.zeros_like(weight) if offset else None
-    tail = x, *choices, "none", backend
-    pull = weight, som_offset, torch.tensor(3), strength, torch.tensor(0.1), *tail
-    torch.library.opcheck(torch.ops.bcl_fast.targets_pull_.default, pull)
-    torch.library.opcheck(torch.ops.bcl_fast.som_increment.default, (weight, som_offset, strength, *tail))
+    for projection in ("none", "centered"):
+        pulled = weight, som_offset, torch.tensor(3), torch.tensor(0.1), projection, backend, *pull
+        torch.library.opcheck(torch.ops.bcl_fast.targets_pull_.default, pulled)
+        increment = weight, som_offset, projection, backend, *pull
+        torch.library.opcheck(torch.ops.bcl_fast.som_increment.default, increment)
 
 
 @backend
-def test_increment_is_the_pull_before_its_step_size(backend):
-    (_, weight, *_), _, _, (_, x, *choices, strength) = pending(backend, ops.BCLConfig(), torch.float64)
-    tail = x, *choices, "none", backend
-    expected = weight + 0.1 * torch.ops.bcl_fast.som_increment(weight, None, strength, *tail)
-    step = torch.tensor(3)
-    torch.ops.bcl_fast.targets_pull_(weight, None, step, strength, torch.tensor(0.1, dtype=weight.dtype), *tail)
+@pytest.mark.parametrize("projection", CHOICES["target_projection"])
+def test_increment_is_the_pull_before_its_step_size(backend, projection):
+    weight, _, pull = forward(backend, BCLConfig(), torch.float64)
+    options, step = (projection, backend), torch.tensor(3)
+    expected = weight + 0.1 * torch.ops.bcl_fast.som_increment(weight, None, *options, *pull)
+    target = reference.project(reference.targets(pull), projection)
+    torch.testing.assert_close(expected, weight + 0.1 * reference.som_increment(weight, target, pull.som_strength))
+    torch.ops.bcl_fast.targets_pull_(weight, None, step, torch.tensor(0.1, dtype=weight.dtype), *options, *pull)
     torch.testing.assert_close(weight, expected)
     assert int(step) == 4
 
 
 def test_every_backend_serves_every_stage():
-    for name, served in ops.DISPATCH.items():
-        assert {*served, "cuda"} == set(ops.BACKENDS)
-        for backend in served:
-            assert ops.stage(name, backend).__name__ == name
-        own = name in ops.CUDA_SERVES
-        assert own or ops.stage(name, "cuda") is ops.stage(name, "triton")
+    for name in backends.STAGES:
+        for backend in set(backends.NAMES) - {"cuda"}:
+            assert backends.stage(name, backend).__name__ == name
+        own = name in cuda.WHY_NOT
+        assert own or backends.stage(name, "cuda") is backends.stage(name, "triton")
         assert not own or callable(getattr(cuda, name))
-    assert all(ops.stage("refresh_", backend).__name__ == "refresh_" for backend in ops.REFRESH)
+    assert all(backends.stage("refresh_", backend).__name__ == "refresh_" for backend in backends.REFRESH)
 
 
 @pytest.mark.parametrize(
@@ -150,16 +154,16 @@ def test_every_backend_serves_every_stage():
      (True, "portable", "portable"), (False, "reference", "reference")],
 )  # fmt: skip
 def test_resolve_backend(fused, backend, expected):
-    assert ops.resolve_backend(fused, backend) == expected
+    assert backends.resolve_backend(fused, backend) == expected
 
 
 def test_resolve_backend_refuses():
     with pytest.raises(ValueError, match="backend must be .*'portable', 'cpu', 'triton', 'cuda', got 'fastest'"):
-        ops.resolve_backend(True, "fastest")
+        backends.resolve_backend(True, "fastest")
     with pytest.raises(ValueError, match="backend='portable' needs fused=True"):
-        ops.resolve_backend(False, "portable")
+        backends.resolve_backend(False, "portable")
     with pytest.raises(TypeError, match="fused must be True or False, got 'yes'"):
-        ops.resolve_backend("yes", None)
+        backends.resolve_backend("yes", None)
 
 
 def unbuilt():
@@ -168,57 +172,57 @@ def unbuilt():
 
 def test_backends_say_why_not(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    reasons = ops.backends("cpu")
+    reasons = backends.availability("cpu")
     assert reasons["reference"] is None and reasons["portable"] is None
     assert reasons["triton"].startswith("it serves CUDA tensors only (with TRITON_INTERPRET=1")
     assert reasons["cuda"] == reasons["triton"]  # most of its stages are Triton's
-    assert all(ops.backends("meta").values())
-    elsewhere = ops.backends("cuda")
+    assert all(backends.availability("meta").values())
+    elsewhere = backends.availability("cuda")
     assert elsewhere["cpu"] == "it serves CPU tensors only"
     assert elsewhere["portable"] is None and elsewhere["triton"] is None
     with pytest.raises(ValueError, match="backend='cpu' cannot serve on 'cuda': it serves CPU tensors only"):
-        ops.resolve_backend(True, "cpu", "cuda")
+        backends.resolve_backend(True, "cpu", "cuda")
     with pytest.raises(ValueError, match="backend='cuda' cannot serve on 'cpu': it serves CUDA tensors only"):
-        ops.resolve_backend(True, "cuda")
+        backends.resolve_backend(True, "cuda")
     monkeypatch.setattr("bcl_fast.native.cuda", unbuilt)
-    assert ops.why_not("cuda", "cuda") == ops.cuda_library() == "no nvcc was there"
+    assert backends.why_not("cuda", "cuda") == backends.cuda_library() == "no nvcc was there"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert ops.why_not("triton", "cuda") == "Triton is not installed"
+    assert backends.why_not("triton", "cuda") == "Triton is not installed"
 
 
 def test_float64_on_a_gpu_is_not_served_by_triton_and_says_so():
-    ops._fastest.cache_clear()
-    assert ops.resolve_backend(True, None, "cuda") in ops.FASTEST["cuda"]
+    backends._fastest.cache_clear()
+    assert backends.resolve_backend(True, None, "cuda") in backends.FASTEST["cuda"]
     with pytest.warns(UserWarning, match="'portable' serves, slower than 'triton' would: it computes in float32"):
-        assert ops.resolve_backend(True, None, "cuda", torch.float64) == "portable"
+        assert backends.resolve_backend(True, None, "cuda", torch.float64) == "portable"
     with pytest.raises(ValueError, match="backend='triton' cannot serve on 'cuda': it computes in float32"):
-        ops.resolve_backend(True, "triton", "cuda", torch.float64)
-    ops._fastest.cache_clear()
+        backends.resolve_backend(True, "triton", "cuda", torch.float64)
+    backends._fastest.cache_clear()
 
 
 def test_on_a_gpu_the_cuda_library_serves_where_it_was_built(monkeypatch):
     for built, expected in ((None, "cuda"), ("no nvcc was there", "triton")):
         monkeypatch.setattr(cuda, "missing", lambda device_type, built=built: built)
-        ops._fastest.cache_clear()
+        backends._fastest.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # which of the two is faster is not known
-            assert ops.resolve_backend(True, None, "cuda") == expected
-    ops._fastest.cache_clear()
+            assert backends.resolve_backend(True, None, "cuda") == expected
+    backends._fastest.cache_clear()
 
 
 def test_within_cuda_sizes_decide_per_stage(monkeypatch):
     came = []
-    monkeypatch.setattr(ops, "_function", lambda module, name: lambda *arguments: came.append(module))
-    monkeypatch.setattr(ops, "stage", ops.stage.__wrapped__)  # past its cache
-    monkeypatch.setitem(ops.CUDA_FROM, "rank", (B, D))
+    monkeypatch.setattr(backends, "_function", lambda module, name: lambda *arguments: came.append(module))
+    monkeypatch.setattr(backends, "stage", backends.stage.__wrapped__)  # past its cache
+    monkeypatch.setitem(cuda.MIN_SIZE, "rank", (B, D))
     for samples, features in ((B, D), (B + 1, D + 1), (B - 1, D), (B, D - 1)):
-        ops.stage("rank", "cuda")(torch.ones(samples, features))
+        backends.stage("rank", "cuda")(torch.ones(samples, features))
     assert came == ["cuda", "cuda", "kernels.selection", "kernels.selection"]
 
 
 def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):
     monkeypatch.setattr(cpu, "missing", lambda: "its C++ library was not built")
-    ops._fastest.cache_clear()
+    backends._fastest.cache_clear()
     with pytest.warns(UserWarning, match="'portable' serves, slower than 'cpu' would: its C.. library was not built"):
         assert BCLLayer(4, 3).backend == "portable"
     with warnings.catch_warnings():
@@ -226,7 +230,7 @@ def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):
         assert BCLLayer(4, 3).backend == "portable"
     with pytest.raises(ValueError, match="backend='cpu' cannot serve on 'cpu': its C.. library was not built"):
         BCLLayer(4, 3, backend="cpu")
-    ops._fastest.cache_clear()
+    backends._fastest.cache_clear()
 
 
 class Counted(torch.Tensor):
@@ -243,12 +247,12 @@ class Counted(torch.Tensor):
 def test_counter_is_read_from_the_device_only_when_somebody_else_wrote_it():
     counter = torch.tensor(7).as_subclass(Counted)
     Counted.readings = 0
-    assert [ops.read_counter(counter) for _ in range(3)] == [7, 7, 7]
+    assert [counters.read_counter(counter) for _ in range(3)] == [7, 7, 7]
     assert Counted.readings == 1
-    ops.write_counter_(counter, 8)
-    assert ops.read_counter(counter) == 8 and Counted.readings == 1
+    counters.write_counter_(counter, 8)
+    assert counters.read_counter(counter) == 8 and Counted.readings == 1
     counter.add_(1)  # not through write_counter_
-    assert ops.read_counter(counter) == 9 and Counted.readings == 2
+    assert counters.read_counter(counter) == 9 and Counted.readings == 2
 
 
 def test_a_dead_owner_is_forgotten():
@@ -257,19 +261,19 @@ def test_a_dead_owner_is_forgotten():
             raise AssertionError("dead")
 
     layer = Layer()
-    ticket = ops.register_owner(layer)
-    assert ops.owner_of(ticket) is layer
+    ticket = owners.register_owner(layer)
+    assert owners.owner_of(ticket) is layer
     del layer
     gc.collect()
-    assert ops.owner_of(ticket) is None
+    assert owners.owner_of(ticket) is None
 
 
 @backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_check_finite_names_samples_too_short_for_a_cosine(backend, dtype):
-    arguments = list(statistics_arguments(backend, ops.BCLConfig(check_finite=True)))
+    arguments = list(statistics_arguments(backend, BCLConfig(check_finite=True)))
     for place in (0, 1, 3):
-        arguments[place] = arguments[place].to(dtype if place == 0 else ops.exact(dtype))
+        arguments[place] = arguments[place].to(dtype if place == 0 else operators.exact(dtype))
     arguments[2] = None
     x = arguments[0]
     x[1], x[2] = 0, x[2] * 1e-4  # a zero row has cosine 0 by definition
@@ -283,7 +287,7 @@ def test_check_finite_names_samples_too_short_for_a_cosine(backend, dtype):
 
 @backend
 def test_require_finite_names_the_tensor(backend):
-    arguments = list(statistics_arguments(backend, ops.BCLConfig(check_finite=True)))
+    arguments = list(statistics_arguments(backend, BCLConfig(check_finite=True)))
     neighbors = arguments[4].clone()
     for place, name in ((0, "x"), (1, "weight"), (3, "activation")):
         bad = list(arguments)

@@ -269,10 +269,10 @@ for B in (1, 67, 1009):
     a, near = columns("random", B, 67), neighbors_of(67, 8)
     a[::5, ::3], a[2::7, ::2], a[3::4, 1::3], a[::6, 5::7] = torch.nan, torch.inf, -0.0, 0.0
     got, own = (compete(module.competition, a, near) for module in (cpu, ref))
-    assert got["winner"].equal(own["winner"])
-    for name, value in got.items():
-        assert value.isnan().equal(own[name].isnan()), name
-        torch.testing.assert_close(value, own[name], rtol=1e-5, atol=1e-7, equal_nan=True)
+    assert got.winner.equal(own.winner)
+    for name, value, right in zip(got._fields, got, own):
+        assert value.isnan().equal(right.isnan()), name
+        torch.testing.assert_close(value, right, rtol=1e-5, atol=1e-7, equal_nan=True)
     assert cpu.rank(a).equal(ref.rank(a)) and (B != 67 or cpu.nearest(a, 0, 9).equal(ref.nearest(a, 9)))
     for rule in ("rank", "clamped_cosine", "cosine"):
         arguments = a, torch.rand(67), torch.rand(B), torch.ones(67), torch.rand(B), rule, "hard", 5

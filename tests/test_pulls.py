@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from test_layer import D, N, backends, batch, make, same, state
+from test_layer import D, N, batch, each_backend, make, same, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +52,7 @@ def sgd(parameters):
 @pytest.mark.parametrize("how", ["positional", "keyword"])
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("make_optimizer", [sgd, torch.optim.AdamW], ids=["SGD", "AdamW"])
-@backends
+@each_backend
 def test_a_closure_s_backward_belongs_to_its_step(backend, make_optimizer, window, how):
     """As Lightning's automatic optimization: the last micro-batch of a window runs inside of step()."""
     (plain, plain_optimizer), (other, optimizer) = (model_of(backend, make_optimizer) for _ in range(2))
@@ -174,7 +174,7 @@ def test_a_closure_that_the_optimizer_never_evaluates():
 # --- Gradients that leave early, steps that are skipped --------------------------------------------------------------
 
 
-@backends
+@each_backend
 def test_gradients_that_leave_in_a_hook_take_no_pull_with_them(backend):
     """Wrappers with a main gradient move each parameter's .grad away as soon as it is there."""
     (plain, plain_optimizer), (other, optimizer) = (model_of(backend, sgd) for _ in range(2))
@@ -417,7 +417,7 @@ def train_twice_used(layer, bound, segment, steps=5):
     return gradients
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=["weight", "offset"])
 @pytest.mark.parametrize("bound", [False, True], ids=["free", "bound"])
 @pytest.mark.parametrize("how", RECOMPUTED)
@@ -628,7 +628,7 @@ SECOND = {
 }
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=["weight", "offset"])
 @pytest.mark.parametrize("how", SECOND)
 def test_second_derivatives_raise_in_training_and_are_nn_linears_in_eval(backend, how, options):
@@ -674,7 +674,7 @@ def test_a_bound_optimizer_is_not_kept_alive():
         gc.enable()
 
 
-@backends
+@each_backend
 def test_several_gradients_at_once_are_those_one_by_one(backend):
     layer, x = square(backend, {}), batch(3).requires_grad_()
     output, directions = layer(x), torch.randn(5, 3, N)

@@ -8,6 +8,7 @@ from torch import tensor
 
 from bcl_fast import reference as ref
 from bcl_fast.spec import BCLConfig
+from bcl_fast.structures import Pull
 from bcl_fast.testing import VARIANTS
 
 F64 = torch.float64
@@ -219,12 +220,13 @@ def test_step_12_masked_gradients():
 
 def test_step_13_pull_moves_the_weight_or_the_offset():
     x, empty = tensor([[1.0, 3.0]]), torch.zeros(1, 0)
-    choices = (x, empty.long(), empty, tensor([[0], [0]]), torch.ones(2, 1), torch.zeros(2), "none")  # target = x
-    weight, offset, strength = torch.zeros(2, 2), torch.ones(2, 2), tensor([1.0, 0.5])
-    ref.targets_pull_(weight, None, strength, torch.tensor(0.1), *choices)
+    rescue, forces = (tensor([[0], [0]]), torch.ones(2, 1)), (torch.zeros(2), tensor([1.0, 0.5]))
+    pull = Pull(x, empty.long(), empty, *rescue, *forces)  # target = x
+    weight, offset = torch.zeros(2, 2), torch.ones(2, 2)
+    ref.targets_pull_(weight, None, torch.tensor(0.1), pull)
     close(weight, tensor([[0.1, 0.3], [0.05, 0.15]]))
     weight.zero_()
-    ref.targets_pull_(weight, offset, strength, torch.tensor(0.1), *choices)
+    ref.targets_pull_(weight, offset, torch.tensor(0.1), pull)
     assert weight.count_nonzero() == 0
     close(offset, tensor([[1.0, 1.2], [1.0, 1.1]]))
 

@@ -9,8 +9,10 @@ from backends import DEVICE, ON_CPU, SLOW, candidates, over_backends, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bcl_fast import BCLConfig, ops
+from bcl_fast import BCLConfig, operators
 from bcl_fast import reference as ref
+from bcl_fast.projection import project_
+from bcl_fast.structures import Pull
 from bcl_fast.testing import COLUMNS, budget, columns, compete, neighbors_of, relative_error
 
 SIZES = [(1, 2, 1), (2, 3, 5), (7, 5, 3), (37, 64, 16), (257, 129, 31), (1024, 512, 784)]
@@ -140,14 +142,14 @@ def check_competition(backend, activation, neighbors, **options):
     if torch.is_tensor(options.get("x")):
         options["x"] = options["x"].double()
     truth = compete(ref.competition, activation.double(), neighbors, **options)
-    assert got["winner"].equal(own["winner"]) and got["pair_feature"].equal(own["pair_feature"])
-    for name, value in got.items():
-        assert value.dtype == own[name].dtype and value.shape == own[name].shape and value.is_contiguous(), name
-        if name != "pair_pull" or own["winner"].equal(truth["winner"]):  # pairs of another winner are other pairs
-            assert relative_error(value, truth[name]) <= budget(own[name], truth[name]) or name == "winner", name
+    assert got.winner.equal(own.winner) and got.pair_feature.equal(own.pair_feature)
+    for name, value, near, right in zip(got._fields, got, own, truth, strict=True):
+        assert value.dtype == near.dtype and value.shape == near.shape and value.is_contiguous(), name
+        if name != "pair_pull" or own.winner.equal(truth.winner):  # pairs of another winner are other pairs
+            assert relative_error(value, right) <= budget(near, right) or name == "winner", name
     # What operators return may not alias; the rest stays within them.
-    returned = ("rank_score", "winner", "pair_feature", "pair_pull", "winner_share", "som_strength")
-    storages = [got[name].untyped_storage().data_ptr() for name in returned]
+    returned = got.rank_score, got.winner, got.pair_feature, got.pair_pull, got.winner_share, got.som_strength
+    storages = [tensor.untyped_storage().data_ptr() for tensor in returned]
     assert len(set(storages)) == len(storages)
 
 
@@ -180,64 +182,67 @@ def test_competition_takes_strided_samples(backend):
 @backend
 def test_winner_of_equal_margins_is_the_smallest_index(backend):
     activation = torch.zeros(3, 5)
-    assert compete(stage("competition", backend), activation, neighbors_of(5, 2))["winner"].tolist() == [0, 0, 0]
+    assert compete(stage("competition", backend), activation, neighbors_of(5, 2)).winner.tolist() == [0, 0, 0]
 
 
-def choices(B, D, N, k, r, dtype, seed=0):
+def pull_of(B, D, N, k, r, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(B, N, generator=generator, dtype=dtype)
     winner = torch.randint(D, (B,), generator=generator)
     pair_pull = torch.rand(B, min(k, D - 1), generator=generator, dtype=dtype)
     rows = torch.rand(D, B, generator=generator).topk(min(r or B, B), dim=1).indices
     shares = torch.rand(rows.shape, generator=generator, dtype=dtype)
-    winner_share = torch.rand(D, generator=generator, dtype=dtype)
-    return x, neighbors_of(D, k)[winner], pair_pull, rows, shares, winner_share
+    winner_share, som_strength = torch.rand(2, D, generator=generator, dtype=dtype)
+    return Pull(x, neighbors_of(D, k)[winner], pair_pull, rows, shares, winner_share, som_strength)
 
 
-def doubled(arguments):
-    return [a.double() if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments]
+def doubled(pull):
+    return Pull(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in pull))
 
 
 @cases("targets")
-@pytest.mark.parametrize("projection", ["none", "orthogonal", "centered"])
-def test_targets_and_pull(backend, B, D, N, dtype, projection):
-    arguments = *choices(B, D, N, 8, 5, dtype), projection
-    own, truth = ref.targets(*arguments), ref.targets(*doubled(arguments))
-    # Measured on the scale of what is projected: with N = 1 nothing but roundings is left of it.
-    whole = ref.targets(*doubled(arguments[:-1]), "none")
-    shift = (whole - truth).to(dtype)
-    got = stage("targets", backend)(*arguments)
-    assert relative_error(got + shift, whole) <= budget(own + shift, whole)
-    strength = vectors(8, D, dtype=dtype)[0]
+def test_targets_and_pull(backend, B, D, N, dtype):
+    pull = pull_of(B, D, N, 8, 5, dtype)
+    own, truth = ref.targets(pull), ref.targets(doubled(pull))
+    assert relative_error(stage("targets", backend)(pull), truth) <= budget(own, truth)
     for in_offset in (False, True):
         results = []
         for name, cast in ((backend, dtype), ("reference", dtype), ("reference", torch.float64)):
             weight = columns("random", D, N, dtype, seed=9).to(cast)
             offset = columns("random", D, N, dtype, seed=10).to(cast) if in_offset else None
-            exact = doubled([strength, *arguments]) if cast == torch.float64 else [strength, *arguments]
             before = weight.clone()
-            stage("targets_pull_", name)(weight, offset, exact[0], torch.tensor(0.1, dtype=cast), *exact[1:])
+            exact = doubled(pull) if cast == torch.float64 else pull
+            stage("targets_pull_", name)(weight, offset, torch.tensor(0.1, dtype=cast), exact)
             assert not in_offset or weight.equal(before)
             results.append(offset if in_offset else weight)
         assert relative_error(results[0], results[2]) <= budget(results[1], results[2])
 
 
+@pytest.mark.parametrize("projection", ["none", "orthogonal", "centered"])
+def test_projection_is_the_reference_s(projection):
+    for D, N in ((7, 5), (2, 1), (29, 37)):
+        target = columns("random", D, N) + 0.5
+        own, truth = ref.project(target, projection), ref.project(target.double(), projection)
+        # Measured on the scale of what is projected: with N = 1 nothing but roundings is left of it.
+        shift = (target.double() - truth).float()
+        got = project_(target.clone(), projection)
+        assert relative_error(got + shift, target) <= budget(own + shift, target)
+
+
 @over_backends(stage="targets")
 def test_targets_of_the_whole_batch_and_of_features_nobody_won(backend):
     for B in (13, 41):
-        x, pairs, pair_pull, *rest = choices(B, 7, 5, 3, 0, torch.float32)
-        all_to_one = torch.full_like(pairs[:, :1], 2), pair_pull[:, :1]  # the others' winner target is 0
-        for arguments in ((x, pairs, pair_pull, *rest, "none"), (x, *all_to_one, *rest, "centered")):
-            truth = ref.targets(*doubled(arguments))
-            assert relative_error(stage("targets", backend)(*arguments), truth) <= 1e-5
+        pull = pull_of(B, 7, 5, 3, 0, torch.float32)
+        all_to_one = torch.full_like(pull.pair_feature[:, :1], 2), pull.pair_pull[:, :1]  # others' winner target is 0
+        for one in (pull, pull._replace(pair_feature=all_to_one[0], pair_pull=all_to_one[1])):
+            assert relative_error(stage("targets", backend)(one), ref.targets(doubled(one))) <= 1e-5
 
 
 @over_backends(stage="targets")
 def test_targets_take_strided_samples(backend):
-    x, *rest = choices(22, 7, 10, 3, 5, torch.float32)
-    strided = torch.empty(10, 44).T[::2].copy_(x)
-    expected = stage("targets", backend)(x, *rest, "none")
-    assert stage("targets", backend)(strided, *rest, "none").equal(expected)
+    pull = pull_of(22, 7, 10, 3, 5, torch.float32)
+    strided = pull._replace(x=torch.empty(10, 44).T[::2].copy_(pull.x))
+    assert stage("targets", backend)(strided).equal(stage("targets", backend)(pull))
 
 
 @cases("gradient")
@@ -315,7 +320,7 @@ def test_norms_whose_squares_are_out_of_range(name, dtype):
     B = len(rows)
     for x in (rows, rows.T.contiguous().T):
         won = compete(stage("competition", name), columns("random", B, 5, dtype), neighbors_of(5, 2), x=x)
-        check_inverse_norms(won["x_inverse_norm"], inverse, scale)
+        check_inverse_norms(won.x_inverse_norm, inverse, scale)
 
 
 @backend
@@ -324,7 +329,7 @@ def test_norms_of_rows_with_nan_and_inf(backend):
     rows[1, 3], rows[2, 4], rows[3, 5], rows[4] = torch.inf, -torch.inf, torch.nan, 1e30
     rows[3, 6] = torch.inf
     won = compete(stage("competition", backend), columns("random", 6, 5), neighbors_of(5, 2), x=rows)
-    for found in (stage("inverse_norm", backend)(rows), won["x_inverse_norm"]):
+    for found in (stage("inverse_norm", backend)(rows), won.x_inverse_norm):
         assert found[1] == 0 and found[2] == 0 and found[3].isnan()
         torch.testing.assert_close(found[[0, 4, 5]], ref.inverse_norm(rows.double())[[0, 4, 5]].float())
 
@@ -344,13 +349,12 @@ def test_neighbors_of_features_with_nan_and_inf(backend):
     assert stage("neighbors", backend)(weight, 22).equal(ref.neighbors(weight, 22))
 
 
-@pytest.mark.parametrize("name", ["reference", *(name for name, _ in candidates(stage="targets"))])
 @pytest.mark.parametrize("exponent", [-70, 63, 66, 100])
-def test_projected_targets_scale_with_the_samples(name, exponent):
-    x, *rest = choices(23, 7, 10, 3, 5, torch.float32)
-    x = x - x.mean()
-    expected = stage("targets", name)(x, *rest, "orthogonal") * 2.0**exponent
-    assert stage("targets", name)(x * 2.0**exponent, *rest, "orthogonal").equal(expected)
+def test_projected_targets_scale_with_the_samples(exponent):
+    target = columns("random", 7, 10) - 0.3
+    for project in (ref.project, project_):
+        expected = project(target.clone(), "orthogonal") * 2.0**exponent
+        assert project(target * 2.0**exponent, "orthogonal").equal(expected)
 
 
 def chosen_for(backend, x, weight, temperature, affinity):
@@ -358,12 +362,9 @@ def chosen_for(backend, x, weight, temperature, affinity):
     counters = torch.tensor(1), torch.tensor(0), torch.tensor(0)
     tensors = x, weight, None, x @ weight.T, neighbors_of(weight.shape[0], 4), *counters
     tensors = [None if t is None else t.to(DEVICE[backend]) for t in tensors]
-    c = BCLConfig(temperature=temperature, affinity=affinity)
-    _, winner, _, pair_feature, _, rescue_rows, *_ = ops.operator("statistics_", tensors[0])(
-        *tensors, c.recompute_every, c.temperature, c.affinity, c.need_weighting, c.rescue_weighting, c.rescue_k,
-        c.forces, c.gradient_mask, c.rescue_onset, c.pull_onset, c.check_finite, backend,
-    )  # fmt: skip
-    return winner.cpu(), pair_feature.cpu(), rescue_rows.cpu().sort(dim=1).values
+    config = BCLConfig(temperature=temperature, affinity=affinity)
+    found = operators.operator("statistics_", tensors[0])(*tensors, backend, *config.statistics)
+    return found.winner.cpu(), found.pair_feature.cpu(), found.rescue_rows.cpu().sort(dim=1).values
 
 
 @pytest.mark.parametrize("backend", ["reference", *(name for name, _ in candidates())])
@@ -398,9 +399,9 @@ def test_a_neighbor_that_is_no_feature_counts_as_the_nearest_that_is(backend, k,
     before = neighbors.clone()
     got, same = (compete(stage("competition", backend), activation, near, x=x) for near in (neighbors, inside))
     own = compete(ref.competition, activation, neighbors, x=x)
-    assert all(got[name].equal(same[name]) for name in got) and neighbors.equal(before)
-    assert got["winner"].equal(own["winner"]) and got["pair_feature"].equal(own["pair_feature"])
-    assert all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
+    assert all(map(torch.equal, got, same)) and neighbors.equal(before)
+    assert got.winner.equal(own.winner) and got.pair_feature.equal(own.pair_feature)
+    assert all(relative_error(mine, right) <= 1e-5 for mine, right in zip(got, own, strict=True))
 
 
 @backend
@@ -412,7 +413,7 @@ def test_neighbors_of_another_layout_are_read_as_they_are(backend):
     got, own = (
         compete(stage("competition", backend), activation, near) for near in (spread[::2, ::3].T, neighbors)
     )  # fmt: skip
-    assert all(got[name].equal(own[name]) for name in got)
+    assert all(map(torch.equal, got, own))
 
 
 @over_backends(stage="gradient")
@@ -428,8 +429,7 @@ def test_a_masked_gradient_goes_where_it_is_asked_for(backend):
 def test_an_empty_batch_has_no_winners(backend):
     got, own = (compete(stage("competition", name), torch.empty(0, 5), neighbors_of(5, 2)) for name in
                 (backend, "reference"))  # fmt: skip
-    for name, value in got.items():
-        torch.testing.assert_close(value, own[name], equal_nan=True)
+    torch.testing.assert_close(got, own, equal_nan=True)
     none = torch.empty(0)
     for rule, weighting in (("rank", "hard"), ("cosine", "soft")):
         given = torch.empty(0, 5), None, none, torch.ones(5), none, rule, weighting, 3
@@ -457,7 +457,7 @@ def test_two_features_no_neighbors_no_inputs_do_no_harm(backend):
         for r in (0, 1, B, B + 1):
             pairs = torch.zeros(B, k, dtype=torch.int64), torch.zeros(B, k)
             rescue = torch.zeros(D, r, dtype=torch.int64), torch.zeros(D, r)
-            attempt("targets", x, *pairs, *rescue, torch.ones(D), "none")
+            attempt("targets", Pull(x, *pairs, *rescue, torch.ones(D), torch.ones(D)))
 
 
 @over_backends(stage="neighbors")
@@ -509,12 +509,12 @@ def test_any_batch_and_option_on_a_gpu(backend, **drawn):
 def check_any_shape(backend, B, D, k, rescue_k, rule, weighting, kind, weighted, seed):
     activation, neighbors = columns(kind, B, D, seed=seed), neighbors_of(D, k, seed)
     got, own = (compete(stage("competition", name), activation, neighbors) for name in (backend, "reference"))
-    assert got["winner"].equal(own["winner"])
-    own["som_strength"] += 1  # 1 - novelty may be all but nothing: its error is measured on the scale of novelty
-    got["som_strength"] += 1
-    assert all(relative_error(got[name], own[name]) <= 1e-5 for name in own)
+    assert got.winner.equal(own.winner)
+    own.som_strength.add_(1)  # 1 - novelty may be all but nothing: its error is measured on the scale of novelty
+    got.som_strength.add_(1)
+    assert all(relative_error(mine, right) <= 1e-5 for mine, right in zip(got, own, strict=True))
     rinv, winv = vectors(seed, B, D, dtype=torch.float32)
-    need = own["need"] if weighted else None
+    need = own.need if weighted else None
     check_selection(backend, activation, None, rinv, winv, need, rule, weighting, rescue_k)
 
 
@@ -539,10 +539,9 @@ def test_no_tensor_of_three_dimensions_and_no_second_product(backend):
     x = columns("random", B, N)
     with Watch() as watch:
         won = compete(stage("competition", backend), activation, neighbors, x=x)
-        chosen = stage("selection", backend)(
-            activation, None, won["x_inverse_norm"], None, won["need"], "rank", "hard", 5
-        )
-        stage("targets", backend)(x, won["pair_feature"], won["pair_pull"], *chosen, won["winner_share"], "none")
+        chosen = stage("selection", backend)(activation, None, won.x_inverse_norm, None, won.need, "rank", "hard", 5)
+        forces = won.winner_share, won.som_strength
+        stage("targets", backend)(Pull(x, won.pair_feature, won.pair_pull, *chosen, *forces))
     assert watch.largest <= max(B * D, D * N, B * N)
     assert not {"mm", "addmm", "bmm"} & set(watch.names)
     assert sum(name.startswith("sort") for name in watch.names) <= 2  # of the keys, and of the B * k winner pairs

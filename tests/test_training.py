@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from test_layer import N, backends, batch, make, same, state
+from test_layer import N, batch, each_backend, make, same, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bcl_fast import ops
+from bcl_fast import counters
 from bcl_fast import reference as ref
 from bcl_fast.layer import BCLLayer
 from bcl_fast.testing import relative_error
@@ -27,7 +27,7 @@ def increment(layer, x):
 # --- Which backward pulls, and how often -----------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 def test_each_backward_pulls_once_and_counts_a_step(backend):
     layer = make(backend)
     for step in range(3):
@@ -37,7 +37,7 @@ def test_each_backward_pulls_once_and_counts_a_step(backend):
         assert not layer.weight.equal(before)
 
 
-@backends
+@each_backend
 def test_a_forward_without_a_backward_changes_nothing_but_the_neighbors(backend):
     layer, other = make(backend), make(backend)
     for seed in range(5):
@@ -47,7 +47,7 @@ def test_a_forward_without_a_backward_changes_nothing_but_the_neighbors(backend)
     assert same(state(layer), state(other))
 
 
-@backends
+@each_backend
 def test_an_old_forward_may_get_its_backward_after_a_newer_one(backend):
     layer, other = make(backend, som_lr=0.0), make(backend, som_lr=0.0)
     old, new = layer(batch(seed=1)), layer(batch(seed=2))
@@ -59,7 +59,7 @@ def test_an_old_forward_may_get_its_backward_after_a_newer_one(backend):
     assert layer.weight.grad.equal(other.weight.grad)
 
 
-@backends
+@each_backend
 def test_autograd_grad_gives_the_masked_gradient_and_pulls_nothing(backend):
     layer, other, x = make(backend), make(backend), batch().requires_grad_()
     before = state(layer)
@@ -70,7 +70,7 @@ def test_autograd_grad_gives_the_masked_gradient_and_pulls_nothing(backend):
     assert gradient.equal(x.grad)
 
 
-@backends
+@each_backend
 def test_autograd_grad_of_the_weight_and_backward_of_inputs_pull_nothing(backend):
     layer, x = make(backend), batch().requires_grad_()
     before = layer.weight.detach().clone()
@@ -81,7 +81,7 @@ def test_autograd_grad_of_the_weight_and_backward_of_inputs_pull_nothing(backend
     assert int(layer.step) == 1
 
 
-@backends
+@each_backend
 def test_autograd_grad_and_then_backward_over_the_same_graph(backend):
     layer, x = make(backend), batch().requires_grad_()
     loss = layer(x).square().sum()
@@ -90,7 +90,7 @@ def test_autograd_grad_and_then_backward_over_the_same_graph(backend):
     assert int(layer.step) == 1
 
 
-@backends
+@each_backend
 def test_a_second_backward_over_the_same_graph_pulls_no_second_time(backend):
     layer = make(backend)
     loss = layer(batch()).square().sum()
@@ -101,7 +101,7 @@ def test_a_second_backward_over_the_same_graph_pulls_no_second_time(backend):
     assert layer.weight.grad.equal(2 * gradient)
 
 
-@backends
+@each_backend
 def test_a_second_backward_that_needs_the_changed_weight_is_autograds_error(backend):
     layer = make(backend)
     loss = layer(batch().requires_grad_()).square().sum()
@@ -110,7 +110,7 @@ def test_a_second_backward_that_needs_the_changed_weight_is_autograds_error(back
         loss.backward()
 
 
-@backends
+@each_backend
 def test_double_backward_is_refused(backend):
     layer, x = make(backend), batch().requires_grad_()
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
@@ -118,7 +118,7 @@ def test_double_backward_is_refused(backend):
         gradient.sum().backward()
 
 
-@backends
+@each_backend
 def test_hidden_layer_gets_and_gives_the_right_gradients(backend):
     """Both layers pull; the first one's gradient goes through the second one's weight of the forward pass."""
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_an_inplace_activation_may_follow():
     assert (records[0].activation < 0).any(), "the record must hold the activation before the ReLU"
 
 
-@backends
+@each_backend
 def test_the_pull_comes_before_an_optimizer_that_steps_in_the_backward(backend):
     layer, other = make(backend), make(backend)
     optimizer = torch.optim.SGD(layer.parameters(), 0.1)
@@ -168,7 +168,7 @@ def test_two_layers_may_share_one_weight():
 
 def test_training_reads_no_counter_from_the_device(monkeypatch):
     """After the first step the host knows `step`: no synchronization, also across a refresh."""
-    monkeypatch.setattr(ops, "NEAR", ())
+    monkeypatch.setattr(counters, "NEAR", ())
     layer = make("portable", recompute_every=2)
     layer(batch()).sum().backward()
     read = torch.Tensor.__int__
@@ -187,7 +187,7 @@ def test_training_reads_no_counter_from_the_device(monkeypatch):
 # --- Several forwards before one accumulation ------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=str)
 def test_forwards_of_one_backward_are_averaged_by_their_samples(backend, options):
     layer = make(backend, som_lr=0.1, dtype=torch.float64, **options)
@@ -200,7 +200,7 @@ def test_forwards_of_one_backward_are_averaged_by_their_samples(backend, options
     assert int(layer.step) == 1
 
 
-@backends
+@each_backend
 def test_only_forwards_whose_backward_ran_are_averaged(backend):
     layer, other = make(backend), make(backend)
     kept, dropped = layer(batch(seed=1)), layer(batch(seed=2))
@@ -209,7 +209,7 @@ def test_only_forwards_whose_backward_ran_are_averaged(backend):
     assert dropped.requires_grad and same(state(layer), state(other))
 
 
-@backends
+@each_backend
 def test_a_layer_used_twice_in_one_forward_feeding_itself(backend):
     torch.manual_seed(0)
     layer = BCLLayer(N, N, backend=backend)
@@ -227,7 +227,7 @@ def bound(backend=None, optimizer=torch.optim.SGD, **options):
     return layer, optimizer
 
 
-@backends
+@each_backend
 def test_bound_pulls_are_averaged_and_applied_once_before_the_step(backend):
     layer, optimizer = bound(backend, dtype=torch.float64, lr=0.5)
     start = layer.weight.detach().clone()
@@ -245,7 +245,7 @@ def test_bound_pulls_are_averaged_and_applied_once_before_the_step(backend):
     assert layer.weight.equal(after), "a pull was applied twice"
 
 
-@backends
+@each_backend
 def test_bound_pulls_do_not_see_inputs_that_were_overwritten(backend):
     """Programs with one static input buffer overwrite it between the backward and the step."""
     weights = []
@@ -260,7 +260,7 @@ def test_bound_pulls_do_not_see_inputs_that_were_overwritten(backend):
     assert weights[0].equal(weights[1])
 
 
-@backends
+@each_backend
 def test_bound_layer_allows_a_second_backward_that_needs_the_weight(backend):
     layer, optimizer = bound(backend)
     x = batch().requires_grad_()
@@ -341,7 +341,7 @@ def test_without_binding_every_backward_pulls_also_where_the_scaler_skips():
 # --- Checkpointing ---------------------------------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_is_bit_equal(backend, reentrant):
     layers = [make(backend, recompute_every=2) for _ in range(2)]
@@ -357,7 +357,7 @@ def test_activation_checkpointing_is_bit_equal(backend, reentrant):
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_low_precision_uses_the_float32_product_before_rounding(backend, dtype):
     layer = make(backend, dtype=dtype)
@@ -372,7 +372,7 @@ def test_low_precision_uses_the_float32_product_before_rounding(backend, dtype):
     assert layer.weight.grad.dtype == dtype and layer.weight.dtype == dtype and int(layer.step) == 1
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=str)
 def test_the_pull_is_not_lost_in_low_precision(backend, dtype, options):
@@ -391,7 +391,7 @@ def test_the_pull_is_not_lost_in_low_precision(backend, dtype, options):
     assert cosine > 0.9 and 0.8 < moved.norm() / wanted.norm() < 1.25
 
 
-@backends
+@each_backend
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_autocast_keeps_statistics_and_pull_in_float32(backend, dtype):
     layer, x = make(backend), batch().requires_grad_()
@@ -414,7 +414,7 @@ def test_autocast_leaves_float64_alone():
         assert layer(batch(dtype=torch.float64)).dtype == torch.float64
 
 
-@backends
+@each_backend
 def test_float64_end_to_end(backend):
     layer = make(backend, dtype=torch.float64)
     output = layer(batch(dtype=torch.float64))

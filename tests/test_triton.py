@@ -11,15 +11,16 @@ import torch
 from backends import INTERPRETED
 from interpreter import Launches, Place, Traffic
 from test_layer import N, batch, check_one_step, make, same, state
-from test_ops import pending, statistics_arguments
-from test_stages import check_selection, choices, needs
+from test_ops import forward, statistics_arguments
+from test_stages import check_selection, needs, pull_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from bcl_fast import BCLConfig, BCLLayer, ops, reference
+from bcl_fast import BCLConfig, BCLLayer, backends, reference
 from bcl_fast.measure.implementations import Size, trained_weight
 from bcl_fast.measure.stages import check_stages, stage_calls
+from bcl_fast.structures import Pull
 from bcl_fast.testing import COLUMNS, VARIANTS, columns, compete, neighbors_of
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for a GPU here, or is not installed")
@@ -81,15 +82,14 @@ PRESETS = [BCLConfig(), BCLConfig.preset("soft-clamp"), BCLConfig(rescue_k=0, gr
 def test_operators_are_what_they_declare(config):
     check = torch.library.opcheck
     check(torch.ops.bcl_fast.statistics_.default, statistics_arguments("triton", config))
-    (_, weight, *_), mask, winner, left = pending("triton", config)
-    masked = torch.ones(9, 5), mask, winner, config.gradient_mask, torch.float32, left, False, False, "triton"
-    check(torch.ops.bcl_fast.masked_gradient.default, masked)
-    _, x, *choices, strength = left
+    weight, found, pull = forward("triton", config)
+    arguments = found.mask, found.winner, config.gradient_mask, torch.float32, False, False, "triton", found.ticket
+    check(torch.ops.bcl_fast.masked_gradient.default, (torch.ones(9, 5), *arguments, None, None, *pull))
+    options = config.target_projection, "triton"
     for offset in (None, torch.zeros_like(weight)):
-        tail = x, *choices, config.target_projection, "triton"
-        pull = weight, offset, torch.tensor(3), strength, torch.tensor(0.1), *tail
-        check(torch.ops.bcl_fast.targets_pull_.default, pull)
-        check(torch.ops.bcl_fast.som_increment.default, (weight, offset, strength, *tail))
+        pulled = weight, offset, torch.tensor(3), torch.tensor(0.1), *options, *pull
+        check(torch.ops.bcl_fast.targets_pull_.default, pulled)
+        check(torch.ops.bcl_fast.som_increment.default, (weight, offset, *options, *pull))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -161,11 +161,23 @@ STRIDE = (1 << 30) + 3  # itself a 32-bit number: the third row is beyond 2^31
 def test_more_than_two_to_the_31_elements(name):
     size = Size(3, 4, 5)
     calls = stage_calls(size, like="reference")
-    calls["targets"] = calls["targets_pull_"][4:]
+    calls["targets"] = calls["targets_pull_"][-1:]
     near = calls[name]
-    place = next(i for i, value in enumerate(near) if torch.is_tensor(value) and value.dim() == 2)
-    distant = [far(v, STRIDE) if i == place else v.clone() if torch.is_tensor(v) else v for i, v in enumerate(near)]
-    function = ops.stage(name, "triton")
+    done = []
+
+    def spread(value):
+        """The first matrix lies far apart, everything else is a copy."""
+        if isinstance(value, Pull):
+            return Pull(*map(spread, value))
+        if not torch.is_tensor(value):
+            return value
+        if value.dim() != 2 or done:
+            return value.clone()
+        done.append(value)
+        return far(value, STRIDE)
+
+    distant = [spread(value) for value in near]
+    function = backends.stage(name, "triton")
     expected, got = function(*near), function(*distant)
     if name.endswith("_"):
         expected, got = near[0], distant[0]
@@ -204,23 +216,22 @@ def test_competition_in_other_forms(monkeypatch, form):
     whole = compete(competition.competition, activation, neighbors)
     for name, value in form.items():
         monkeypatch.setattr(competition, name, value)
-    for name, value in compete(competition.competition, activation, neighbors).items():
-        torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-7)
+    found = compete(competition.competition, activation, neighbors)
+    torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("value", [-1, -(2**63), 2**31, 2**32 + 1, 2**63 - 1])
 def test_indices_out_of_bounds_touch_no_other_memory(value):
     """They count as the nearest inside; the interpreter looks at every address."""
     B, D, N = 37, 300, 5
-    x, pairs, pull, rows, shares, share = choices(B, D, N, 3, 5, torch.float32)
-    pairs, rows = pairs.clone(), rows.clone()
+    pull = pull_of(B, D, N, 3, 5, torch.float32)
+    pairs, rows = pull.pair_feature.clone(), pull.rescue_rows.clone()
     pairs[::2, 1], rows[::3, 2] = value, value
     found = []
     for feature, row in ((pairs, rows), (pairs.clamp(0, D - 1), rows.clamp(0, B - 1))):
-        weight = torch.zeros(D, N)
-        arguments = x, feature, pull, row, shares, share, "none"
-        ops.stage("targets_pull_", "triton")(weight, None, share, torch.tensor(0.1), *arguments)
-        found.append((weight, ops.stage("targets", "triton")(*arguments)))
+        weight, one = torch.zeros(D, N), pull._replace(pair_feature=feature, rescue_rows=row)
+        backends.stage("targets_pull_", "triton")(weight, None, torch.tensor(0.1), one)
+        found.append((weight, backends.stage("targets", "triton")(one)))
     for got, expected in zip(*found, strict=True):
         assert got.equal(expected) and got.isfinite().all()
 
@@ -228,7 +239,7 @@ def test_indices_out_of_bounds_touch_no_other_memory(value):
 def test_a_refresh_writes_neighbors_of_any_layout():
     weight, spread = columns("random", 9, 5), torch.full((6, 27), -7)
     near, step = spread[::2, ::3].T, torch.tensor(50)
-    ops.stage("refresh_", "triton")(weight, near, step, torch.tensor(-1), 50)
+    backends.stage("refresh_", "triton")(weight, near, step, torch.tensor(-1), 50)
     assert near.equal(reference.neighbors(weight, 3)) and (spread[1::2] == -7).all()
 
 
@@ -256,7 +267,7 @@ def test_selection_by_several_runs(kind, need):
 
 def test_ranks_by_several_runs():
     key = columns("quantized", 2100, 3)
-    assert ops.stage("rank", "triton")(key).equal(ops.stage("rank", "reference")(key))
+    assert backends.stage("rank", "triton")(key).equal(backends.stage("rank", "reference")(key))
 
 
 class Largest(TorchDispatchMode):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..layer import BCLLayer
-from ..pulls import PendingPull
+from ..structures import PendingPull, Pull, Statistics
 from .implementations import CONFIG, Size, batch
 from .precisions import PRECISIONS, ROUNDING, forward, multiplying
 
@@ -34,41 +34,35 @@ def choices(
     if weight is not None:
         layer.weight.data.copy_(weight)
     received: list[PendingPull] = []
-    layer._pulls.receive = lambda pending, compiled: received.append(PendingPull(*pending))
-    winners: list[Tensor] = []
+    layer._pulls.receive = lambda pending, compiled: received.append(pending)
+    found: list[Statistics] = []
     statistics = layer._statistics
 
-    def watched(*arguments: Tensor) -> tuple[Tensor, ...]:
-        mask, winner, *rest = statistics(*arguments)
-        winners.append(winner)
-        return mask, winner, *rest
+    def watched(*arguments: Tensor) -> Statistics:
+        found.append(statistics(*arguments))
+        return found[-1]
 
     layer._statistics = watched
     x, grad_output = batch(size, device)
     with multiplying(precision), forward(precision, device):
         output = layer(x)
     output.backward(grad_output.to(output.dtype))
-    return _judged(received[0], winners[0], layer, precision)
+    return _judged(received[0].pull, found[0].winner, layer, precision)
 
 
 @torch.no_grad()
-def _judged(pull: PendingPull, winner: Tensor, layer: BCLLayer, precision: str) -> Strayed:
+def _judged(pull: Pull, winner: Tensor, layer: BCLLayer, precision: str) -> Strayed:
     x, weight, bias = (tensor.double() for tensor in (pull.x, layer.weight, layer.bias))
     activation, B = F.linear(x, weight, bias), x.shape[0]
-    found = dict(
-        zip(
-            reference.COMPETITION,
-            reference.competition(activation, layer.neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0),
-            strict=True,
-        )
-    )
-    score = (activation - bias).mul_(found["x_inverse_norm"][:, None])
-    score = reference.rank(score).double().mul_(found["need"][:, None] / max(B - 1, 1))
+    competing = layer.neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
+    truth = reference.competition(activation, *competing)
+    score = (activation - bias).mul_(truth.x_inverse_norm[:, None])
+    score = reference.rank(score).double().mul_(truth.need[:, None] / max(B - 1, 1))
     best, rows = score.topk(pull.rescue_rows.shape[1], dim=0)
     chosen = score.gather(0, pull.rescue_rows.T).sort(dim=0, descending=True).values
     others = (pull.rescue_rows.T.sort(dim=0).values != rows.sort(dim=0).values).any(dim=0)
-    samples = winner != found["winner"]
-    lost = _margin(activation, found["winner"], layer.neighbors) - _margin(activation, winner, layer.neighbors)
+    samples = winner != truth.winner
+    lost = _margin(activation, truth.winner, layer.neighbors) - _margin(activation, winner, layer.neighbors)
     # Of an activation: of both operands, and of a sum of N; two of each margin, and two margins are compared.
     rounding = 2 * ROUNDING[precision] + x.shape[1] * 2.0**-24
     error = rounding * (x.norm(dim=1) * weight.norm(dim=1).max() + bias.abs().max())

@@ -1,4 +1,4 @@
-"""Contestants: everybody whose training step is timed, from plain `nn.Linear` to the CUDA kernels."""
+"""Implementations: everybody whose training step is timed, from plain `nn.Linear` to the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import backends, reference
 from ..layer import BCLLayer
 from ..spec import BCLConfig
+from ..structures import Pull
 from .precisions import forward
 
 Step = Callable[[], None]
 CONFIG = BCLConfig()
-NAMES = ("linear", "reference", "compiled", *ops.BACKENDS[1:])  # `nn.Linear`, the floor, first
+NAMES = ("linear", "reference", "compiled", *backends.NAMES[1:])  # `nn.Linear`, the floor, first
 COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")  # one of which torch.compile takes on a CPU
 NEVER = 10**9  # recompute_every of a layer that is timed: its refresh is timed apart
 
@@ -48,11 +49,11 @@ def why_not(name: str, device: str) -> str | None:
     """None where an implementation can be timed on this type of device ("cpu", "cuda"), else the reason."""
     if name == "compiled" and device == "cpu" and not any(map(shutil.which, COMPILERS)):
         return f"torch.compile finds no C++ compiler ({', '.join(COMPILERS)})"
-    if name not in ops.BACKENDS:
+    if name not in backends.NAMES:
         return None
-    if name in ops.ON_GPU and device == "cpu":
+    if name in backends.ON_GPU and device == "cpu":
         return "it serves GPUs; what interprets it on a CPU is not timed"
-    return ops.why_not(name, device)
+    return backends.why_not(name, device)
 
 
 def reasons(device: str, **others: str) -> dict[str, str]:
@@ -66,9 +67,9 @@ def serving(device: str = "cpu") -> list[str]:
     return [name for name in NAMES if why_not(name, device) is None]
 
 
-def backends(device: str = "cpu") -> list[str]:
+def serving_stages(device: str = "cpu") -> list[str]:
     """Those of them that are backends, the reference first: whoever serves single stages."""
-    return [name for name in serving(device) if name in ops.BACKENDS]
+    return [name for name in serving(device) if name in backends.NAMES]
 
 
 def build(
@@ -90,7 +91,7 @@ def build(
         return Implementation(layer.weight, training_step(layer, size, precision), None)
 
     def refresh() -> None:
-        layer.neighbors.copy_(ops.stage("neighbors", name)(layer.weight.detach(), layer.neighbors.shape[1]))
+        layer.neighbors.copy_(backends.stage("neighbors", name)(layer.weight.detach(), layer.neighbors.shape[1]))
 
     layer.step.fill_(1)  # not a multiple of recompute_every: no step refreshes by itself
     return Implementation(layer.weight, training_step(layer, size, precision), refresh)
@@ -121,14 +122,14 @@ def batch(size: Size, device: torch.device | str) -> tuple[Tensor, Tensor]:
 def whole_step(x: Tensor, weight: Tensor, bias: Tensor, neighbors: Tensor, grad_output: Tensor) -> tuple[Tensor, ...]:
     """The literal algorithm with its three products, the pull included, as one function of the reference's stages."""
     activation = F.linear(x, weight, bias)
-    R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = reference.competition(
-        activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
-    )
-    rescue = reference.selection(activation, bias, rinv, None, need, CONFIG.affinity, "hard", CONFIG.rescue_k)
-    masked, bias_gradient = reference.gradient(grad_output, R, None)
+    won = reference.competition(activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0)
+    choosing = won.x_inverse_norm, None, won.need, CONFIG.affinity, "hard", CONFIG.rescue_k
+    rescue = reference.selection(activation, bias, *choosing)
+    masked, bias_gradient = reference.gradient(grad_output, won.rank_score, None)
     gradients = masked @ weight, masked.T @ x, bias_gradient
-    target = reference.targets(x, *pairs, *rescue, winner_share, "none")
-    return *gradients, weight + CONFIG.som_lr * reference.som_increment(weight, target, som_strength)
+    forces = won.winner_share, won.som_strength
+    target = reference.targets(Pull(x, won.pair_feature, won.pair_pull, *rescue, *forces))
+    return *gradients, weight + CONFIG.som_lr * reference.som_increment(weight, target, won.som_strength)
 
 
 def _compiled(layer: nn.Linear, size: Size) -> Implementation:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import cuda, ops
+from .. import backends, cuda
 from ..layer import BCLLayer
-from .implementations import Size, backends, batch, reasons
+from .implementations import Size, batch, reasons, serving_stages
 from .rows import Row, absent, row
 from .stages import WHOLE, stage_calls
 from .timing import medians
@@ -61,8 +61,8 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
 
     calls: dict[str, Callable[[], Any]] = {"argsort of argsort, topk": argsort_twice, "sort, scatter, topk": sort_once}
     chosen = {name: call().T.sort(dim=1).values for name, call in calls.items()}
-    for backend in backends(device):
-        calls[backend] = partial(ops.stage("selection", backend), *arguments)
+    for backend in serving_stages(device):
+        calls[backend] = partial(backends.stage("selection", backend), *arguments)
         chosen[backend] = calls[backend]()[0].sort(dim=1).values
     for name, samples in chosen.items():
         assert samples.equal(chosen["reference"]), f"{name} at {size} chooses other samples than the reference"
@@ -88,8 +88,8 @@ def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = No
         "torch.sort": lambda: key.sort(dim=0, stable=True),
     }
     expected = calls["argsort of argsort"]()
-    for backend in backends(device) if names is None else names:
-        calls[backend] = partial(ops.stage("rank", backend), key)
+    for backend in serving_stages(device) if names is None else names:
+        calls[backend] = partial(backends.stage("rank", backend), key)
         assert calls[backend]().equal(expected), f"{backend} at {size}: ranks differ"
     if "cuda" in calls:
         columns = key.T.contiguous().view(torch.int32)

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops, reference
-from ..testing import budget, relative_error
+from .. import backends
+from ..structures import Pull
+from ..testing import check_stage, expected
 from .floor import Ceilings, work
-from .implementations import CONFIG, Size, backends, batch, build, reasons
+from .implementations import CONFIG, Size, batch, build, reasons, serving_stages
 from .rows import Row, absent, row
 from .timing import medians
 
 STAGES = ("neighbors", "competition", "inverse_norm", "selection", "targets_pull_", "gradient", "rank")
 WHOLE = "compiled as a whole step alone"  # why there is no stage of `compiled`
-
-
-class Expected(NamedTuple):
-    """A stage, its arguments, and what the reference makes of them."""
-
-    stage: str
-    arguments: tuple[Any, ...]
-    own: tuple[Tensor, ...]  # in float32
-    truth: tuple[Tensor, ...]  # in float64
 
 
 def stage_calls(
@@ -44,18 +36,19 @@ def stage_calls(
     weight = linear.weight.detach() if weight is None else weight.to(device)
     bias = linear.bias.detach()
     activation = F.linear(x, weight, bias)
-    neighbors = _drawn(size, device) if drawn else ops.stage("neighbors", like)(weight, CONFIG.neighborhood_k)
+    neighbors = _drawn(size, device) if drawn else backends.stage("neighbors", like)(weight, CONFIG.neighborhood_k)
     competing = activation, neighbors, CONFIG.temperature, x, CONFIG.forces, 0.0, 0.0
-    R, _, _, _, _, *pairs, rinv, need, winner_share, som_strength = ops.stage("competition", like)(*competing)
-    chosen = activation, bias, rinv, None, need, "rank", "hard", CONFIG.rescue_k
-    choices = x, *pairs, *ops.stage("selection", like)(*chosen), winner_share, "none"
+    won = backends.stage("competition", like)(*competing)
+    chosen = activation, bias, won.x_inverse_norm, None, won.need, "rank", "hard", CONFIG.rescue_k
+    rescue, forces = backends.stage("selection", like)(*chosen), (won.winner_share, won.som_strength)
+    pull = Pull(x, won.pair_feature, won.pair_pull, *rescue, *forces)
     return {
         "neighbors": (weight, CONFIG.neighborhood_k),
         "competition": competing,
         "inverse_norm": (x,),
         "selection": chosen,
-        "targets_pull_": (weight.clone(), None, som_strength, weight.new_tensor(1.0), *choices),
-        "gradient": (grad_output, R, None),
+        "targets_pull_": (weight.clone(), None, weight.new_tensor(1.0), pull),
+        "gradient": (grad_output, won.rank_score, None),
         "rank": (activation,),
     }
 
@@ -84,80 +77,17 @@ def check_stages(
     1e-6; `drawn` ones are not looked for.
     """
     errors: dict[str, dict[str, float]] = {backend: {} for backend in names}
-    for one in expected(size, device, [stage for stage in stages if not drawn or stage != "neighbors"], weight, drawn):
-        for backend in names:
-            errors[backend] |= check_stage(one, backend, size)
-    return errors
-
-
-def expected(
-    size: Size,
-    device: str = "cpu",
-    stages: Sequence[str] = STAGES,
-    weight: Tensor | None = None,
-    drawn: bool = False,
-) -> Iterator[Expected]:
-    """What the reference makes of every stage, one at a time: two at once may not fit the memory."""
     like = "reference" if set(stages) - {"neighbors", "rank"} else "portable"
     calls = stage_calls(size, device, like, weight, drawn)
-    for stage in stages:
-        own, truth = (_results(stage, "reference", calls[stage], dtype) for dtype in (torch.float32, torch.float64))
-        yield Expected(stage, calls[stage], own, truth)
-        del own, truth
-
-
-def check_stage(one: Expected, backend: str, size: Size) -> dict[str, float]:
-    """The errors of a stage of a backend; AssertionError where they break the contract."""
-    got = _results(one.stage, backend, one.arguments, torch.float32)
-    try:
-        return _errors(one.stage, one.arguments, got, one.own, one.truth)
-    except AssertionError as error:
-        raise AssertionError(f"{backend} at {size}: {error}") from None
-
-
-def _results(stage: str, backend: str, taken: tuple[Any, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """What a stage returns for arguments cast to this dtype; of one that works in place, the change."""
-    in_place = stage.endswith("_")
-    given = [t.to(dtype, copy=in_place) if _is_real(t) else t for t in taken]
-    result = ops.stage(stage, backend)(*given)
-    if in_place:
-        return (given[0] - taken[0].to(dtype),)
-    return result if isinstance(result, tuple) else (result,)
-
-
-def _errors(
-    stage: str, taken: tuple[Any, ...], got: tuple[Tensor, ...], own: tuple[Tensor, ...], truth: tuple[Tensor, ...]
-) -> dict[str, float]:
-    """The errors of one stage of one backend beside the reference's results in float32 and in float64."""
-    if stage == "neighbors":
-        regret = _regret(taken[0].double(), got[0], truth[0])
-        assert regret <= 1e-6, f"neighbors are less similar by {regret:.1e}"
-        return {stage: regret}
-    errors = {}
-    for i, (mine, reference32, reference64) in enumerate(zip(got, own, truth, strict=True)):
-        place = f"{stage} {reference.COMPETITION[i]}" if stage == "competition" else f"{stage} {i}"
-        if stage == "selection":
-            mine, reference32 = mine.sort(dim=1).values, reference32.sort(dim=1).values
-        if not reference32.is_floating_point() or place == "gradient 0":
-            assert mine.equal(reference32), f"{place} differs in {int((mine != reference32).sum())} elements"
-        elif place != "competition pair_pull" or own[4].equal(truth[4]):  # else of other winners
-            errors[place] = relative_error(mine, reference64)
-            assert errors[place] <= budget(reference32, reference64), f"{place} is off by {errors[place]:.1e}"
+    for stage in (stage for stage in stages if not drawn or stage != "neighbors"):
+        right = expected(stage, calls[stage])  # one at a time: two at once may not fit the memory
+        for backend in names:
+            try:
+                errors[backend] |= check_stage(backends.stage(stage, backend), stage, calls[stage], right)
+            except AssertionError as error:
+                raise AssertionError(f"{backend} at {size}: {error}") from None
+        del right
     return errors
-
-
-def _is_real(value: Any) -> bool:
-    return torch.is_tensor(value) and value.is_floating_point()
-
-
-def _regret(weight: Tensor, chosen: Tensor, best: Tensor) -> float:
-    """By how much, at most, the cosine of a chosen neighbor [D, k] falls behind that of the best at its place."""
-    unit = weight * reference.inverse_norm(weight)[:, None]
-    regret = 0.0
-    for place in range(chosen.shape[1]):  # a [D, N] at a time
-        gap = ((unit[best[:, place]] - unit[chosen[:, place]]) * unit).sum(dim=1)
-        regret = max(regret, float(gap.max()))
-    return regret
 
 
 # --- Time -------------------------------------------------------------------------------------------------------------
@@ -177,11 +107,13 @@ def stage_times(
     the stage cannot do without, `fraction_of_roof` says which share of its floor's speed it reaches. `amount` goes to
     `timing.medians`.
     """
-    serving = backends(device)
+    serving = serving_stages(device)
     check_stages(size, serving[1:], device, stages)
     given = stage_calls(size, device)
     calls = {
-        (stage, backend): partial(ops.stage(stage, backend), *given[stage]) for stage in stages for backend in serving
+        (stage, backend): partial(backends.stage(stage, backend), *given[stage])
+        for stage in stages
+        for backend in serving
     }
     calls["products", "linear"] = build("linear", size, device=device).step
     taken = medians(calls, device, **amount)

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import ops
+from .. import backends
 from .choices import check_choices
 from .floor import Ceilings
-from .implementations import CONFIG, Implementation, Size, backends, build, reasons, serving
+from .implementations import CONFIG, Implementation, Size, build, reasons, serving, serving_stages
 from .rows import Row, absent, row
 from .stages import check_stages
 from .timing import interleaved, median_ms
@@ -46,7 +46,7 @@ def check_equal(moved: dict[str, Tensor], size: Size, device: str = "cpu") -> No
             f"{name} at {size}: the first pull differs from the reference's by {float(errors.max()):.1e}, in {others} "
             "features by more than 1e-4"
         )
-        if others and name in ops.BACKENDS:
+        if others and name in backends.NAMES:
             check_choices(name, size, device=device)
 
 
@@ -86,7 +86,7 @@ def step_times(
     if weight is None:
         check_equal(moved, size, device)
     else:
-        check_stages(size, backends(device)[1:], device, weight=weight)
+        check_stages(size, serving_stages(device)[1:], device, weight=weight)
     labels = {"device": device, "weights": "init" if weight is None else "trained"}
     rows = [
         row(question, name, size, **labels, **measured, floor_ms=roof.step_ms(size))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import cuda, ops
+from .. import backends, cuda
 
 # Stage of Triton -> constant of its file in kernels/ -> what to try instead.
 RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -55,7 +55,7 @@ def stages(backend: str) -> tuple[str, ...]:
 
 def sizes(backend: str, stage: str) -> dict[str, Any]:
     """The table that the launcher of a stage reads at every call."""
-    return cuda.LAUNCH[stage] if backend == "cuda" else vars(sys.modules[ops.stage(stage, "triton").__module__])
+    return cuda.LAUNCH[stage] if backend == "cuda" else vars(sys.modules[backends.stage(stage, "triton").__module__])
 
 
 @contextmanager

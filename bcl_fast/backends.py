@@ -1,0 +1,166 @@
+"""Which backends there are, which stages each serves, and which of them serves a layer.
+
+Every stage of SPEC section 2 has one name and one signature in every backend. Backends are imported inside functions,
+the first time that something asks for one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .spec import BCLConfig
+
+# Stage -> the module under kernels/ that holds it for Triton; in every other backend its own module holds all stages.
+STAGES = {
+    "neighbors": "neighbors",
+    "competition": "competition",
+    "inverse_norm": "inverse_norm",
+    "selection": "selection",
+    "targets": "targets_pull",
+    "targets_pull_": "targets_pull",
+    "gradient": "gradient",
+    "rank": "selection",
+}
+# Backends that decide on the device whether neighbors are due, and count steps there: nothing waits for the host.
+REFRESH = ("triton", "cuda")
+ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
+UNMEASURED = ON_GPU  # no record of bench/results is from a GPU yet
+NAMES = ("reference", "portable", "cpu", *ON_GPU)
+# Type of device -> what `fused=True` means there, the first of these that serves; else, or where none does: GENERAL.
+FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+GENERAL = "portable"
+
+
+@functools.cache
+def stage(name: str, backend: str) -> Callable[..., Any]:
+    """The function that serves a stage on a backend; `refresh_`, which only those of REFRESH have, is one too.
+
+    `cuda` is Triton but for the calls that its C++ serves.
+    """
+    if backend in ON_GPU:
+        triton = _function("kernels." + ("neighbors" if name == "refresh_" else STAGES[name]), name)
+        if backend == "triton":
+            return triton
+        from . import cuda
+
+        if name not in cuda.WHY_NOT:
+            return triton
+        own = _function("cuda", name)
+        return lambda *arguments: (triton if cuda.why_not(name, arguments) else own)(*arguments)
+    return _function(backend, name)
+
+
+def _function(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module("." + module, __package__), name)
+
+
+def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where a backend can serve weights of this dtype on this type of device ("cpu", ...), else the reason."""
+    if device_type == "meta":
+        return "meta tensors hold no numbers"
+    if backend == "cpu":
+        from . import cpu
+
+        return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
+    if backend in ON_GPU:
+        return _why_not_triton(device_type, dtype) or (_why_not_cuda(device_type) if backend == "cuda" else None)
+    return None
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not (device_type == "cpu" and interpreted):
+        return "it serves CUDA tensors only (with TRITON_INTERPRET=1 Triton's interpreter runs it on the CPU, slowly)"
+    return "it computes in float32, and a float64 weight asks for float64" if dtype == torch.float64 else None
+
+
+def _why_not_cuda(device_type: str) -> str | None:
+    from . import cuda
+
+    return cuda.missing(device_type)
+
+
+def cpu_library() -> str:
+    """What the C++ library of the backend `cpu` is built on here, or why there is none."""
+    from . import cpu
+
+    return cpu.missing() or f"{cpu.instruction_set()} instructions"
+
+
+def cuda_library() -> str:
+    """Whether the CUDA C++ library of the backend `cuda` is there, or why it is not."""
+    from . import cuda
+
+    return cuda.missing("cuda") or "built"
+
+
+def availability(device_type: str) -> dict[str, str | None]:
+    """Every backend by name -> None where it can serve on this type of device, else why it cannot."""
+    return {name: why_not(name, device_type) for name in NAMES}
+
+
+def resolve_backend(
+    fused: bool, backend: str | None, device_type: str = "cpu", dtype: torch.dtype = torch.float32
+) -> str:
+    """The backend that serves a layer: the one named, else the fastest of the device (`fused`), else the reference.
+
+    Raises ValueError for an unknown name, for one that cannot serve here, and for `fused=False` with a backend other
+    than the reference. Warns once where the fastest of this type of device is missing.
+    """
+    if not isinstance(fused, bool):
+        raise TypeError(f"fused must be True or False, got {fused!r}")
+    if backend is None:
+        return _fastest(device_type, dtype) if fused else "reference"
+    if backend not in NAMES:
+        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+    if not fused and backend != "reference":
+        raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
+    reason = why_not(backend, device_type, dtype) if device_type != "meta" else None
+    if reason:
+        raise ValueError(f"backend={backend!r} cannot serve on {device_type!r}: {reason}")
+    return backend
+
+
+@functools.cache  # warns once
+def _fastest(device_type: str, dtype: torch.dtype) -> str:
+    reasons = {name: why_not(name, device_type, dtype) for name in FASTEST.get(device_type, ())}
+    for name, reason in reasons.items():
+        if reason is None:
+            return name
+    if reasons:
+        name, reason = list(reasons.items())[-1]
+        warnings.warn(f"backend {GENERAL!r} serves, slower than {name!r} would: {reason}", stacklevel=5)
+    return GENERAL
+
+
+# --- For observers ----------------------------------------------------------------------------------------------------
+
+
+def record(
+    step: int,
+    x: Tensor,
+    weight: Tensor,
+    som_offset: Tensor | None,
+    bias: Tensor | None,
+    activation: Tensor,
+    neighbors: Tensor,
+    config: BCLConfig,
+) -> Any:
+    """One step's `reference.Record` with every tensor of the SPEC, each with storage of its own."""
+    from . import reference
+
+    dtype = activation.dtype
+    effective_weight = weight.to(dtype, copy=True) if som_offset is None else (weight + som_offset).to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.record(step, x.to(dtype), effective_weight, bias, activation, neighbors, config)

@@ -1,0 +1,68 @@
+"""What travels between the stages, by name: one order from the operators to the C structs (SPEC section 2)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Competition(NamedTuple):
+    """What the stage `competition` returns: steps 2 to 8, and what follows from them for a sample or a feature."""
+
+    rank_score: Tensor  # [B, D], R of step 3
+    novelty: Tensor  # [D], step 5
+    win_rate: Tensor  # [D], step 7
+    winner: Tensor  # [B] int64, step 8
+    pair_feature: Tensor  # [B, k] int64, the neighbors of each sample's winner
+    pair_pull: Tensor  # [B, k], their rank_score * local_novelty (step 9a)
+    x_inverse_norm: Tensor  # [B], step 9b
+    need: Tensor  # [B], step 9b
+    winner_share: Tensor  # [D], u of step 10
+    som_strength: Tensor  # [D], v of step 11
+
+
+class Pull(NamedTuple):
+    """What steps 9a to 13 need of a forward to move its features."""
+
+    x: Tensor  # [B, N]
+    pair_feature: Tensor  # [B, k] int64
+    pair_pull: Tensor  # [B, k]
+    rescue_rows: Tensor  # [D, r] int64
+    rescue_weight: Tensor  # [D, r]
+    winner_share: Tensor  # [D]
+    som_strength: Tensor  # [D]
+
+
+class Statistics(NamedTuple):
+    """What the operator `statistics_` returns: the mask of step 11, and a pull but for its x, which is no result."""
+
+    mask: Tensor  # [B, D] for gradient_mask `soft`, else empty
+    winner: Tensor  # [B] int64
+    ticket: Tensor  # int64 scalar on the host: see owners.register_owner
+    pair_feature: Tensor
+    pair_pull: Tensor
+    rescue_rows: Tensor
+    rescue_weight: Tensor
+    winner_share: Tensor
+    som_strength: Tensor
+
+    def pull(self, x: Tensor) -> Pull:
+        """The pull of the forward whose input was x [B, N]."""
+        rescue = self.rescue_rows, self.rescue_weight
+        return Pull(x, self.pair_feature, self.pair_pull, *rescue, self.winner_share, self.som_strength)
+
+
+class Observed(NamedTuple):
+    """What observers are shown of a forward beside its pull; None where nobody observes."""
+
+    activation: Tensor | None = None  # [B, D]
+    neighbors: Tensor | None = None  # [D, k]
+
+
+class PendingPull(NamedTuple):
+    """A pull that waits for its backward, and for the optimizer's step where one is bound."""
+
+    ticket: Tensor
+    pull: Pull
+    observed: Observed
