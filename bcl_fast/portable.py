@@ -153,6 +153,7 @@ def _select_tile(
         unknown = place < unknown.sum(dim=1, keepdim=True)
     else:
         sample = None
+        assert weight_inverse_norm is not None  # only the ranks do without
         affinity = key * weight_inverse_norm[:, None]
         affinity = affinity.clamp_(min=0) if rule == "clamped_cosine" else affinity
     if need is None:
@@ -191,7 +192,7 @@ def selection(
     for a, b in _tiles(D, B, activation.device):
         key = activation[:, a:b] if bias is None else activation[:, a:b] - bias[a:b]
         key = (key * x_inverse_norm[:, None]).flip(0).T.contiguous()
-        winv = None if affinity_rule == "rank" else weight_inverse_norm[a:b]
+        winv = None if weight_inverse_norm is None else weight_inverse_norm[a:b]
         chosen.append(_select_tile(key, winv, need, affinity_rule, rescue_weighting, r))
     backwards, shares = zip(*chosen, strict=True)
     return torch.cat(backwards).neg_().add_(B - 1), torch.cat(shares)

@@ -129,11 +129,12 @@ def column_rank(key: Tensor) -> Tensor:
     return key.argsort(dim=0, stable=True).argsort(dim=0, stable=True)
 
 
-def affinity(key: Tensor, weight_inverse_norm: Tensor, affinity: str) -> Tensor:
-    """How much each sample is each feature's own (step 9b), by a rule of SPEC section 3: [B, D], [D] -> [B, D]."""
+def affinity(key: Tensor, weight_inverse_norm: Tensor | None, affinity: str) -> Tensor:
+    """How much each sample is each feature's own (step 9b), by a rule of SPEC 3: [B, D], [D] -> [B, D]."""
     if affinity == "rank":
         B = key.shape[0]
         return column_rank(key).to(key.dtype) / (B - 1) if B > 1 else torch.ones_like(key)
+    assert weight_inverse_norm is not None  # only the ranks do without
     cosine = key * weight_inverse_norm
     return cosine.clamp(min=0) if affinity == "clamped_cosine" else cosine
 
@@ -148,8 +149,8 @@ def weighted_affinity(affinity: Tensor, need: Tensor | None) -> Tensor:
     return affinity if need is None else affinity * need[:, None]
 
 
-def selection_score(key: Tensor, weight_inverse_norm: Tensor, need: Tensor | None, rule: str) -> Tensor:
-    """What the top-k compares: weighted_affinity, but for `rank` without dividing by B - 1 (SPEC section 4): [B, D].
+def selection_score(key: Tensor, weight_inverse_norm: Tensor | None, need: Tensor | None, rule: str) -> Tensor:
+    """What the top-k compares: weighted_affinity, but for `rank` without the division by B - 1 (SPEC 4): [B, D].
 
     A NaN key, or a score that is NaN, counts as -inf: such a sample is chosen only where too few others exist.
     """

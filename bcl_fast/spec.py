@@ -40,7 +40,8 @@ def check_number(
     """
     kind = "an integer" if integer else "a finite number"
     bounds = f"{'>' if open_low else '>='} {low:g}" + ("" if high == math.inf else f" and <= {high:g}")
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral if integer else numbers.Real):
+    allowed: type[Any] = numbers.Integral if integer else numbers.Real
+    if isinstance(value, bool) or not isinstance(value, allowed):
         raise TypeError(f"{name} must be {kind} {bounds}, got {value!r} of type {type(value).__name__}")
     number = int(value) if integer else float(value)
     if not (math.isfinite(number) and low <= number <= high) or (open_low and number == low):

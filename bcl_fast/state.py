@@ -78,7 +78,7 @@ def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong |
         )
     if not 0 <= now < counters.MAX_STEPS:
         return Wrong("step", f"step must be >= 0 and < 2^40, got {now}")
-    if not all_finite:
+    if som_offset is not None and not all_finite:
         place = (~som_offset.isfinite()).nonzero()[0].tolist()
         return Wrong("som_offset", f"som_offset must be finite, got {som_offset[tuple(place)]} at {place}")
     return None
