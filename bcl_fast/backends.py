@@ -156,7 +156,7 @@ def record(
     neighbors: Tensor,
     config: BCLConfig,
 ) -> Any:
-    """One step's `reference.Record` with every tensor of the SPEC, each with storage of its own."""
+    """One step's `reference.Record` with every tensor that SPEC.md names, each with storage of its own."""
     from . import reference
 
     dtype = activation.dtype

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bcl_fast import ops
+from bcl_fast import backends, cuda
 from bcl_fast.spec import CHOICES, PRESETS, BCLConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,7 +30,7 @@ def test_sections_and_steps_are_numbered_without_a_gap():
 # --- Options ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_option_stands_there_with_its_default_first():
+def test_every_option_is_there_with_its_default_first():
     found = {}
     for names, values, _ in cells(3)[1:]:
         defaults = [value.strip("` ") for value in values.split(",")]
@@ -42,7 +42,7 @@ def test_every_option_stands_there_with_its_default_first():
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_stands_there_with_what_it_sets(preset):
+def test_a_preset_is_there_with_what_it_sets(preset):
     given = re.search(rf"`{preset}`\s+\(([^)]*)\)", SECTIONS[3])[1]
     for name, value in PRESETS[preset].items():
         assert re.search(rf"(^|[ `]){value}($|[`,])", given), (name, value)
@@ -55,7 +55,7 @@ TABLE = {row[0].strip("`"): dict(zip(HEADINGS[1:], (cell.strip("`") for cell in 
 
 
 def test_the_table_has_every_stage():
-    assert list(TABLE) == list(ops.DISPATCH)
+    assert list(TABLE) == list(backends.STAGES)
 
 
 @pytest.mark.parametrize("stage", TABLE)
@@ -69,8 +69,8 @@ def test_what_the_table_names_is_there(stage):
     for heading in ("C++", "Triton", "CUDA C++", "test", "bench"):
         assert not row[heading] or (ROOT / row[heading]).is_file(), row[heading]
     triton = (ROOT / row["Triton"]).read_text(encoding="utf-8")
-    assert row["Triton"] == ops.DISPATCH[stage]["triton"].replace(".", "/") + ".py" and f"\ndef {stage}(" in triton
-    assert bool(row["CUDA C++"]) == (stage in ops.CUDA_SERVES)
+    assert row["Triton"] == f"kernels/{backends.STAGES[stage]}.py" and f"\ndef {stage}(" in triton
+    assert bool(row["CUDA C++"]) == (stage in cuda.WHY_NOT)
     assert f'"{stage}"' in (ROOT / row["test"]).read_text(encoding="utf-8")
     assert row["bench"]
 
