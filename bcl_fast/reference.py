@@ -149,8 +149,8 @@ def weighted_affinity(affinity: Tensor, need: Tensor | None) -> Tensor:
     return affinity if need is None else affinity * need[:, None]
 
 
-def selection_score(key: Tensor, weight_inverse_norm: Tensor | None, need: Tensor | None, rule: str) -> Tensor:
-    """What the top-k compares: weighted_affinity, but for `rank` without the division by B - 1 (SPEC 4): [B, D].
+def selection_score(key: Tensor, weight_inverse_norm: Tensor, need: Tensor | None, rule: str) -> Tensor:
+    """What the top-k compares: weighted_affinity, but for `rank` without dividing by B - 1 (SPEC section 4): [B, D].
 
     A NaN key, or a score that is NaN, counts as -inf: such a sample is chosen only where too few others exist.
     """
