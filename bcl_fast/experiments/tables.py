@@ -8,16 +8,15 @@ column `index` is always the 0-based forward pass, or `end`.
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .settings import FIXES
 
 END = -1  # the last row of a run, or its state in the end
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """One number of a table: what the document prints, and which measurement of ours is compared with it."""
 
     row: str
@@ -29,8 +28,7 @@ class Cell:
     reason: str | None = None  # a key of REASONS: why it does not replicate, or why it cannot be compared
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of the document, or one of our own."""
 
     title: str
@@ -71,13 +69,13 @@ HEADINGS = {  # what the rows are, where they are not steps
 
 def _cells() -> dict[str, tuple[Cell, ...]]:
     """The cells of `tables.csv` by table; an empty field is None."""
-    found: dict[str, tuple[Cell, ...]] = {}
+    found: dict[str, list[Cell]] = {}
     with Path(__file__).with_name("tables.csv").open(newline="", encoding="utf-8") as file:
         for line in csv.DictReader(file):
             name, index = line.pop("table"), line.pop("index")
             fields = {key: text or None for key, text in line.items()}
-            found[name] = (*found.get(name, ()), Cell(index=END if index == "end" else int(index), **fields))
-    return found
+            found.setdefault(name, []).append(Cell(index=END if index == "end" else int(index), **fields))
+    return {name: tuple(cells) for name, cells in found.items()}
 
 
 CELLS = _cells()
