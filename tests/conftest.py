@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("helpers")
 interpreter.enable()  # before anything imports triton
 cuda_host.enable()
 

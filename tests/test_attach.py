@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from test_layer import D, N, batch, make, same, state
+from helpers.layers import D, N, batch, make, same, state
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

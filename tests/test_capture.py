@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_layer import batch, each_backend, make, same, state
+from helpers.layers import batch, each_backend, make, same, state
 from torch import nn
 
 from bcl_fast import BCLLayer, backends, capture, counters, graphed

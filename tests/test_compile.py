@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_layer import D, N, batch, each_backend, make, same, state
+from helpers.layers import D, N, batch, each_backend, make, same, state
 from torch import nn
 
 from bcl_fast.layer import BCLLayer

@@ -10,8 +10,8 @@ import warnings
 
 import pytest
 import torch
-from test_integrations import DATA, OPTIONS, may_start_afresh, network, train
-from test_layer import D, N, batch, each_backend, make, same, state
+from helpers.layers import D, N, batch, each_backend, make, same, state
+from helpers.training import DATA, OPTIONS, may_start_afresh, network, train
 from torch import nn
 
 from bcl_fast.layer import BCLLayer

@@ -13,9 +13,9 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
-from backends import DEVICE, stage
-from test_layer import batch, make
-from test_stages import by_row, check_competition, vectors
+from helpers.backends import DEVICE, stage
+from helpers.layers import batch, make
+from helpers.stages import by_row, check_competition, vectors
 
 from bcl_fast import backends, cuda, native
 from bcl_fast import reference as ref

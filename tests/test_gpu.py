@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from test_layer import batch, make, same, state
+from helpers.layers import batch, make, same, state
 from torch import nn
 
 from bcl_fast import BCLLayer, backends, graphed

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from backends import INTERPRETED
+from helpers.backends import INTERPRETED
 
 from bcl_fast.measure import prebuilt, tools, verdicts
 from bcl_fast.measure.floor import Ceilings

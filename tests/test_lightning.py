@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_integrations import DATA, OPTIMIZERS, OPTIONS, bind_all, optimizers, windows
-from test_layer import D, N, same, state
+from helpers.layers import D, N, same, state
+from helpers.training import DATA, OPTIMIZERS, OPTIONS, bind_all, optimizers, windows
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from backends import INTERPRETED
+from helpers.backends import INTERPRETED
 
 from bcl_fast import backends, cuda, portable
 from bcl_fast.measure import alone as processes

@@ -10,32 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from backends import ON_CPU
+from helpers.backends import ON_CPU
+from helpers.operators import B, D, K, N, forward, statistics_arguments
 
 from bcl_fast import BCLConfig, BCLLayer, backends, counters, cpu, cuda, operators, owners, reference
 from bcl_fast.spec import CHOICES
-from bcl_fast.structures import Statistics
 from bcl_fast.testing import VARIANTS, columns, neighbors_of
 
 ROOT = Path(__file__).resolve().parents[1]
-B, D, N, K = 9, 5, 4, 3
 backend = pytest.mark.parametrize("backend", ON_CPU)
 CONFIGS = {name: BCLConfig(**options) for name, options in VARIANTS.items()}
-
-
-def statistics_arguments(backend, config, dtype=torch.float32, bias=True):
-    x, weight = columns("random", B, N, dtype), columns("random", D, N, dtype, seed=1)
-    c = columns("random", 1, D, dtype, seed=2)[0] if bias else None
-    activation, ticket = torch.nn.functional.linear(x, weight, c), torch.tensor(0)
-    state = neighbors_of(D, K), torch.tensor(0), torch.tensor(-1)
-    return x, weight, c, activation, *state, ticket, backend, *config.statistics
-
-
-def forward(backend, config, dtype=torch.float32):
-    """A weight, what the statistics of a forward with it leave, and the pull they hold."""
-    x, weight, *others = statistics_arguments(backend, config, dtype)
-    found = Statistics(*torch.ops.bcl_fast.statistics_(x, weight, *others))
-    return weight, found, found.pull(x)
 
 
 @backend

@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from test_layer import D, N, batch, each_backend, make, same, state
+from helpers.layers import D, N, batch, each_backend, make, same, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -11,7 +11,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from backends import ON_CPU
+from helpers.backends import ON_CPU
 
 from bcl_fast.experiments.data import mnist
 from bcl_fast.experiments.formats import decimals

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from test_layer import N, batch, each_backend, make, same, state
+from helpers.layers import N, batch, each_backend, make, same, state
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from test_layer import D, N, batch, make, same, state
+from helpers.layers import D, N, batch, make, same, state
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F

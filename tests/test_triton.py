@@ -8,11 +8,11 @@ import mmap
 
 import pytest
 import torch
-from backends import INTERPRETED
+from helpers.backends import INTERPRETED
+from helpers.layers import N, batch, check_one_step, make, same, state
+from helpers.operators import forward, statistics_arguments
+from helpers.stages import check_selection, needs, pull_of
 from interpreter import Launches, Place, Traffic
-from test_layer import N, batch, check_one_step, make, same, state
-from test_ops import forward, statistics_arguments
-from test_stages import check_selection, needs, pull_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
