@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated
 
 from . import PRESETS, BCLConfig, __version__, backends
-from .cli import Commands, Device, demo_extra, fail, origin, output
-from .environment import device_types, environment
+from .cli import Commands, Device, checked, demo_extra, origin
+from .environment import built_for, device_types, environment
 from .experiments import judging, tables
 from .experiments.data import load
 from .experiments.jobs import AGAIN, Job, path_of, read, run_jobs, workers_here
@@ -268,11 +268,18 @@ def doctor() -> None:
         table.add_row(device, name)
     table.add_row("C++ library", backends.cpu_library())
     table.add_row("CUDA library", backends.cuda_library())
-    table.add_row("Not yet measured", f"{' and '.join(backends.UNMEASURED)}, on any GPU")
+    console.print(table)
+
+    present = device_types()
+    devices = [device for device in dict.fromkeys((*present, built_for())) if device is not None]
+    table = Table("device", "here", "fused=True is", "so far", title="Devices", title_justify="left")
+    for device in devices:
+        table.add_row(device, "yes" if device in present else "no", backends.fastest(device), backends.tried(device))
+    table.add_row("any other", "no", backends.GENERAL, backends.tried("any other"))
     console.print(table)
 
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")
-    for device in device_types():
+    for device in devices:
         for backend, reason in backends.availability(device).items():
             table.add_row(backend, device, "no" if reason else "yes", reason)
     console.print(table)

@@ -32,7 +32,6 @@ STAGES = {
 # Backends that decide on the device whether neighbors are due, and count steps there: nothing waits for the host.
 REFRESH = ("triton", "cuda")
 ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
-UNMEASURED = ON_GPU  # no record of bench/results is from a GPU yet
 NAMES = ("reference", "portable", "cpu", *ON_GPU)
 # Type of device -> what `fused=True` means there, the first of these that serves; else, or where none does: GENERAL.
 FASTEST: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
@@ -131,16 +130,28 @@ def resolve_backend(
     return backend
 
 
+def fastest(device_type: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend that `fused=True` means for weights of this dtype on this type of device."""
+    serving = (name for name in FASTEST.get(device_type, ()) if why_not(name, device_type, dtype) is None)
+    return next(serving, GENERAL)
+
+
 @functools.cache  # warns once
 def _fastest(device_type: str, dtype: torch.dtype) -> str:
-    reasons = {name: why_not(name, device_type, dtype) for name in FASTEST.get(device_type, ())}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    if reasons:
-        name, reason = list(reasons.items())[-1]
-        warnings.warn(f"backend {GENERAL!r} serves, slower than {name!r} would: {reason}", stacklevel=5)
-    return GENERAL
+    name, faster = fastest(device_type, dtype), FASTEST.get(device_type)
+    if name == GENERAL and faster:
+        reason = why_not(faster[-1], device_type, dtype)
+        warnings.warn(f"backend {GENERAL!r} serves, slower than {faster[-1]!r} would: {reason}", stacklevel=5)
+    return name
+
+
+def tried(device_type: str) -> str:
+    """What has been done with this package on this type of device, or on a type that is not named here."""
+    if device_type == "cpu":
+        return "tested and measured"
+    if device_type != "cuda":
+        return "never run"
+    return f"compiled for {'gfx942 (ROCm)' if torch.version.hip else 'sm_80, sm_90 and sm_100'}, never run"
 
 
 # --- For observers ----------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ FORMS: dict[str, tuple[dict[str, int], ...]] = {
 
 def missing(device_type: str) -> str | None:
     """None where the library serves tensors of this type of device, else why it does not."""
+    if device_type == "cuda" and torch.version.hip is not None:
+        return "its CUDA C++ library is for NVIDIA's GPUs, and this torch for AMD's"
     try:
         on_host = bool(native.cuda().bcl_cuda_on_host())
     except ImportError as error:

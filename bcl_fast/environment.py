@@ -43,6 +43,12 @@ def device_types() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.partition(":")[0] for name in devices()))
 
 
+def built_for() -> str | None:
+    """The type of device that torch was built for besides the CPU, whether there is one here or not."""
+    accelerator = torch.accelerator.current_accelerator()
+    return None if accelerator is None else accelerator.type
+
+
 def environment() -> dict[str, Any]:
     """What a measurement depends on besides the code, as plain values for a JSON record."""
     return {

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -281,9 +282,26 @@ def test_bench_readme_writes_between_the_marks(tmp_path):
 def test_doctor_names_versions_devices_and_reasons():
     result = invoke("doctor")
     assert result.exit_code == 0
-    unmeasured = "Not yet measured", *backends.UNMEASURED
-    for part in ("Python", torch.__version__, "Triton", "cpu", *backends.NAMES, "CUDA library", *unmeasured):
+    for part in ("Python", torch.__version__, "Triton", "cpu", *backends.NAMES, "CUDA library"):
         assert part in result.output
+    assert re.search(rf"cpu\W+yes\W+{backends.fastest('cpu')}\W+tested and measured", result.output)
+    assert re.search(r"any other\W+no\W+portable\W+never run", result.output)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu"])
+@pytest.mark.parametrize("here", [True, False])
+def test_doctor_names_the_device_that_torch_was_built_for(device, here, monkeypatch):
+    """It may not be there: then torch names it only where nobody asks for one that is."""
+    accelerator = torch.device(device)
+    found = lambda check_available=False: accelerator if here or not check_available else None  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", found)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: int(here))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(get_device_name=lambda i: "a chip"))
+    result = invoke("doctor")
+    assert re.search(rf"{device}\W+{'yes' if here else 'no'}\W+portable\W+never run", result.output), result.output
+    assert (f"{device}:0" in result.output) == here
+    for backend, serves in (("reference", "yes"), ("portable", "yes"), ("cpu", "no"), ("triton", "no"), ("cuda", "no")):
+        assert re.search(rf"{backend}\W+{device}\W+{serves}\b", result.output), result.output
 
 
 def test_help_lists_every_option():
