@@ -23,7 +23,7 @@ def read_counter(counter: Tensor) -> int:
 
 
 def _remember(counter: Tensor, value: int) -> int:
-    counter._seen = counter._version, value
+    counter.__dict__["_seen"] = counter._version, value
     return value
 
 

@@ -97,8 +97,8 @@ class BCLConfig:
             put(name, check_number(name, getattr(self, name), low=low, integer=True))
 
     @property
-    def statistics(self) -> StatisticsOptions:
-        """The options that the statistics of a forward depend on, in the order of their fields here."""
+    def statistics(self) -> tuple[Any, ...]:
+        """`StatisticsOptions`: those on which the statistics of a forward depend, in the order of their fields here."""
         return StatisticsOptions(*(getattr(self, name) for name in StatisticsOptions._fields))
 
     @property
@@ -133,4 +133,5 @@ class BCLConfig:
 # What the layer applies by itself: its state, its pull, its ranks. The statistics of a forward depend on the rest.
 _OF_THE_LAYER = ("som_lr", "neighborhood_k", "target_projection", "som_space", "sync")
 STATISTICS_FIELDS = tuple(field for field in dataclasses.fields(BCLConfig) if field.name not in _OF_THE_LAYER)
-StatisticsOptions = collections.namedtuple("StatisticsOptions", [field.name for field in STATISTICS_FIELDS])
+_named_tuple: Any = collections.namedtuple  # of which mypy wants the fields written out, as they are in BCLConfig
+StatisticsOptions = _named_tuple("StatisticsOptions", [field.name for field in STATISTICS_FIELDS])

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 import pytest
-from elf import SYSTEM, needs
+from helpers.elf import SYSTEM, needs
 
 import bcl_fast
 from bcl_fast import native
