@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import BCLLayer, called_not_read
+from .layer import BCLLayer
+from .transforms import called_not_read
 
 # What makes a hook of a module, in dicts that handles refer to: another module may hold the same ones.
 _HOOKS = (

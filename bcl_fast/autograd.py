@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import operators, owners
+from . import operators, owners, private
 from .backends import GENERAL
 from .structures import Observed, Statistics
 
@@ -89,10 +89,8 @@ class MaskedLinear(torch.autograd.Function):
             owners.require_still(ticket, ctx.ticket, ctx.moves)
             ticket = ctx.ticket
         bypass = not ctx.compiled and operators.can_bypass_dispatcher(grad_output)
-        # autograd.grad(is_grads_batched=True) brings several gradients as one, which has no memory of its own.
-        batched = bypass and torch._C._functorch.is_legacy_batchedtensor(grad_output)
-        # With retain_graph=True the mask is read again.
-        reuse = bypass and not batched and not torch._C._autograd._get_current_graph_task_keep_graph()
+        batched = bypass and private.is_batched_gradient(grad_output)
+        reuse = bypass and not batched and not private.keeps_graph()  # else the mask is read again
         masked, bias_gradient = operators.operator("masked_gradient", grad_output)(
             grad_output,
             statistics.mask,

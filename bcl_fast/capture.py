@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backends, operators
-from .layer import BCLLayer, ranks
+from .checks import ranks
+from .layer import BCLLayer
 from .spec import check_number
 
 Loss = Callable[..., Tensor]

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, counters, operators, state
+from . import backends, counters, operators, private, state
 from .autograd import MaskedLinear
-from .pulls import LOW_PRECISION, Pulls, ranks
+from .checks import check_input, check_ranks, check_weight
+from .pulls import LOW_PRECISION, Pulls
 from .spec import BCLConfig, check_number
 from .state import Written
 from .structures import Observed, Statistics
+from .transforms import called_not_read, scriptable, traced_by_fx
 
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
@@ -154,7 +156,7 @@ class BCLLayer(nn.Linear):
             self._start_afresh(f"{missing[0]} is missing from a state_dict that has the rest of the competition")
         elif not missing:
             self._written = Written()
-            if (wrong := self._wrong_state()) is not None:
+            if (wrong := state.wrong(self.neighbors, self.step, self.som_offset)) is not None:
                 raise ValueError(wrong.message)
 
     def _start_runtime(self) -> None:
@@ -231,7 +233,7 @@ class BCLLayer(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
-            return self._traced_by_fx(input)
+            return traced_by_fx(self, self.som_offset, input)
         # nn.Module looks its tensors up in Python, which is felt in a small step: past it, where they are its own.
         parameters, offset = self._parameters, self._buffers["som_offset"]
         weight = parameters["weight"] if "weight" in parameters else self.weight
@@ -239,7 +241,7 @@ class BCLLayer(nn.Linear):
         compiling = torch.compiler.is_compiling()
         if not self.training or not torch.is_grad_enabled() or not weight.requires_grad:
             if not compiling:
-                if offset is not None and offset is not self._written.som_offset and _transform(False) is None:
+                if offset is not None and offset is not self._written.som_offset and private.transform(False) is None:
                     self._look_at_state(weight)
                     offset = self.som_offset
                 if not torch.is_grad_enabled():
@@ -249,11 +251,11 @@ class BCLLayer(nn.Linear):
                     self._pulls.received = True
             return self._linear(input, weight, bias, offset)
         moves = self._check_training(weight, offset, compiling)
-        self._check_input(input, weight)
+        check_input(input, weight)
         if input.numel() == 0:
             self._pulls.received = True
             return self._linear(input, weight, bias, offset)
-        x, dtype = input.reshape(-1, self.in_features), _product_dtype(weight)
+        x, dtype = input.reshape(-1, self.in_features), operators.product_dtype(weight)
         with operators.no_autocast(input.device.type):
             with torch.no_grad():
                 shifted = None if offset is None else weight + offset
@@ -279,40 +281,18 @@ class BCLLayer(nn.Linear):
                 return F.linear(input, weight, bias) + F.linear(input, offset)
             return F.linear(input, effective_weight, bias)
         except (RuntimeError, TypeError):
-            self._check_input(input, weight)
+            check_input(input, weight)
             raise
 
-    def _traced_by_fx(self, input: Any) -> Any:
-        """A node that calls this layer, as for any module of torch.nn: the graph then trains and evaluates as here.
-
-        Quantization, which knows no such module, gets the product itself in eval().
-        """
-        name = input.tracer.path_of_module(self)
-        quantizes = hasattr(input.tracer, "skipped_module_names")
-        if name and (self.training or not quantizes):
-            return input.tracer.create_proxy("call_module", name, (input,), {})
-        if self.training:
-            raise RuntimeError("torch.fx traces a BCLLayer in training as part of a model only: call eval() before")
-        weight, offset = self.weight, self.som_offset
-        return F.linear(input, weight if offset is None else weight + offset, self.bias)
-
     def __prepare_scriptable__(self) -> nn.Linear:
-        """What torch.jit.script compiles instead of this layer."""
-        if self.training:
-            raise RuntimeError("torch.jit.script has no gradient mask and no pull: call eval() before")
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = self.weight, self.bias
-        if self.som_offset is not None:
-            linear.weight = nn.Parameter(self.weight.detach() + self.som_offset)
-        return linear.eval()
+        return scriptable(self, self.som_offset)
 
     def _statistics(
         self, x: Tensor, effective_weight: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
     ) -> Statistics:
         """Steps 1 to 11 of one forward, by the operator `statistics_`: x [B, N], activation [B, D]."""
-        buffers = self._buffers
+        buffers, written = self._buffers, self._written
         neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
-        written = self._written
         if not compiling and (
             neighbors is not written.neighbors
             or neighbors._version != written.neighbors_version
@@ -331,19 +311,9 @@ class BCLLayer(nn.Linear):
             written.neighbors_version = neighbors._version  # a refresh is our own
         return Statistics(*found)
 
-    def _check_input(self, input: Tensor, weight: Tensor) -> None:
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input must be a tensor, got {type(input).__name__}")
-        if input.layout is not torch.strided or input.is_nested or not input.is_floating_point():
-            raise TypeError(f"input must be dense floating point, got {_kind(input)}")
-        if input.dim() == 0 or input.shape[-1] != self.in_features:
-            raise ValueError(f"input must have shape [..., {self.in_features}], got {list(input.shape)}")
-        if input.dtype != weight.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"input must be {weight.dtype} like the weight (or use autocast), got {input.dtype}")
-
     def _check_training(self, weight: Tensor, offset: Tensor | None, compiling: bool) -> int:
         """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""
-        if (transform := _transform(compiling)) is not None:
+        if (transform := private.transform(compiling)) is not None:
             raise RuntimeError(
                 f"{transform} would drop the gradient mask and the pull of a BCLLayer in training: call eval() before"
             )
@@ -353,39 +323,10 @@ class BCLLayer(nn.Linear):
         elif self._observers:
             raise RuntimeError("observe() works in eager mode only: call the layer outside torch.compile to observe it")
         elif not weight.is_leaf:
-            self._check_weight(weight)
-        if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
-            raise RuntimeError(
-                f"sync='global' is not built yet and this process group has {ranks()} ranks; allowed: one rank, a "
-                "layer that pulls nothing (frozen, or som_lr = 0, with decoupled forces), or sync='local' (every rank "
-                "by itself: replicas drift)"
-            )
+            check_weight(self, weight, self._pulls.hooked)
+        if self._pulls_now or self._config.couples:
+            check_ranks(self._config.sync)
         return 0 if compiling else self._pulls.moves
-
-    def _check_weight(self, weight: Tensor) -> None:
-        """Raise where no pull could move this weight, in place and for good, and say why."""
-        if "_is_replica" in self.__dict__:
-            raise RuntimeError(
-                "nn.DataParallel trains copies of a BCLLayer, which are thrown away with their pulls: use "
-                "nn.parallel.DistributedDataParallel with sync='local'"
-            )
-        if "_is_fsdp_managed_module" in self.__dict__ and weight is not self._pulls.hooked:
-            who = "fully_shard (FSDP2)" if weight.is_leaf else "FullyShardedDataParallel (FSDP)"
-            raise RuntimeError(f"{who} shards the weight of a BCLLayer, which must be whole to be pulled: leave it out")
-        if hasattr(weight, "device_mesh"):
-            raise RuntimeError("weight is a DTensor, spread over ranks: that of a BCLLayer must be whole to be pulled")
-        if not weight.is_leaf:
-            raise RuntimeError(
-                "weight must be a leaf: BCLLayer cannot train a parametrized weight (torch.nn.utils.parametrize, "
-                "weight_norm, ...), because the pull writes it in place; remove the parametrization"
-            )
-        if not isinstance(weight, nn.Parameter):
-            raise RuntimeError(
-                "weight must be a Parameter of the layer: torch.func.functional_call with another tensor would train "
-                "without a pull; call eval() before"
-            )
-        if weight.layout is not torch.strided or weight.is_nested or not weight.is_floating_point():
-            raise TypeError(f"weight must be dense floating point, got {_kind(weight)}")
 
     # --- State that somebody else has written ------------------------------------------------------------------------
 
@@ -416,7 +357,7 @@ class BCLLayer(nn.Linear):
     def _look_again(self, weight: Tensor) -> None:
         """Before a training forward trusts what this layer has not written itself: the weight, then the state."""
         if weight is not self._written.weight:
-            self._check_weight(weight)
+            check_weight(self, weight, self._pulls.hooked)
             self._choose_backend()
             self._pulls.attach(weight)
         self._look_at_state(weight)
@@ -436,7 +377,7 @@ class BCLLayer(nn.Linear):
         self._check_kinds(weight)
         if written.nobody:
             self._start_afresh("neighbors were never written (to_empty, skip_init)")
-        elif (wrong := self._wrong_state()) is not None:
+        elif (wrong := state.wrong(self.neighbors, self.step, self.som_offset)) is not None:
             ours = self.step is written.step or self.neighbors is written.neighbors
             if ours or wrong.buffer != "neighbors":
                 raise ValueError(wrong.message)
@@ -465,9 +406,6 @@ class BCLLayer(nn.Linear):
             if right is not buffer:
                 setattr(self, name, right)
 
-    def _wrong_state(self) -> state.Wrong | None:
-        return state.wrong(self.neighbors, self.step, self.som_offset) if state.has_numbers(self.neighbors) else None
-
     # --- The pull ----------------------------------------------------------------------------------------------------
 
     @property
@@ -486,17 +424,12 @@ class BCLLayer(nn.Linear):
         (accelerate, Lightning) may be given. Binding is not saved with the layer. Raises ValueError where `optimizer`
         does not hold the weight of this layer.
         """
-        optimizer = _unwrapped(optimizer)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if not any(p is self.weight for group in optimizer.param_groups for p in group["params"]):
-            raise ValueError(f"optimizer must hold the weight of this layer, got {type(optimizer).__name__} without it")
-        self._pulls.bind(optimizer)
+        self._pulls.bound.bind(optimizer)
 
     @property
     def bound_optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer that `bind_optimizer` bound this layer to, as long as it lives."""
-        return self._pulls.optimizer
+        return self._pulls.bound.optimizer
 
     @contextmanager
     def observe(self, callback: Callable[[Any], None]) -> Iterator[None]:
@@ -515,48 +448,3 @@ class BCLLayer(nn.Linear):
             kept = list(self._observers)
             kept.remove(callback)
             self._observers = tuple(kept)
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype `nn.Linear` would multiply in: that of the weight, or of the autocast that is on."""
-    device = weight.device.type
-    if weight.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def _transform(compiling: bool) -> str | None:
-    """The program transform, if one runs, that would record or differentiate the product alone."""
-    # Not is_exporting(): torch 2.11 compiles that to True outside of exports too.
-    if torch.compiler._is_exporting_flag:
-        return "torch.export"
-    if compiling:
-        return None
-    if torch._C._get_tracing_state() is not None:
-        return "torch.jit.trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "torch.func"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if not torch._C._len_torch_function_stack():  # where make_fx puts a mode of its own, too
-        return None
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # whoever traces so has imported it
-
-    return None if get_proxy_mode() is None else "make_fx"
-
-
-def called_not_read(module: nn.Module, input: tuple[Any, ...]) -> None:
-    """A hook that does nothing but be there: nn.TransformerEncoderLayer then calls a layer, not reads its weight."""
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer inside those that wrap one (`optimizer.optimizer`, as accelerate's and Lightning's do)."""
-    inner = getattr(optimizer, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
-def _kind(tensor: Tensor) -> str:
-    """What keeps a tensor from being dense floating point."""
-    if tensor.is_nested:
-        return "a nested tensor"
-    return str(tensor.dtype if tensor.layout is torch.strided else tensor.layout)

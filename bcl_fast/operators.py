@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, counters
-from .owners import NO_BACKWARD, owner_of, running_backward
+from .owners import owner_of
+from .private import NO_BACKWARD, running_backward
 from .projection import project_
 from .spec import STATISTICS_FIELDS, StatisticsOptions
 from .structures import Observed, PendingPull, Pull, Statistics
@@ -124,6 +125,14 @@ def require_norms(x: Tensor) -> None:
 def exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and pull: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype `nn.Linear` would multiply in: that of the weight, or of the autocast that is on."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def _float(tensor: Tensor) -> Tensor:

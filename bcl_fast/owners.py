@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .structures import PendingPull
 
-NO_BACKWARD = -1  # what torch says for the number of the running backward where none runs
-
 
 class Owner(Protocol):
     """The pulls of a layer, as the operators see them."""
@@ -47,11 +45,6 @@ def register_owner(owner: Owner) -> Tensor:
 def owner_of(ticket: Tensor) -> Owner | None:
     """Whom a ticket names: None where its pull is consumed, or its layer gone."""
     return _owners.get(abs(int(ticket)))
-
-
-def running_backward() -> int:
-    """The number of the backward of autograd that runs in this thread, or NO_BACKWARD."""
-    return torch._C._current_graph_task_id()
 
 
 def require_still(found: Tensor, own: Tensor, moves: int) -> None:

@@ -63,7 +63,9 @@ def of_kind(name: str, buffer: Tensor | None, kind: Kind, device: torch.device) 
 
 
 def wrong(neighbors: Tensor, step: Tensor, som_offset: Tensor | None) -> Wrong | None:
-    """What is wrong with the numbers of these buffers, or None. One synchronization on a GPU."""
+    """What is wrong with the numbers of these buffers, if they have any, or None. One synchronization on a GPU."""
+    if not has_numbers(neighbors):
+        return None
     (D, k), own = neighbors.shape, torch.arange(neighbors.shape[0], device=neighbors.device)[:, None]
     doubled = (neighbors.sort(dim=1).values.diff(dim=1) == 0).any(dim=1)
     bad = ((neighbors < 0) | (neighbors >= D) | (neighbors == own)).any(dim=1) | doubled

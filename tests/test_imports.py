@@ -1,6 +1,7 @@
 """Who may import whom, read from the source, and what `import bcl_fast` may not need."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,17 +30,22 @@ ALLOWED = {
     "reference": {"spec", "norms", "structures"},
     "portable": {"spec", "norms", "structures"},
     "cpu": {"norms", "native", "structures"},
-    "cuda": {"native", "structures"},
+    "cuda": {"native", "private", "structures"},
     "backends": {"spec"},
     "counters": {"backends"},
+    "private": set(),
     "owners": {"structures"},
-    "operators": {"spec", "backends", "counters", "owners", "projection", "structures"},
-    "autograd": {"backends", "operators", "owners", "structures"},
-    "pulls": {"backends", "counters", "operators", "owners", "rounding", "structures"},
+    "operators": {"spec", "backends", "counters", "owners", "private", "projection", "structures"},
+    "autograd": {"backends", "operators", "owners", "private", "structures"},
+    "checks": set(),
+    "transforms": set(),
+    "bound": {"counters", "operators", "private", "rounding", "structures"},
+    "pulls": {"backends", "counters", "operators", "owners", "private", "bound", "checks", "structures"},
     "state": {"counters", "operators"},
-    "layer": {"spec", "backends", "counters", "operators", "autograd", "pulls", "state", "structures"},
-    "attach": {"layer"},
-    "capture": {"spec", "backends", "counters", "operators", "layer"},
+    "layer": {"spec", "backends", "counters", "operators", "autograd", "checks", "private", "pulls", "state"}
+    | {"structures", "transforms"},
+    "attach": {"layer", "transforms"},
+    "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
     "testing": {"spec", "reference", "structures"},
     "measure": {"spec", "records", "reference", "capture", "cuda", "backends", "layer", "structures", "testing"}
@@ -189,6 +195,14 @@ def test_every_stage_has_a_kernel_file():
     """And every backend a row of what it may import."""
     assert {f"kernels.{name}" for name in STAGES.values()} <= modules().keys()
     assert BACKENDS <= ALLOWED.keys()
+
+
+def test_private_functions_of_torch_have_one_home():
+    private = re.compile(r"torch\.(?!__)(\w+\.)*_[a-zA-Z]|\._(post_accumulate_grad_hooks|execution_engine)")
+    assert private.search("torch._C._functorch.peek()") and private.search("weight._post_accumulate_grad_hooks")
+    for name, path in modules().items():
+        found = private.search(path.read_text(encoding="utf-8"))
+        assert (found is None) or name == "private", f"{name}: {found[0]}"
 
 
 def test_nothing_imports_the_bare_name_kernels():

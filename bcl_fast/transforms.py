@@ -1,0 +1,37 @@
+"""A layer inside of what rewrites programs: torch.fx, which records calls, and torch.jit.script, which compiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def traced_by_fx(layer: nn.Linear, som_offset: Tensor | None, input: Any) -> Any:
+    """A node that calls this layer, as for any module of torch.nn: the graph then trains and evaluates as here.
+
+    Quantization, which knows no such module, gets the product itself in eval().
+    """
+    name = input.tracer.path_of_module(layer)
+    quantizes = hasattr(input.tracer, "skipped_module_names")
+    if name and (layer.training or not quantizes):
+        return input.tracer.create_proxy("call_module", name, (input,), {})
+    if layer.training:
+        raise RuntimeError("torch.fx traces a BCLLayer in training as part of a model only: call eval() before")
+    return F.linear(input, layer.weight if som_offset is None else layer.weight + som_offset, layer.bias)
+
+
+def scriptable(layer: nn.Linear, som_offset: Tensor | None) -> nn.Linear:
+    """What torch.jit.script compiles instead of this layer."""
+    if layer.training:
+        raise RuntimeError("torch.jit.script has no gradient mask and no pull: call eval() before")
+    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    linear.weight, linear.bias = layer.weight, layer.bias
+    if som_offset is not None:
+        linear.weight = nn.Parameter(layer.weight.detach() + som_offset)
+    return linear.eval()
+
+
+def called_not_read(module: nn.Module, input: tuple[Any, ...]) -> None:
+    """A hook that does nothing but be there: nn.TransformerEncoderLayer then calls a layer, not reads its weight."""
