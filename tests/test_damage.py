@@ -135,12 +135,13 @@ def list_checkpoint(path):
 
 
 def checkpoint_of_numbers(path):
-    whole = torch.load(path, weights_only=True)
-    torch.save({name: dict.fromkeys(value, 1) if isinstance(value, dict) else 1 for name, value in whole.items()}, path)
+    saved = torch.load(path, weights_only=True)
+    torch.save({name: dict.fromkeys(value, 1) if isinstance(value, dict) else 1 for name, value in saved.items()}, path)
 
 
 FILES = [truncated, garbage, empty, folder_instead, unreadable]
-RECORDS = [*FILES, json_list, json_without_keys, json_of_texts, rows_of_numbers, rows_of_texts, rows_without_keys]
+CONTENTS = [json_without_keys, json_of_texts, rows_of_numbers, rows_of_texts, rows_without_keys]
+RECORDS = [*FILES, json_list, *CONTENTS]
 CHECKPOINTS = [*FILES, foreign_checkpoint, list_checkpoint, checkpoint_of_numbers, Path.unlink]
 over_records = pytest.mark.parametrize("damage", RECORDS, ids=lambda damage: damage.__name__)
 over_checkpoints = pytest.mark.parametrize("damage", CHECKPOINTS, ids=lambda damage: damage.__name__)
@@ -149,8 +150,14 @@ over_checkpoints = pytest.mark.parametrize("damage", CHECKPOINTS, ids=lambda dam
 # --- Records and checkpoints ------------------------------------------------------------------------------------------
 
 
-@over_records
-@pytest.mark.parametrize("kind", ["train", "tables", "sweep"])
+def over(names, cases):
+    """Parametrize over a command and a damage of its list: cases is command -> damages."""
+    pairs = ((command, damage) for command, damages in cases.items() for damage in damages)
+    return pytest.mark.parametrize(names, [pytest.param(*pair, id=f"{pair[0]}-{pair[1].__name__}") for pair in pairs])
+
+
+# One function reads every file; what is in it is read by each command.
+@over("kind, damage", {"train": RECORDS, "tables": CONTENTS, "sweep": CONTENTS})
 def test_report(kind, damage, copy, capfd):
     path = copy / kind / f"{kind}.json"
     damage(path)
@@ -165,7 +172,7 @@ def test_report_s_checkpoint(damage, copy, capfd):
     refused(["report", copy / "train"], path, capfd)
 
 
-@over_checkpoints
+@pytest.mark.parametrize("damage", [truncated, checkpoint_of_numbers, Path.unlink], ids=lambda damage: damage.__name__)
 def test_report_s_checkpoint_of_a_single_run(damage, copy, tmp_path, monkeypatch, capfd):
     """That of the pair of runs of a table that the page shows."""
     from bcl_fast.experiments import report
@@ -176,10 +183,9 @@ def test_report_s_checkpoint_of_a_single_run(damage, copy, tmp_path, monkeypatch
     refused(["report", copy / "tables"], path, capfd)
 
 
-@over_records
-@pytest.mark.parametrize("words", [SWEEP, TABLE], ids=lambda words: words[0])
-def test_a_finished_run_of_many(words, damage, copy, capfd):
-    folder = copy / {"sweep": "sweep", "table": "tables"}[words[0]]
+@over("command, damage", {"sweep": RECORDS, "table": CONTENTS})
+def test_a_finished_run_of_many(command, damage, copy, capfd):
+    words, folder = {"sweep": (SWEEP, copy / "sweep"), "table": (TABLE, copy / "tables")}[command]
     path = next(iter(sorted((folder / "runs").glob("*-bcl-*.json"))))
     damage(path)
     assert "delete it" in refused([*words, folder], path, capfd) or damage in (folder_instead, unreadable)
@@ -287,8 +293,10 @@ COMMANDS = {"train": TRAIN, "table": TABLE, "sweep": SWEEP, "scale-d": ["bench",
             "scale-b": ["bench", "scale-b", *SCALE]}  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [a_file, below_a_file, unwritable, no_folder_of_files], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("command", COMMANDS)
+NO_FOLDERS = [a_file, below_a_file, unwritable, no_folder_of_files]
+
+
+@over("command, kind", dict.fromkeys(COMMANDS, [a_file]) | {"train": NO_FOLDERS})
 def test_out_that_cannot_be_written_is_said_before_anything_is_computed(command, kind, tmp_path, monkeypatch, capfd):
     for name in ("Training.step", "jobs.run_jobs"):
         monkeypatch.setattr(f"bcl_fast.experiments.{'run.' if name[0] == 'T' else ''}{name}", None)
@@ -343,8 +351,10 @@ def test_images_of_mnist_s_format(mnist):
     assert images.shape == (200, 28, 28) and images.flatten()[:300].tolist() == [i % 256 for i in range(300)]
 
 
-@pytest.mark.parametrize("damage", [*FILES, without_pixels, of_labels, of_no_images, longer], ids=lambda d: d.__name__)
-@pytest.mark.parametrize("command", ["train", "table", "sweep"])
+DAMAGED_IMAGES = [*FILES, without_pixels, of_labels, of_no_images, longer]
+
+
+@over("command, damage", {"train": DAMAGED_IMAGES, "table": [truncated], "sweep": [truncated]})
 def test_mnist(command, damage, mnist, tmp_path, capfd):
     damage(mnist)
     words = [*COMMANDS[command], tmp_path / "out", "--data", "mnist", "--data-dir", tmp_path / "data"]
@@ -353,8 +363,11 @@ def test_mnist(command, damage, mnist, tmp_path, capfd):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [Path.mkdir, a_file, lambda path: None], ids=["empty", "file", "nowhere"])
-@pytest.mark.parametrize("command", ["train", "table", "sweep"])
+def nowhere(path):
+    """Nothing is made."""
+
+
+@over("command, kind", {"train": [Path.mkdir, a_file, nowhere], "table": [nowhere], "sweep": [nowhere]})
 def test_no_mnist(command, kind, tmp_path, capfd):
     kind(tmp_path / "data")
     words = [*COMMANDS[command], tmp_path / "out", "--data", "mnist", "--data-dir", tmp_path / "data"]
@@ -369,9 +382,13 @@ def test_mnist_is_trained_on(mnist, tmp_path):
 
 # --- What is not installed --------------------------------------------------------------------------------------------
 
-EXTRAS = [("matplotlib", TRAIN), ("sklearn", TRAIN), ("tensorboard", [*TRAIN[:-1], "--tensorboard", "--out"]),
-          ("torchvision", [*TRAIN[:-1], "--data", "mnist", "--data-dir", "nowhere", "--download", "--out"]),
-          ("matplotlib", ["report"]), ("matplotlib", COMMANDS["scale-d"]), ("typer", TRAIN)]  # fmt: skip
+EXTRAS = [
+    *((package, TRAIN) for package in ("typer", "rich", "matplotlib", "sklearn")),
+    ("tensorboard", [*TRAIN[:-1], "--tensorboard", "--out"]),
+    ("torchvision", [*TRAIN[:-1], "--data", "mnist", "--data-dir", "nowhere", "--download", "--out"]),
+    ("matplotlib", ["report"]),
+    ("matplotlib", COMMANDS["scale-d"]),
+]
 
 
 @pytest.mark.parametrize("package, words", EXTRAS, ids=lambda value: value if isinstance(value, str) else value[0])

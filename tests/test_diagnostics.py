@@ -10,6 +10,8 @@ from torch import tensor
 
 from bcl_fast import diagnostics as diag
 from bcl_fast import reference as ref
+from bcl_fast.experiments.baselines import Baseline, affinity_similarity, measure
+from bcl_fast.experiments.data import mnist
 from bcl_fast.spec import BCLConfig
 
 MNIST = Path(os.environ.get("BCL_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -117,48 +119,40 @@ def test_step_metrics_come_from_the_record():
 
 @pytest.fixture(scope="module")
 def images():
-    """The first batch of 128 of a shuffled loader over all training images under seed 42: [128, 784] in [0, 1]."""
-    datasets = pytest.importorskip("torchvision.datasets")
     if not (MNIST / "MNIST" / "raw").is_dir():
         pytest.skip(f"no MNIST in {MNIST}: set BCL_DATA")
-    pixels = datasets.MNIST(MNIST, train=True).data.float().flatten(1) / 255
-    torch.manual_seed(42)
-    return next(iter(torch.utils.data.DataLoader(pixels, batch_size=128, shuffle=True)))
-
-
-def affinity(images, seed, rule):
-    torch.manual_seed(seed)
-    weight = torch.randn(64, 784)
-    key = ref.cosine_key(images @ weight.T, None, ref.inverse_norm(images))
-    return ref.affinity(key, ref.inverse_norm(weight), rule)
+    return mnist(MNIST)
 
 
 SEEDS = {42: 0.2983, 123: 0.2955, 456: 0.3077, 789: 0.3297, 999: 0.3195}
 
 
-@pytest.mark.parametrize("seed, published", SEEDS.items())
-def test_baseline_of_clamped_affinity(images, seed, published):
-    clamped = affinity(images, seed, "clamped_cosine")
-    near(diag.column_cosine(clamped), published, 5e-4)
-    near(diag.column_correlation(clamped), 0.0015 if seed == 42 else 0.0, 5e-4 if seed == 42 else 4e-3)
+def test_random_weights_on_mnist(images):
+    """A shared mean makes columns of ranks look alike that are not: .747 = mean² / mean square of 0 .. 1."""
+    for seed, clamped_cosine in SEEDS.items():
+        (row,) = measure(Baseline("mnist", "random-weights", seed), images)["rows"]
+        near(row["clamped_cosine"], clamped_cosine, 5e-4)
+        near(row["clamped_correlation"], 0.0, 4e-3)
+        assert 0.745 - 5e-4 <= row["rank_cosine"] <= 0.750 + 5e-4
+        assert -0.008 - 5e-4 <= row["rank_correlation"] <= 0.012 + 5e-4
 
 
-def test_baseline_without_the_clamp(images):
-    near(diag.column_cosine(affinity(images, 42, "cosine")), -0.0030, 5e-4)
-    near(diag.zero_fraction(affinity(images, 42, "clamped_cosine")), 0.508, 5e-4)
+def test_baselines_of_seed_42_on_mnist(images):
+    (row,) = measure(Baseline("mnist", "random-weights", 42), images)["rows"]
+    for metric, expected in dict(
+        clamped_correlation=0.0015,
+        raw_cosine=-0.0030,
+        clamped_fraction=0.508,
+        image_cosine=0.400,
+        image_min=0.049,
+        image_max=0.918,
+    ).items():
+        near(row[metric], expected, 5e-4)
 
 
-def test_baseline_of_the_images(images):
-    unit = images / images.norm(dim=1, keepdim=True)
-    pairs = (unit @ unit.T)[~torch.eye(128, dtype=torch.bool)]
-    near(diag.row_cosine(images), 0.400, 5e-4)
-    near(float(pairs.min()), 0.049, 5e-4)
-    near(float(pairs.max()), 0.918, 5e-4)
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_baseline_of_random_ranks(images, seed):
-    """A shared mean makes columns look alike that are not: .747 = mean² / mean square of 0 .. 1."""
-    ranks = affinity(images, seed, "rank")
-    assert 0.745 - 5e-4 <= diag.column_cosine(ranks) <= 0.750 + 5e-4
-    assert -0.008 - 5e-4 <= diag.column_correlation(ranks) <= 0.012 + 5e-4
+def test_baselines_have_the_reference_s_affinity():
+    x, weight = torch.rand(128, 30), torch.randn(64, 30)
+    row = affinity_similarity(x, weight)
+    key = ref.cosine_key(x @ weight.T, None, ref.inverse_norm(x))
+    for rule, name in (("cosine", "raw"), ("clamped_cosine", "clamped"), ("rank", "rank")):
+        near(row[f"{name}_cosine"], diag.column_cosine(ref.affinity(key, ref.inverse_norm(weight), rule)), 1e-5)

@@ -73,16 +73,12 @@ def test_rows_are_dense_at_first_and_hold_both_sides_of_every_refresh_mark():
     assert row_steps(1) == (0,) and row_steps(8)[-1] == 7
 
 
-@pytest.mark.parametrize(
-    "field, value, error",
-    [("steps", 0, ValueError), ("seed", -1, ValueError), ("features", 1, ValueError), ("batch_size", 2.5, TypeError),
-     ("lr", 0, ValueError), ("eps", -1, ValueError), ("loss", "l2", ValueError), ("data", "faces", ValueError),
-     ("inputs", "white", ValueError), ("activation", "tanh", ValueError), ("diversity", "rank", ValueError),
-     ("diversity_weight", -0.1, ValueError), ("resample_every", -1, ValueError)],
-)  # fmt: skip
-def test_bad_condition_names_the_field(field, value, error):
-    with pytest.raises(error, match=f"{field} must be .* got {value!r}"):
-        condition(**{field: value})
+def test_bad_condition_names_the_field():
+    bad = dict(steps=0, seed=-1, features=1, batch_size=2.5, resample_every=-1, lr=0, eps=-1, diversity_weight=-0.1)
+    bad |= dict(data="faces", loss="l2", inputs="white", activation="tanh", diversity="rank")
+    for field, value in bad.items():
+        with pytest.raises((TypeError, ValueError), match=f"{field} must be .* got {value!r}"):
+            condition(**{field: value})
 
 
 @pytest.mark.parametrize("loss", ["l1", "mse"])
@@ -125,7 +121,6 @@ def test_row_holds_the_state_before_the_update_and_the_forces_of_the_step(images
     training = Training(condition(config=config), images, rows=(1,))
     training.step()
     before = training.model.encoder_weight.clone()
-    batch = next(batches(images.train, 32, 0))
     row = training.step()
     after = training.model.encoder_weight
     assert row["step"] == 1 and training.rows == [row]
@@ -134,7 +129,7 @@ def test_row_holds_the_state_before_the_update_and_the_forces_of_the_step(images
     moved = torch.linalg.vector_norm(after - before, dim=1).mean().item()
     assert abs(row["adam"] - row["pull"]) <= moved + 1e-6 <= row["adam"] + row["pull"] + 2e-6
     assert row["adam_over_pull"] == pytest.approx(row["adam"] / row["pull"])
-    assert batch.shape == (32, 64) and 0 < row["loss"] < 1
+    assert 0 < row["loss"] < 1
 
 
 def test_control_is_measured_as_if_its_features_competed(images):
@@ -145,14 +140,19 @@ def test_control_is_measured_as_if_its_features_competed(images):
         assert plain[name] == with_bcl[name]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [dict(inputs="centered"), dict(activation="none"), dict(diversity="weight_similarity", diversity_weight=0.5),
-     dict(diversity="activation_entropy", diversity_weight=0.5), dict(resample_every=4), dict(eps=1e-3)],
-    ids=str,
-)  # fmt: skip
-@pytest.mark.parametrize("bcl", [True, False], ids=["bcl", "plain"])
-def test_every_option_changes_the_run_and_measuring_it_does_not(images, options, bcl):
+OPTIONS = {
+    "inputs": dict(inputs="centered"),
+    "activation": dict(activation="none"),
+    "weight similarity": dict(diversity="weight_similarity", diversity_weight=0.5),
+    "entropy": dict(diversity="activation_entropy", diversity_weight=0.5),
+    "redrawn": dict(resample_every=4),
+    "eps": dict(eps=1e-3),
+}
+
+
+@pytest.mark.parametrize("bcl, name", [*((True, name) for name in OPTIONS), (False, "redrawn")])
+def test_every_option_changes_the_run_and_measuring_it_does_not(images, bcl, name):
+    options = OPTIONS[name]
     base = condition() if bcl else condition().control()
     if "resample_every" in options:
         images = Images("digits", images.train * (images.train > 2), images.held_out, images.shape)  # black: all dead
@@ -252,15 +252,10 @@ def test_encoder_weight_of_the_offset_space_is_the_sum():
     assert model.encoder_weight.equal(model.encoder.weight.detach() + 2.0)
 
 
-def test_records_are_written_whole_or_not_at_all(tmp_path):
+def test_records_are_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "record.json"
     write_record(path, {"nan": math.nan, "rows": [{"inf": math.inf, "x": 1.5}]})
     assert json.loads(path.read_text()) == {"nan": None, "rows": [{"inf": None, "x": 1.5}]}
     with pytest.raises(TypeError):
         write_record(path, {"bad": object()})
     assert json.loads(path.read_text())["nan"] is None and list(tmp_path.iterdir()) == [path]
-
-
-def test_condition_is_frozen_and_its_control_differs_in_bcl_alone():
-    one = condition(seed=3)
-    assert one.control() == dataclasses.replace(one, config=None, backend=None)

@@ -43,12 +43,12 @@ def page(folder):
 
 
 def test_table_command_writes_rows_with_every_key(folder):
-    whole = json.loads((folder / "tables" / "tables.json").read_text())
-    assert whole["command"].startswith("python -m bcl_fast table trace rank explanations fixes ")
-    assert whole["environment"]["threads"] == 1 and whole["reasons"] == judging.REASONS
+    record = json.loads((folder / "tables" / "tables.json").read_text())
+    assert record["command"].startswith("python -m bcl_fast table trace rank explanations fixes ")
+    assert record["environment"]["threads"] == 1 and record["reasons"] == judging.REASONS
     keys = {"table", "condition", "seeds", "index", "metric", "published", "median", "min", "max", "mark"}
-    assert all(keys <= row.keys() for row in whole["rows"])
-    assert {row["table"] for row in whole["rows"]} == {"trace", "rank", "explanations", "fixes"}
+    assert all(keys <= row.keys() for row in record["rows"])
+    assert {row["table"] for row in record["rows"]} == {"trace", "rank", "explanations", "fixes"}
     for name in ("trace", "rank", "fixes"):
         assert (folder / "tables" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -91,9 +91,9 @@ def test_tables_without_their_runs_make_a_page(folder, page, tmp_path):
 
 
 def test_text_is_escaped(folder, tmp_path):
-    whole = json.loads((folder / "sweep" / "sweep.json").read_text())
-    whole["command"] = "<script>alert(1)</script>"
-    (tmp_path / "sweep.json").write_text(json.dumps(whole))
+    record = json.loads((folder / "sweep" / "sweep.json").read_text())
+    record["command"] = "<script>alert(1)</script>"
+    (tmp_path / "sweep.json").write_text(json.dumps(record))
     invoke("report", tmp_path)
     assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 

@@ -104,15 +104,20 @@ def run_jobs(
             on_done(job)
 
 
-def _in_processes(jobs: list[Job], folder: Path, data_dir: Path, workers: int) -> Iterator[Job]:
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Processes of one thread each that leave Ctrl-C to this one."""
     context = multiprocessing.get_context("spawn")  # a forked torch hangs with more than one thread
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+
+
+def _in_processes(jobs: list[Job], folder: Path, data_dir: Path, workers: int) -> Iterator[Job]:
+    with pool(workers) as processes:
         try:
             waiting, running = iter(jobs), {}
             while True:
                 # No more than there are workers: what the pool has queued could not be called back.
                 for job in waiting:
-                    running[pool.submit(_work, job, folder, data_dir)] = job
+                    running[processes.submit(_work, job, folder, data_dir)] = job
                     if len(running) == workers:
                         break
                 if not running:
