@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all-neighbors": dict(neighborhood_k=1000, recompute_every=2),
 }
 
-COLUMNS = ("random", "duplicated", "equal", "signed_zeros", "huge", "denormal", "quantized")
+COLUMNS = ("random", "duplicated", "equal", "signed_zeros", "huge", "denormal", "quantized", "octaves")
 
 
 def columns(kind: str, B: int, D: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -58,7 +58,25 @@ def columns(kind: str, B: int, D: int, dtype: torch.dtype = torch.float32, seed:
         return normal * (1e-42 if dtype == torch.float32 else 1e-310)
     if kind == "quantized":
         return (normal * 2).round() / 2
+    if kind == "octaves":  # ranks, permuted in every column within the octaves of `octave_needs`
+        octave, draw = _octaves(B)[:, None], torch.rand(B, D, generator=generator)
+        return (octave + draw).argsort(dim=0).argsort(dim=0).to(dtype)
     raise ValueError(f"kind must be one of {', '.join(COLUMNS)}, got {kind!r}")
+
+
+def octave_needs(B: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Needs [B] under which scores of the columns `octaves` tie exactly across samples of different needs.
+
+    The need of rank r is 2^-floor(log2(r + 1)): the scores of every octave of ranks run through the same range, and
+    products with powers of two are not rounded.
+    """
+    return 2.0 ** -_octaves(B).to(dtype)
+
+
+def _octaves(B: int) -> Tensor:
+    """floor(log2(rank + 1)) of each sample [B], whose rank within its octave is open; in an order of no kind."""
+    place = torch.randperm(B, generator=torch.Generator().manual_seed(B))
+    return (place + 1).double().log2().floor().long()
 
 
 def neighbors_of(D: int, neighborhood_k: int, seed: int = 0) -> Tensor:
@@ -109,14 +127,15 @@ _NAMES = {  # of the results of stages that have several
 class Expected(NamedTuple):
     """What the reference makes of the arguments of a stage, by the name of the result."""
 
-    own: dict[str, Tensor]  # in float32
+    own: dict[str, Tensor]  # in the dtype of the arguments
     truth: dict[str, Tensor]  # in float64
 
 
 def expected(stage: str, arguments: Sequence[Any]) -> Expected:
     """What the reference makes of these arguments of a stage; of a stage that works in place, the change."""
     function = getattr(reference, stage)
-    return Expected(*(_results(function, stage, arguments, dtype) for dtype in (torch.float32, torch.float64)))
+    own, truth = (_results(function, stage, arguments, dtype) for dtype in (_dtype(arguments), torch.float64))
+    return Expected(_by_sample(own), _by_sample(truth))
 
 
 def check_stage(
@@ -124,27 +143,45 @@ def check_stage(
 ) -> dict[str, float]:
     """Raise an AssertionError unless `function`, anybody's implementation of a stage, keeps the exactness contract.
 
-    `stage` is the name of a stage and `arguments` are its arguments as `reference` has them; `right` saves the
-    reference's own work where it is known (see `expected`). Choices must be equal bit by bit, given these arguments;
-    neighbors may fall behind by a float64 cosine of 1e-6; everything else is judged by float64 and may be off by the
-    larger of 1e-5 and twice the reference's own error. Returns those errors by the name of the result.
+    `stage` is the name of a stage and `arguments` are its arguments as `reference` has them, in float32 or float64;
+    `right` saves the reference's own work where it is known (see `expected`). Shapes and dtypes are the reference's.
+    Choices must be equal bit by bit, given these arguments, and shares of the same samples to 1e-6; neighbors may fall
+    behind by a float64 cosine of 1e-6; everything else is judged by float64 and may be off by the larger of 1e-5 and
+    twice the reference's own error. Returns those errors by the name of the result.
     """
-    got, right = _results(function, stage, arguments, torch.float32), right or expected(stage, arguments)
+    right = right or expected(stage, arguments)
+    results = _results(function, stage, arguments, _dtype(arguments))
+    for name, own in right.own.items():
+        found = f"{results[name].dtype} {list(results[name].shape)}"
+        wanted = f"{own.dtype} {list(own.shape)}"
+        assert found == wanted, f"{_place(stage, name)} is {found}, not {wanted}"
     if stage == "neighbors":
-        regret = _regret(arguments[0].double(), got[stage], right.truth[stage])
-        assert regret <= 1e-6, f"neighbors are less similar by {regret:.1e}"
-        return {stage: regret}
+        return {stage: _check_neighbors(arguments[0].double(), results[stage], right.truth[stage])}
     errors = {}
-    for name, reference32 in right.own.items():
-        mine, place = got[name], stage if name == stage else f"{stage} {name}"
-        if stage == "selection":
-            mine, reference32 = mine.sort(dim=1).values, reference32.sort(dim=1).values
-        if not reference32.is_floating_point() or name == "masked":
-            assert mine.equal(reference32), f"{place} differs in {int((mine != reference32).sum())} elements"
-        elif name != "pair_pull" or right.own["winner"].equal(right.truth["winner"]):  # else it is of other winners
-            errors[place] = relative_error(mine, right.truth[name])
-            assert errors[place] <= budget(reference32, right.truth[name]), f"{place} is off by {errors[place]:.1e}"
+    for name, mine in _by_sample(results).items():
+        own, truth, place = right.own[name], right.truth[name], _place(stage, name)
+        if not own.is_floating_point() or name == "masked":
+            assert mine.equal(own), f"{place} differs in {int((mine != own).sum())} elements"
+            continue
+        if name == "pair_pull" and not right.own["winner"].equal(right.truth["winner"]):
+            continue  # the pairs of other winners
+        if name == "rescue_weight":  # float64 may choose other samples
+            errors[place], allowed = relative_error(mine, own), 1e-6
+        else:
+            errors[place], allowed = relative_error(mine, truth), budget(own, truth)
+        assert errors[place] <= allowed, f"{place} is off by {errors[place]:.1e}"
     return errors
+
+
+def _place(stage: str, name: str) -> str:
+    return stage if name == stage else f"{stage} {name}"
+
+
+def _dtype(arguments: Sequence[Any]) -> torch.dtype:
+    """float64 where the arguments are, else float32."""
+    tensors = [tensor for argument in arguments for tensor in (argument if isinstance(argument, Pull) else (argument,))]
+    double = any(isinstance(tensor, Tensor) and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
 
 
 def _results(
@@ -156,9 +193,18 @@ def _results(
     result = function(*given)
     if in_place:
         changed = 0 if given[1] is None else 1  # som_offset, where there is one, else weight
+        assert changed == 0 or given[0].equal(_cast(arguments[0], dtype)), f"{stage} changes the weight, not the offset"
         return {stage: given[changed] - _cast(arguments[changed], dtype)}
     results = result if isinstance(result, tuple) else (result,)
     return dict(zip(_NAMES.get(stage, (stage,)), results, strict=True))
+
+
+def _by_sample(results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A selection's samples in rising order, each with its share: in which order they are listed is open."""
+    if "rescue_rows" not in results:
+        return results
+    order = results["rescue_rows"].argsort(dim=1)
+    return {name: result.gather(1, order) for name, result in results.items()}
 
 
 def _cast(argument: Any, dtype: torch.dtype, copy: bool = False) -> Any:
@@ -167,6 +213,17 @@ def _cast(argument: Any, dtype: torch.dtype, copy: bool = False) -> Any:
         return Pull(*(_cast(tensor, dtype) for tensor in argument))
     floating = isinstance(argument, Tensor) and argument.is_floating_point()
     return argument.to(dtype, copy=copy) if floating else argument
+
+
+def _check_neighbors(weight: Tensor, chosen: Tensor, best: Tensor) -> float:
+    """The regret of chosen neighbors [D, k], which must be different features, and others."""
+    D = weight.shape[0]
+    assert bool(((chosen >= 0) & (chosen < D)).all()), "neighbors are no features"
+    regret = _regret(weight, chosen, best)
+    assert regret <= 1e-6, f"neighbors are less similar by {regret:.1e}"
+    assert not (chosen == torch.arange(D, device=chosen.device)[:, None]).any(), "a feature is its own neighbor"
+    assert bool((chosen.sort(dim=1).values.diff(dim=1) > 0).all()), "a neighbor is named twice"
+    return regret
 
 
 def _regret(weight: Tensor, chosen: Tensor, best: Tensor) -> float:

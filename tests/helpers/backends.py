@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 from bcl_fast import backends, cuda
 
@@ -48,13 +49,11 @@ def stage(name, backend, beside=None):
         return function
 
     def there_and_back(*arguments):
-        moved = [a.to(device) if torch.is_tensor(a) else a for a in arguments]
+        moved = tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), arguments)
         results = function(*moved)
         for ours, theirs in zip(arguments, moved, strict=True):
-            if torch.is_tensor(ours):
+            if torch.is_tensor(ours) and not ours.equal(theirs.cpu()):
                 ours.copy_(theirs)
-        if results is None or torch.is_tensor(results):
-            return None if results is None else results.cpu()
-        return tuple(result.cpu() for result in results)
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, results)
 
     return there_and_back

@@ -2,9 +2,8 @@
 
 import torch
 
-from bcl_fast import reference as ref
 from bcl_fast.structures import Pull
-from bcl_fast.testing import budget, compete, neighbors_of, relative_error
+from bcl_fast.testing import check_stage, neighbors_of
 from helpers.backends import stage
 
 
@@ -20,13 +19,8 @@ def by_row(rows, shares):
     return rows.gather(1, order), shares.gather(1, order)
 
 
-def check_selection(backend, activation, bias, rinv, winv, need, rule, weighting, rescue_k):
-    arguments = activation, bias, rinv, winv, need, rule, weighting, rescue_k
-    rows, shares = by_row(*stage("selection", backend)(*arguments))
-    expected_rows, expected_shares = by_row(*ref.selection(*arguments))
-    assert rows.dtype == torch.int64 and shares.dtype == activation.dtype
-    assert rows.equal(expected_rows)
-    assert relative_error(shares, expected_shares) <= 1e-6
+def check_selection(backend, *arguments):
+    check_stage(stage("selection", backend), "selection", arguments)
 
 
 def needs(kind, B):
@@ -40,22 +34,12 @@ def needs(kind, B):
     }[kind]
 
 
-def check_competition(backend, activation, neighbors, **options):
-    """Choices are the reference's; the rest is within the budget, judged by float64."""
-    got = compete(stage("competition", backend), activation, neighbors, **options)
-    own = compete(ref.competition, activation, neighbors, **options)
-    if torch.is_tensor(options.get("x")):
-        options["x"] = options["x"].double()
-    truth = compete(ref.competition, activation.double(), neighbors, **options)
-    assert got.winner.equal(own.winner) and got.pair_feature.equal(own.pair_feature)
-    for name, value, near, right in zip(got._fields, got, own, truth, strict=True):
-        assert value.dtype == near.dtype and value.shape == near.shape and value.is_contiguous(), name
-        if name != "pair_pull" or own.winner.equal(truth.winner):  # pairs of another winner are other pairs
-            assert relative_error(value, right) <= budget(near, right) or name == "winner", name
-    # What operators return may not alias; the rest stays within them.
-    returned = got.rank_score, got.winner, got.pair_feature, got.pair_pull, got.winner_share, got.som_strength
-    storages = [tensor.untyped_storage().data_ptr() for tensor in returned]
-    assert len(set(storages)) == len(storages)
+def check_competition(
+    backend, activation, neighbors, temperature=5.0, x=None, forces="decoupled", rescue_onset=0.0, pull_onset=0.0
+):
+    x = activation.new_ones(activation.shape[0], 1) if x is None else x
+    given = activation, neighbors, temperature, x, forces, rescue_onset, pull_onset
+    check_stage(stage("competition", backend), "competition", given)
 
 
 def pull_of(B, D, N, k, r, dtype, seed=0):
