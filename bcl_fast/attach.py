@@ -11,16 +11,16 @@ from .layer import BCLLayer
 from .transforms import called_not_read
 
 # What makes a hook of a module, in dicts that handles refer to: another module may hold the same ones.
-_HOOKS = (
-    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
-    "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
+_HOOKS = """
+    _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks
+    _forward_pre_hooks_with_kwargs _backward_hooks _backward_pre_hooks _is_full_backward_hook
+    _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
+""".split()
 # Modules of torch and torchvision that read the weights of their own linear layers and never call them, by name.
-_READERS = (
-    "MultiheadAttention", "LinearCrossEntropyLoss", "ShiftedWindowAttention", "ShiftedWindowAttentionV2",
-    "ShiftedWindowAttention3d",
-)  # fmt: skip
+_READERS = """
+    MultiheadAttention LinearCrossEntropyLoss ShiftedWindowAttention ShiftedWindowAttentionV2
+    ShiftedWindowAttention3d
+""".split()
 _Place = tuple[nn.Module, str]  # a module, and the name of one of its own
 
 

@@ -91,7 +91,8 @@ class MaskedLinear(torch.autograd.Function):
         bypass = not ctx.compiled and operators.can_bypass_dispatcher(grad_output)
         batched = bypass and private.is_batched_gradient(grad_output)
         reuse = bypass and not batched and not private.keeps_graph()  # else the mask is read again
-        masked, bias_gradient = operators.operator("masked_gradient", grad_output)(
+        masked, bias_gradient = operators.call(
+            "masked_gradient",
             grad_output,
             statistics.mask,
             statistics.winner,

@@ -95,7 +95,7 @@ class GraphedStep:
         if not self._begun:
             return self._begin()
         with torch.no_grad():
-            for parameter, gradient in self._adding:  # what the optimizer does not know adds up, from where it stands
+            for parameter, gradient in self._adding:  # what the optimizer does not know adds up, from what it is
                 if parameter.grad is not gradient:
                     gradient.zero_() if parameter.grad is None else gradient.copy_(parameter.grad)
         self._replay()

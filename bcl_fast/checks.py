@@ -53,14 +53,13 @@ def ranks() -> int:
     return group.get_world_size() if group.is_available() and group.is_initialized() else 1
 
 
-def check_ranks(sync: str) -> None:
-    """Raise where the statistics of a layer that pulls, or couples its samples, would have to be those of all ranks."""
-    if sync == "global" and ranks() > 1:
-        raise RuntimeError(
-            f"sync='global' is not built yet and this process group has {ranks()} ranks; allowed: one rank, a "
-            "layer that pulls nothing (frozen, or som_lr = 0, with decoupled forces), or sync='local' (every rank "
-            "by itself: replicas drift)"
-        )
+def no_global_sync() -> RuntimeError:
+    """For a layer whose statistics would have to be those of all ranks."""
+    return RuntimeError(
+        f"sync='global' is not built yet and this process group has {ranks()} ranks; allowed: one rank, a layer that "
+        "pulls nothing (frozen, or som_lr = 0, with decoupled forces), or sync='local' (every rank by itself: replicas "
+        "drift)"
+    )
 
 
 def _kind(tensor: Tensor) -> str:

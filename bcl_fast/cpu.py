@@ -84,7 +84,7 @@ def competition(
     rescue_onset: float,
     pull_onset: float,
 ) -> Competition:
-    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
+    """Stage `competition` (steps 2 to 8, and what follows from them for a sample or for a feature)."""
     activation, neighbors, x = _rows(activation), neighbors.contiguous(), _rows(x.to(activation.dtype))
     (B, D), (features, k) = activation.shape, neighbors.shape
     if not 1 <= D == features or k < 1 or neighbors.dtype != torch.int64:

@@ -146,7 +146,7 @@ def competition(
     rescue_onset: float,
     pull_onset: float,
 ) -> Competition:
-    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature).
+    """Stage `competition` (steps 2 to 8, and what follows from them for a sample or for a feature).
 
     What no operator returns, such as coverage and need, lies where the scratch memory begins.
     """

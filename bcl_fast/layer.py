@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import backends, counters, operators, private, state
 from .autograd import MaskedLinear
-from .checks import check_input, check_ranks, check_weight
+from .checks import check_input, check_weight, no_global_sync, ranks
 from .pulls import LOW_PRECISION, Pulls
 from .spec import BCLConfig, check_number
 from .state import Written
@@ -263,7 +263,7 @@ class BCLLayer(nn.Linear):
                 if x.dtype == weight.dtype == dtype and dtype not in LOW_PRECISION:
                     activation = F.linear(x, effective_weight, bias)
                 else:
-                    activation = operators.operator("product", x)(x, effective_weight, bias, dtype)
+                    activation = operators.call("product", x, effective_weight, bias, dtype)
                 statistics = self._statistics(x, effective_weight, bias, activation, compiling)
                 observed = Observed(activation.clone(), self.neighbors.clone()) if self._observers else Observed()
             options = dtype, self._config.gradient_mask, self._backend, moves
@@ -303,10 +303,8 @@ class BCLLayer(nn.Linear):
             self._look_at_state(self.weight)
             neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
             written = self._written
-        state = neighbors, step, refreshed_at, self._pulls.ticket
-        found = operators.operator("statistics_", x)(
-            x, effective_weight, bias, activation, *state, self._backend, *self._options
-        )
+        given = x, effective_weight, bias, activation, neighbors, step, refreshed_at, self._pulls.ticket, self._backend
+        found = operators.call("statistics_", *given, *self._options)
         if not compiling:
             written.neighbors_version = neighbors._version  # a refresh is our own
         return Statistics(*found)
@@ -324,8 +322,9 @@ class BCLLayer(nn.Linear):
             raise RuntimeError("observe() works in eager mode only: call the layer outside torch.compile to observe it")
         elif not weight.is_leaf:
             check_weight(self, weight, self._pulls.hooked)
-        if self._pulls_now or self._config.couples:
-            check_ranks(self._config.sync)
+        # In this order: what depends on som_lr would be compiled anew for each value of a schedule.
+        if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
+            raise no_global_sync()
         return 0 if compiling else self._pulls.moves
 
     # --- State that somebody else has written ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Norms in the whole range of a dtype: a square leaves it at the root of its largest number, and so would a norm."""
+"""Norms in all of a dtype's range: a square leaves it at the root of its largest number, and so would a norm."""
 
 from __future__ import annotations
 

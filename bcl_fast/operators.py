@@ -79,12 +79,13 @@ def can_bypass_dispatcher(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and type(tensor) in PLAIN and not tensor.is_meta
 
 
-def operator(name: str, tensor: Tensor) -> Callable[..., Any]:
-    """The operator of this name for arguments such as `tensor`, past the dispatcher where that is allowed.
+def call(name: str, *arguments: Any) -> Any:
+    """What the operator of this name makes of its arguments, past the dispatcher where their first one allows that.
 
     The dispatcher costs 10 us; a compiler, and tensors that are more than numbers, must go through it.
     """
-    return _functions[name] if can_bypass_dispatcher(tensor) else getattr(torch.ops.bcl_fast, name)
+    bypass = can_bypass_dispatcher(arguments[0])
+    return (_functions[name] if bypass else getattr(torch.ops.bcl_fast, name))(*arguments)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:

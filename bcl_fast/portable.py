@@ -101,7 +101,7 @@ def competition(
     rescue_onset: float,
     pull_onset: float,
 ) -> Competition:
-    """Stage `competition` (steps 2 to 8, and what follows from them for a whole sample or a whole feature)."""
+    """Stage `competition` (steps 2 to 8, and what follows from them for a sample or for a feature)."""
     neighbors = neighbors.clamp(0, neighbors.shape[0] - 1)  # as the reference: damaged state may hold anything
     margin = _margin(activation, neighbors)
     winner = margin.argmax(dim=1)

@@ -77,8 +77,9 @@ def test_a_model_of_two_layers(compiler):
 
 
 def test_changing_batch_sizes_compile_once_more_and_no_further():
-    layer = make()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    layer, counter = make(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for B in (17, 18, 19, 40, 33):
         compiled(batch(B)).sum().backward()
@@ -94,8 +95,9 @@ def test_imports_share_compiled_code():
 
 
 def test_a_schedule_of_som_lr_recompiles_nothing():
-    layer = make()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    layer, counter = make(), CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for step in range(5):
         layer.som_lr = 0.1 / (step + 1)
