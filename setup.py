@@ -49,7 +49,7 @@ def files(folder, *patterns):
 CPU = Extension(
     "bcl_fast._cpu",
     files("csrc/cpu", "*.cpp"),
-    depends=files("csrc/cpu", "*.h", "*.inc"),
+    depends=files("csrc/cpu", "*.h"),
     extra_compile_args=["-std=c++17", "-fvisibility=hidden", *EXACT, "-fno-math-errno", "-fno-trapping-math"],
     language="c++",
 )

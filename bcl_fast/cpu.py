@@ -6,10 +6,12 @@ uses; results do not depend on how many.
 
 from __future__ import annotations
 
+from ctypes import Structure
+
 import torch
 from torch import Tensor
 
-from . import native
+from . import cpu_structs, native
 from .norms import with_norms
 from .structures import Competition, Pull
 
@@ -33,9 +35,9 @@ def instruction_set() -> str:
     return native.cpu().bcl_cpu_isa().decode()
 
 
-def _call(stage: str, dtype: torch.dtype, *arguments: int | float | None) -> int:
+def _call(stage: str, dtype: torch.dtype, arguments: Structure) -> int:
     """Run a stage: 0, or which of its indices the library refused."""
-    status = getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(*arguments, torch.get_num_threads())
+    status = getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(arguments, torch.get_num_threads())
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for the stage {stage}")
     if status == BAD_SIZE:
@@ -59,7 +61,9 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     R, D = similarity.shape
     k = min(neighborhood_k, D - 1)
     near = torch.empty(R, k, dtype=torch.int64)
-    _call("nearest", similarity.dtype, similarity.data_ptr(), similarity.stride(0), R, D, first, k, near.data_ptr())
+    pointers, stride = (similarity.data_ptr(), near.data_ptr()), similarity.stride(0)
+    struct = cpu_structs.Neighbors(*pointers, stride=stride, rows=R, D=D, first=first, k=k)
+    _call("neighbors", similarity.dtype, struct)
     return near
 
 
@@ -93,11 +97,23 @@ def competition(
     rank_score, novelty, win_rate, winner = floats(B, D), floats(D), floats(D), indices(B)
     per_pair, per_sample, per_feature = (indices(B, k), floats(B, k)), (floats(B), floats(B)), (floats(D), floats(D))
     found = Competition(rank_score, novelty, win_rate, winner, *per_pair, *per_sample, *per_feature)
-    coverage = floats(B)
-    score, *others = (tensor.data_ptr() for tensor in found)
-    _call("competition", activation.dtype, activation.data_ptr(), activation.stride(0), B, D, neighbors.data_ptr(), k,
-          temperature, x.data_ptr(), x.stride(0), x.shape[1], forces == "coupled", rescue_onset, pull_onset,
-          score, coverage.data_ptr(), *others)  # fmt: skip
+    struct = cpu_structs.Competition(
+        activation.data_ptr(),
+        neighbors.data_ptr(),
+        x.data_ptr(),
+        *[tensor.data_ptr() for tensor in found],
+        activation_stride=activation.stride(0),
+        x_stride=x.stride(0),
+        B=B,
+        D=D,
+        N=x.shape[1],
+        k=k,
+        temperature=temperature,
+        rescue_onset=rescue_onset,
+        pull_onset=pull_onset,
+        coupled=forces == "coupled",
+    )
+    _call("competition", activation.dtype, struct)
     return found
 
 
@@ -106,7 +122,8 @@ def inverse_norm(rows: Tensor) -> Tensor:
     rows = _rows(rows)
     R, N = rows.shape
     inverse = rows.new_empty(R)
-    _call("inverse_norm", rows.dtype, rows.data_ptr(), rows.stride(0), R, N, inverse.data_ptr())
+    struct = cpu_structs.InverseNorm(rows.data_ptr(), inverse.data_ptr(), stride=rows.stride(0), R=R, N=N)
+    _call("inverse_norm", rows.dtype, struct)
     return inverse
 
 
@@ -127,9 +144,19 @@ def selection(
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     vectors = (bias, x_inverse_norm, weight_inverse_norm, need)
     vectors = [None if vector is None else vector.contiguous() for vector in vectors]
-    _call("selection", activation.dtype, activation.data_ptr(), activation.stride(0), B, D,
-          *map(native.pointer, vectors), RULES[affinity_rule], rescue_weighting == "soft", r, rows.data_ptr(),
-          shares.data_ptr())  # fmt: skip
+    struct = cpu_structs.Selection(
+        activation.data_ptr(),
+        *map(native.pointer, vectors),
+        rows.data_ptr(),
+        shares.data_ptr(),
+        stride=activation.stride(0),
+        B=B,
+        D=D,
+        r=r,
+        rule=RULES[affinity_rule],
+        soft=rescue_weighting == "soft",
+    )
+    _call("selection", activation.dtype, struct)
     return rows, shares
 
 
@@ -139,19 +166,25 @@ def _targets(
     """Targets into destination [D, N], of winners alone unless `rescued`; given (weight, offset, som_lr), a pull."""
     x = _rows(pull.x.to(destination.dtype))
     (B, N), D = x.shape, destination.shape[0]
-    pairs = pull.pair_feature.contiguous(), pull.pair_pull.contiguous()
-    rescue = pull.rescue_rows.contiguous(), pull.rescue_weight.contiguous()
-    k, r = pairs[0].shape[1], rescue[0].shape[1] if rescued else 0
-    winner_share, som_strength = (
-        pull.winner_share.contiguous(),
-        None if pulled is None else pull.som_strength.contiguous(),
-    )
+    _, *others = pull
+    others = [tensor.contiguous() for tensor in others]
+    k, r = pull.pair_feature.shape[1], pull.rescue_rows.shape[1] if rescued else 0
     weight, offset, som_lr = pulled or (None, None, 0.0)
-    refused = _call(
-        "targets", x.dtype, x.data_ptr(), x.stride(0), B, N, D, *map(native.pointer, pairs), k,
-        *map(native.pointer, rescue), r, winner_share.data_ptr(), native.pointer(weight), native.pointer(offset),
-        destination.data_ptr(), N, native.pointer(som_strength), som_lr,
-    )  # fmt: skip
+    struct = cpu_structs.Targets(
+        x.data_ptr(),
+        *[tensor.data_ptr() for tensor in others],
+        weight=native.pointer(weight),
+        offset=native.pointer(offset),
+        destination=destination.data_ptr(),
+        x_stride=x.stride(0),
+        B=B,
+        D=D,
+        N=N,
+        k=k,
+        r=r,
+        som_lr=som_lr,
+    )
+    refused = _call("targets", x.dtype, struct)
     if refused == BAD_PAIR_FEATURE:
         raise _outside("pair_feature", pull.pair_feature, D)
     if refused == BAD_RESCUE_ROW:
@@ -209,8 +242,8 @@ def _masked(
     B, D = mask.shape
     packed = out is not None and out.is_contiguous()
     masked, total = out if packed else torch.empty_like(mask), mask.new_empty(D)
-    _call("gradient", mask.dtype, grad_output.data_ptr(), grad_output.stride(0), mask.data_ptr(), B, D,
-          masked.data_ptr(), total.data_ptr())  # fmt: skip
+    pointers = grad_output.data_ptr(), mask.data_ptr(), masked.data_ptr(), total.data_ptr()
+    _call("gradient", mask.dtype, cpu_structs.Gradient(*pointers, stride=grad_output.stride(0), B=B, D=D))
     return masked if out is None or packed else out.copy_(masked), total
 
 
@@ -219,5 +252,5 @@ def rank(key: Tensor) -> Tensor:
     key = _rows(key)
     B, D = key.shape
     ranks = torch.empty(B, D, dtype=torch.int64)
-    _call("rank", key.dtype, key.data_ptr(), key.stride(0), B, D, ranks.data_ptr())
+    _call("rank", key.dtype, cpu_structs.Rank(key.data_ptr(), ranks.data_ptr(), stride=key.stride(0), B=B, D=D))
     return ranks

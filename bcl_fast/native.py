@@ -9,28 +9,18 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
-CPU_ABI = 5  # of csrc/cpu/api.cpp
+from .cpu_structs import STRUCTS
+
+CPU_ABI = 6  # of csrc/cpu/api.cpp
 CUDA_ABI = 2  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
 INEXACT = "was built with -ffast-math or a part of it, which changes results: install again without such flags"
-
-_CPU_ARGUMENTS = {
-    "competition": [c_void_p, *[c_int64] * 3, c_void_p, c_int64, c_double, c_void_p, *[c_int64] * 2, c_int,
-                    *[c_double] * 2, *[c_void_p] * 11, c_int],
-    "inverse_norm": [c_void_p, *[c_int64] * 3, c_void_p, c_int],
-    "selection": [c_void_p, *[c_int64] * 3, *[c_void_p] * 4, *[c_int] * 2, c_int64, *[c_void_p] * 2, c_int],
-    "targets": [c_void_p, *[c_int64] * 4, *[c_void_p] * 2, c_int64, *[c_void_p] * 2, c_int64, *[c_void_p] * 4, c_int64,
-                c_void_p, c_double, c_int],
-    "gradient": [c_void_p, c_int64, c_void_p, *[c_int64] * 2, *[c_void_p] * 2, c_int],
-    "nearest": [c_void_p, *[c_int64] * 5, c_void_p, c_int],
-    "rank": [c_void_p, *[c_int64] * 3, c_void_p, c_int],
-}  # fmt: skip
 
 
 def pointer(tensor: Any) -> int | None:
@@ -95,9 +85,9 @@ def cpu() -> ctypes.CDLL:
     if not library.bcl_cpu_exact():
         raise ImportError(f"its C++ library {INEXACT}")
     library.bcl_cpu_isa.restype = c_char_p
-    for name, arguments in _CPU_ARGUMENTS.items():
+    for name, struct in STRUCTS.items():
         for suffix in ("f32", "f64"):
-            getattr(library, f"bcl_cpu_{name}_{suffix}").argtypes = arguments
+            getattr(library, f"bcl_cpu_{name}_{suffix}").argtypes = [POINTER(struct), c_int]
     return library
 
 

@@ -1,4 +1,4 @@
-// The kernels for any processor: 16-byte vectors (SSE2, NEON, or what the compiler makes of them).
+// The stages for any processor: 16-byte vectors (SSE2, NEON, or what the compiler makes of them).
 #define BYTES 16
 #define ISA baseline
-#include "kernels.inc"
+#include "stages.h"

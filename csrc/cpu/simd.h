@@ -1,0 +1,98 @@
+// Vectors of BYTES, in GCC's and Clang's vector extensions, and what they need beyond arithmetic.
+//
+// Nothing of the standard library's templates: the linker may merge copies of them across instruction sets.
+#pragma once
+#include "interface.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define KERNEL __attribute__((noinline))  // one copy, with one thread and with many
+
+namespace bcl {
+namespace {
+
+template <class Real> struct Bits;
+template <> struct Bits<float> { typedef int32_t Signed; typedef uint32_t Unsigned; };
+template <> struct Bits<double> { typedef int64_t Signed; typedef uint64_t Unsigned; };
+
+template <class Real>
+struct Simd {
+    static constexpr int L = BYTES / sizeof(Real);
+    typedef typename Bits<Real>::Signed Int;
+    typedef Real V __attribute__((vector_size(BYTES)));
+    typedef Int I __attribute__((vector_size(BYTES)));
+
+    static INLINE V load(const Real* p) { V v; __builtin_memcpy(&v, p, BYTES); return v; }
+    static INLINE void store(Real* p, V v) { __builtin_memcpy(p, &v, BYTES); }
+    static INLINE I load_int(const void* p) { I v; __builtin_memcpy(&v, p, BYTES); return v; }
+    static INLINE V all(Real value) { return V{} + value; }
+    static INLINE I all_int(Int value) { return I{} + value; }
+    static INLINE bool any(I mask) {
+        uint64_t words[BYTES / 8], some = 0;
+        __builtin_memcpy(words, &mask, BYTES);
+        for (int i = 0; i < BYTES / 8; i++) some |= words[i];
+        return some != 0;
+    }
+    // Rows <-> columns of an L x L tile, by log2(L) perfect shuffles.
+    static INLINE void transpose(V (&row)[L]) {
+#if defined(__clang__)  // without a shuffle by a variable: through memory
+        Real tile[L][L];
+        for (int i = 0; i < L; i++) store(tile[i], row[i]);
+        for (int i = 0; i < L; i++)
+            for (int j = 0; j < L; j++) row[i][j] = tile[j][i];
+#else
+        I low, high;
+        for (int i = 0; i < L; i++) {
+            low[i] = i / 2 + i % 2 * L;
+            high[i] = L / 2 + i / 2 + i % 2 * L;
+        }
+        V next[L];
+#pragma GCC unroll 4
+        for (int s = 1; s < L; s *= 2) {
+#pragma GCC unroll 8
+            for (int i = 0; i < L / 2; i++) {
+                next[2 * i] = __builtin_shuffle(row[i], row[i + L / 2], low);
+                next[2 * i + 1] = __builtin_shuffle(row[i], row[i + L / 2], high);
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < L; i++) row[i] = next[i];
+        }
+#endif
+    }
+};
+
+// e^x for |x| <= 87, within 1 ulp or so: x = n log 2 + f, a polynomial in f (the coefficients are Cephes's expf), 2^n.
+INLINE Simd<float>::V exponential(Simd<float>::V x) {
+    typedef Simd<float> S;
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    S::V shifted = x * 1.44269504088896341f + round;
+    S::I n = (S::I)shifted - (S::I)S::all(round);
+    S::V whole = shifted - round;
+    S::V f = x - whole * 0.693359375f + whole * 2.12194440e-4f;  // log 2 in two parts
+    S::V p = S::all(1.9875691500e-4f);
+    p = p * f + 1.3981999507e-3f;
+    p = p * f + 8.3334519073e-3f;
+    p = p * f + 4.1665795894e-2f;
+    p = p * f + 1.6666665459e-1f;
+    p = p * f + 5.0000001201e-1f;
+    p = p * (f * f) + f + 1.0f;
+    return p * (S::V)((n + 127) << 23);
+}
+
+INLINE Simd<double>::V exponential(Simd<double>::V x) {
+    for (int i = 0; i < Simd<double>::L; i++) x[i] = __builtin_exp(x[i]);
+    return x;
+}
+
+template <class Real>
+INLINE typename Simd<Real>::V sigmoid(typename Simd<Real>::V x) {
+    typedef Simd<Real> S;
+    const Real most = sizeof(Real) == 4 ? 87 : 708;  // beyond, e^x leaves the normal numbers; NaN passes through
+    x = x > most ? S::all(most) : x;
+    x = x < -most ? S::all(-most) : x;
+    return Real(1) / (Real(1) + exponential(-x));
+}
+
+template <class Real> constexpr Real largest = sizeof(Real) == 4 ? Real(__FLT_MAX__) : Real(__DBL_MAX__);
+
+}  // namespace
+}  // namespace bcl
