@@ -69,3 +69,12 @@ def check_one_step(backend, options, bias=True, dtype=torch.float64):
     else:
         close(layer.som_offset, before["som_offset"] + pull)
         assert layer.weight.equal(before["weight"])
+
+
+def train(layer, steps, start=0):
+    """Steps of plain gradient descent, each on a batch of its own."""
+    optimizer = torch.optim.SGD(layer.parameters(), 1e-2)
+    for step in range(start, start + steps):
+        layer(batch(seed=step, dtype=layer.weight.dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
