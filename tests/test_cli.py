@@ -33,9 +33,10 @@ def invoke(*words):
 
 
 def test_train_in_a_process_of_its_own_writes_record_and_picture(tmp_path):
-    words = ["train", "--data", "digits", "--steps", "20", "--seed", "3", "--preset", "hard-rank", "--som-lr", "0.01",
-             "--rescue-k", "2", "--backend", "reference", "--out", tmp_path / "out"]  # fmt: skip
-    command = [sys.executable, "-m", "bcl_fast", *map(str, words)]
+    options = dict(data="digits", steps=20, seed=3, preset="hard-rank", backend="reference", out=tmp_path / "out")
+    options |= {"som-lr": 0.01, "rescue-k": 2}
+    words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
+    command = [sys.executable, "-m", "bcl_fast", "train", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.json", "train.png", "train.pt"]
@@ -292,6 +293,5 @@ def test_doctor_names_the_device_that_torch_was_built_for(device, here, monkeypa
 
 def test_help_lists_every_option():
     result = invoke("train", "--help")
-    for option in ("--data", "--data-dir", "--download", "--preset", "--som-lr", "--rescue-k", "--steps", "--seed",
-                   "--backend", "--out"):  # fmt: skip
-        assert option in result.output
+    for option in "data data-dir download preset som-lr rescue-k steps seed backend out".split():
+        assert f"--{option} " in result.output

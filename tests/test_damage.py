@@ -122,8 +122,8 @@ def _with_rows(value, change):
     """The same record with every list of rows in it changed."""
     if not isinstance(value, dict):
         return value
-    return {key: [change(row) for row in item] if key == "rows" else _with_rows(item, change)
-            for key, item in value.items()}  # fmt: skip
+    changed = {key: _with_rows(item, change) for key, item in value.items()}
+    return changed | {"rows": [change(row) for row in value["rows"]]} if "rows" in value else changed
 
 
 def foreign_checkpoint(path):
@@ -289,8 +289,8 @@ def no_folder_of_files(path):
     return Path("/proc/self/fd")
 
 
-COMMANDS = {"train": TRAIN, "table": TABLE, "sweep": SWEEP, "scale-d": ["bench", "scale-d", *SCALE],
-            "scale-b": ["bench", "scale-b", *SCALE]}  # fmt: skip
+COMMANDS = {"train": TRAIN, "table": TABLE, "sweep": SWEEP}
+COMMANDS |= {name: ["bench", name, *SCALE] for name in ("scale-d", "scale-b")}
 
 
 NO_FOLDERS = [a_file, below_a_file, unwritable, no_folder_of_files]
@@ -304,9 +304,11 @@ def test_out_that_cannot_be_written_is_said_before_anything_is_computed(command,
     assert "--out must be a folder to write to" in refused([*COMMANDS[command], out], out, capfd)
 
 
-@pytest.mark.parametrize("command, name", [("train", "train.json"), ("train", "train.pt"), ("train", "train.png"),
-                                           ("sweep", "sweep.csv"), ("sweep", "sweep.png"), ("table", "tables.json"),
-                                           ("sweep", "runs"), ("table", "runs")])  # fmt: skip
+WRITTEN = {"train": ["train.json", "train.pt", "train.png"], "sweep": ["sweep.csv", "sweep.png", "runs"]}
+WRITTEN["table"] = ["tables.json", "runs"]
+
+
+@pytest.mark.parametrize("command, name", [(command, name) for command, names in WRITTEN.items() for name in names])
 def test_results_that_cannot_be_written(command, name, copy, capfd):
     out = copy / {"table": "tables"}.get(command, command)
     if name == "runs":

@@ -90,9 +90,8 @@ def test_forces_by_hand():
     pulled = tensor([[3.0, 4.0], [0.0, 0.0]])
     after = tensor([[3.0, 5.0], [0.0, 2.0]])
     norms = diag.force_norms(tensor([[0.0, 1.0], [0.0, 0.0]]), before, pulled, after)
-    assert {name: norm.tolist() for name, norm in norms.items()} == {
-        "gradient": [1.0, 0.0], "pull": [5.0, 0.0], "adam": [1.0, 2.0]
-    }  # fmt: skip
+    found = {name: norm.tolist() for name, norm in norms.items()}
+    assert found == {"gradient": [1.0, 0.0], "pull": [5.0, 0.0], "adam": [1.0, 2.0]}
     force = diag.forces(norms)
     assert force == {"gradient": 0.5, "pull": 2.5, "adam": 1.5, "adam_over_pull": 0.6, "gradient_over_pull": 0.2}
     still = diag.forces(diag.force_norms(before, before, before, after))

@@ -133,7 +133,7 @@ def test_row_holds_the_state_before_the_update_and_the_forces_of_the_step(images
 
 
 def test_control_is_measured_as_if_its_features_competed(images):
-    """At step 0 both stand at the same weights: every metric of the state is that of BCL; nothing is pulled."""
+    """At step 0 both have the same weights: every metric of the state is that of BCL; nothing is pulled."""
     with_bcl, plain = (record(each, images, rows=(0,))["rows"][0] for each in (condition(), condition().control()))
     assert with_bcl.keys() == plain.keys() and plain["pull"] == 0 and math.isnan(plain["adam_over_pull"])
     for name in ("loss", "aff_corr", "tgt_sim", "wt_sim", "alive", "novelty", "coverage_cv"):
@@ -219,12 +219,12 @@ def test_mean_loss_is_the_mean_since_the_row_before(images):
 def test_snapshot_holds_what_pictures_need(images):
     training = trained(condition(), images, rows=(0, 5, 11))
     snapshot = training.snapshot()
-    shapes = {name: tuple(tensor.shape) for name, tensor in snapshot.items()}
-    assert shapes == {
-        "step": (3,), "gradient": (3, 64), "pull": (3, 64), "adam": (3, 64), "win_rate": (3, 64),
-        "image_coverage": (3, 32), "weight": (64, 64), "rescue_target": (64, 64), "images": (16, 64),
-        "reconstruction": (16, 64),
-    }  # fmt: skip
+    shapes = dict.fromkeys(("gradient", "pull", "adam", "win_rate"), (3, 64))
+    shapes |= dict.fromkeys(("weight", "rescue_target"), (64, 64)) | dict.fromkeys(
+        ("images", "reconstruction"), (16, 64)
+    )
+    shapes |= dict(step=(3,), image_coverage=(3, 32))
+    assert {name: tuple(tensor.shape) for name, tensor in snapshot.items()} == shapes
     assert snapshot["step"].tolist() == [0, 5, 11]
     for name in ("gradient", "pull", "adam"):
         assert snapshot[name].mean(dim=1).tolist() == pytest.approx([row[name] for row in training.rows])

@@ -99,15 +99,13 @@ def test_an_interrupted_job_leaves_no_file(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_interrupt_ends_a_sweep_at_once_and_the_same_command_goes_on(tmp_path):
-    """Ctrl-C as a terminal sends it, to the whole group of processes: one cell is done, the others are for later."""
-    words = ["sweep", "--som-lr", "0.01", "--rescue-k", "1", "--seeds", "2", "--workers", "1", "--out", str(tmp_path)]
-    command = [sys.executable, "-m", "bcl_fast", *words]
+    """Ctrl-C as a terminal sends it, to the group of processes: one cell is done, the others are for later."""
+    words = ["sweep", "--som-lr", "0.01", "--rescue-k", "1", "--seeds", "2", "--steps", "2500", "--workers", "1"]
+    command = [sys.executable, "-m", "bcl_fast", *words, "--out", str(tmp_path)]
     # What a shell starts in the background ignores Ctrl-C, and so would its children: not this one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    process = subprocess.Popen(
-        [*command, "--steps", "2500"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     signal.signal(signal.SIGINT, before)
     runs, deadline = tmp_path / "runs", time.monotonic() + 120
     while not list(runs.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
@@ -119,7 +117,7 @@ def test_interrupt_ends_a_sweep_at_once_and_the_same_command_goes_on(tmp_path):
     finished = {path: path.stat().st_mtime_ns for path in runs.glob("*.json")}
     assert 1 <= len(finished) < 4 and not (tmp_path / "sweep.csv").exists()
 
-    again = subprocess.run([*command, "--steps", "2500"], cwd=ROOT, capture_output=True, text=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert len(list(runs.glob("*.json"))) == 4 and (tmp_path / "sweep.csv").exists()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in finished.items())

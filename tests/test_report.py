@@ -65,9 +65,9 @@ def test_recorded_table_command_finds_everything_done(folder, monkeypatch):
 
 
 def test_page_holds_every_part(page):
-    for title in ("Training: train", "Tables: tables", "Sweep: sweep", "Win rates", "Forces", "Weights and targets",
-                  "Coverage", "Reconstructions", "What replicates", "Environment", "Why: shared-mean",
-                  tables.TABLES["trace"].title, tables.FIXES_TABLE.title):  # fmt: skip
+    sections = "Training: train", "Tables: tables", "Sweep: sweep", "What replicates", "Environment", "Why: shared-mean"
+    pictures = "Win rates", "Forces", "Weights and targets", "Coverage", "Reconstructions"
+    for title in (*sections, *pictures, tables.TABLES["trace"].title, tables.FIXES_TABLE.title):
         assert title in page, title
 
 
@@ -120,14 +120,12 @@ def test_an_empty_folder_is_an_error(tmp_path, capfd):
 
 
 def console_of(path, profile):
-    """What a browser that opens `path` writes to its console, and the page as it then stands."""
-    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-             "--disable-component-update", "--disable-sync"]  # fmt: skip
-    done = subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={profile}", "--enable-logging=stderr",
-         "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    """What a browser that opens `path` writes to its console, and the page as it is then."""
+    off = ("gpu", "quic", "background-networking", "component-update", "sync")
+    options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in off)]
+    options += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom"]
+    command = [BROWSER, *options, path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return [line for line in done.stderr.splitlines() if ":CONSOLE" in line], done.stdout
 
 

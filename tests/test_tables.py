@@ -1,6 +1,5 @@
 """The tables: every recipe holds what the document prints, every condition runs, and the verdicts are right."""
 
-import collections
 import json
 import math
 
@@ -19,10 +18,25 @@ from bcl_fast.experiments.tables import END, Cell
 
 # How many numbers each table of the document prints, counted there.
 PUBLISHED = {
-    "trace": 53, "trajectory": 40, "conditions": 21, "crossings": 6, "clamp": 3, "images": 4, "need": 5, "top-k": 6,
-    "hard-top1": 13, "rank": 48, "rank-vs-clamp": 12, "forces-coupled": 9, "blend": 6, "forces-decoupled": 8,
-    "ten-thousand": 66, "rescue-k": 15, "novelty": 4, "baselines": 8,
-}  # fmt: skip
+    "trace": 53,
+    "trajectory": 40,
+    "conditions": 21,
+    "crossings": 6,
+    "clamp": 3,
+    "images": 4,
+    "need": 5,
+    "top-k": 6,
+    "hard-top1": 13,
+    "rank": 48,
+    "rank-vs-clamp": 12,
+    "forces-coupled": 9,
+    "blend": 6,
+    "forces-decoupled": 8,
+    "ten-thousand": 66,
+    "rescue-k": 15,
+    "novelty": 4,
+    "baselines": 8,
+}
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------
@@ -64,13 +78,10 @@ def test_step_n_is_the_forward_pass_that_the_document_counts():
 
 def test_every_range_is_of_a_cell():
     cells = {(variant_of(c.condition), c.metric, c.index) for t in tables.TABLES.values() for c in t.cells}
-    unused = collections.Counter(
-        variant for variant, ranges in RANGES.items() for metric in ranges for i in ranges[metric]
-        if (variant, metric, i) not in cells
-    )  # fmt: skip
+    ranges = {(name, metric, i) for name, metrics in RANGES.items() for metric, spans in metrics.items() for i in spans}
     # No table of the document has tgt_sim and aff_corr of the soft clamp, and most of the hard one:
     # tests/test_ranges.py holds them.
-    assert set(unused) <= {"soft-clamp", "hard-clamp"}
+    assert {variant for variant, *_ in ranges - cells} <= {"soft-clamp", "hard-clamp"}
 
 
 def test_fixes_and_their_controls_are_all_there():
@@ -209,8 +220,9 @@ def test_the_independent_range_widens_ours_and_judges_our_median():
 
 
 def test_derived_metrics():
-    rows = [dict(step=i, aff_sim=0.3 + i / 10, wa_sim=0.25 + i / 5, wt_sim=0.0, need_min=0.1, need_max=0.2 + i,
-                 pull=3.0, gradient=1.5, effective_win=0.25) for i in range(6)]  # fmt: skip
+    constant = dict(wt_sim=0.0, need_min=0.1, pull=3.0, gradient=1.5, effective_win=0.25)
+    changing = (dict(aff_sim=0.3 + i / 10, wa_sim=0.25 + i / 5, need_max=0.2 + i) for i in range(6))
+    rows = [{"step": i, **constant, **row} for i, row in enumerate(changing)]
     record = {"rows": rows, "held_out": {"l1": 0.2}, "steps_done": 6, "condition": {"features": 4}}
     assert value(record, "delta_aff", 3) == pytest.approx(0.1)
     assert value(record, "need_ratio", 1) == pytest.approx(12)
@@ -224,9 +236,14 @@ def test_derived_metrics():
 
 def test_numbers_are_shown_as_they_are_worth_reading():
     for number, metric, text in (
-        (0.12345, "wt_sim", "0.123"), (41.0, "alive", "41"), (3e-7, "gradient", "3.0e-07"), (0.0, "pull", "0.000"),
-        (2e7, "pull_over_gradient", "2.0e+07"), (0.08412, "held_out_l1", "0.0841"), (None, "pull", ""),
-    ):  # fmt: skip
+        (0.12345, "wt_sim", "0.123"),
+        (41.0, "alive", "41"),
+        (3e-7, "gradient", "3.0e-07"),
+        (0.0, "pull", "0.000"),
+        (2e7, "pull_over_gradient", "2.0e+07"),
+        (0.08412, "held_out_l1", "0.0841"),
+        (None, "pull", ""),
+    ):
         assert as_text(number, metric) == text
 
 

@@ -86,10 +86,8 @@ def win_rate_picture(bcl: Run, control: Run) -> Figure:
     top = max(run.tensors["win_rate"].max().item() for run in (bcl, control))
     for axes, run, name in zip(panels, (bcl, control), ("with BCL", "plain, as if its features competed"), strict=True):
         rate, steps = run.tensors["win_rate"], run.tensors["step"].tolist()  # [rows, D]
-        image = axes.imshow(
-            rate[:, rate[-1].argsort(descending=True)].T.numpy(), aspect="auto", cmap="viridis", vmin=0, vmax=top,
-            interpolation="nearest",
-        )  # fmt: skip
+        rate = rate[:, rate[-1].argsort(descending=True)].T.numpy()
+        image = axes.imshow(rate, aspect="auto", cmap="viridis", vmin=0, vmax=top, interpolation="nearest")
         places = range(0, len(steps), max(1, len(steps) // 8))
         axes.set_xticks(places, [f"{steps[i]:,}" for i in places])
         axes.set_xlabel("step, as measured (not to scale)")
@@ -110,11 +108,10 @@ def force_picture(bcl: Run) -> Figure:
         for place, style in zip(places, STYLES, strict=False):
             x, y = bcl.tensors["pull"][place], bcl.tensors[name][place]
             some = (x > 0) & (y > 0) & (x + y).isfinite()  # a logarithm has no place for others
-            axes.scatter(
-                x[some].tolist(), y[some].tolist(), s=18, alpha=0.8, color=style["color"], marker=style["marker"],
-                label=f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} left out)"),
-            )  # fmt: skip
-        if any(len(points.get_offsets()) for points in axes.collections):  # else it has no place at all
+            points = f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} left out)")
+            look = dict(s=18, alpha=0.8, color=style["color"], marker=style["marker"])
+            axes.scatter(x[some].tolist(), y[some].tolist(), label=points, **look)
+        if any(len(drawn.get_offsets()) for drawn in axes.collections):  # else it has no place at all
             axes.set_xscale("log")
             axes.set_yscale("log")
         axes.set_xlabel("norm of the SOM pull")
@@ -143,10 +140,8 @@ def coverage_picture(bcl: Run, control: Run) -> Figure:
         coverage, steps = run.tensors["image_coverage"], run.tensors["step"].tolist()  # [rows, B]
         bins = torch.linspace(coverage.min().item(), coverage.max().item() + 1e-6, 31).tolist()
         for place, style in ((0, CONTROL), (-1, BCL)):
-            axes.hist(
-                coverage[place].tolist(), bins, histtype="step", linewidth=1.8, color=style["color"],
-                linestyle=style["linestyle"], label=f"step {steps[place]:,}",
-            )  # fmt: skip
+            look = dict(histtype="step", linewidth=1.8, color=style["color"], linestyle=style["linestyle"])
+            axes.hist(coverage[place].tolist(), bins, label=f"step {steps[place]:,}", **look)
         axes.set_xlabel("coverage (sum of rank_score over features)")
         axes.set_ylabel("samples of the batch")
         _tidy(axes, name)
@@ -226,10 +221,7 @@ def cells_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         for place, cell in zip(places, cells, strict=True):
             if cell["range"]:
                 axes.fill_between((place - 0.35, place + 0.35), *cell["range"], color="0.85", linewidth=0)
-        median = [cell["median"] for cell in cells]
-        spread = [[m - cell["min"] for m, cell in zip(median, cells, strict=True)],
-                  [cell["max"] - m for m, cell in zip(median, cells, strict=True)]]  # fmt: skip
-        axes.errorbar(places, median, spread, color=BCL["color"], fmt="o", markersize=4, capsize=3)
+        axes.errorbar(places, *_bars(cells, "median"), color=BCL["color"], fmt="o", markersize=4, capsize=3)
         printed = [(place, cell["published"]) for place, cell in zip(places, cells, strict=True) if cell["printed"]]
         if printed:
             axes.plot(*zip(*printed, strict=True), color=CONTROL["color"], marker="x", linestyle="", markersize=7)
@@ -244,6 +236,12 @@ def cells_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         "x published    o our median, with the range over seeds    gray: independent implementation", fontsize=10
     )
     return figure
+
+
+def _bars(cells: Sequence[Mapping[str, Any]], center: str) -> tuple[list[float], list[list[float]]]:
+    """Points and their error bars: how far the least and the largest over seeds lie from the center."""
+    below = [cell[center] - cell["min"] for cell in cells]
+    return [cell[center] for cell in cells], [below, [cell["max"] - cell[center] for cell in cells]]
 
 
 SHOWN_OUTCOMES = ("L1", "MSE", "wt_sim", "wt_abscos", "eff. rank", "firing")
@@ -262,9 +260,7 @@ def outcomes_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
         for group, style in zip(groups, (*STYLES, *STYLES), strict=False):
             places = [place for place, name in enumerate(lines) if name in groups[group] and (name, heading) in of]
             cells = [of[lines[place], heading] for place in places]
-            mean = [cell["mean"] for cell in cells]
-            spread = [[m - cell["min"] for m, cell in zip(mean, cells, strict=True)],
-                      [cell["max"] - m for m, cell in zip(mean, cells, strict=True)]]  # fmt: skip
+            mean, spread = _bars(cells, "mean")
             axes.errorbar(mean, places, xerr=spread, fmt=style["marker"], color=style["color"], markersize=4, capsize=2)
         for control, dashes in (("plain", "--"), ("plain, MSE", ":")):
             if (control, heading) in of:
@@ -283,8 +279,14 @@ def outcomes_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def sweep_picture(title: str, rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A heat map of som_lr by rescue_k for each outcome: medians over seeds, the plain control's in the heading."""
-    shown = {"held_out_l1": "held-out L1", "held_out_mse": "held-out MSE", "wt_sim": "wt_sim", "wt_abscos": "wt_abscos",
-             "effective_rank": "effective rank", "held_out_firing_features": "features that fire"}  # fmt: skip
+    shown = {
+        "held_out_l1": "held-out L1",
+        "held_out_mse": "held-out MSE",
+        "wt_sim": "wt_sim",
+        "wt_abscos": "wt_abscos",
+        "effective_rank": "effective rank",
+        "held_out_firing_features": "features that fire",
+    }
     cells = [row for row in rows if row["som_lr"] is not None]
     som_lrs, rescue_ks = (sorted({row[key] for row in cells}) for key in ("som_lr", "rescue_k"))
     width = max(3.6, 0.9 * len(rescue_ks) + 2.2)
@@ -367,10 +369,8 @@ def curves_picture(rows: Sequence[Mapping[str, Any]]) -> Figure:
     trained = [row for row in rows if row.get("curves")]
     size = "{seeds} seeds of {steps:,} steps on {data}".format(**trained[0])
     figure = _figure(12, 5, f"The same training on every backend: {size}")
-    for axes, curve, heading in zip(
-        figure.subplots(1, 2), ("loss", "wt_sim"), ("Loss on the batch of the step", "Mean cosine of weights (wt_sim)"),
-        strict=True,
-    ):  # fmt: skip
+    headings = {"loss": "Loss on the batch of the step", "wt_sim": "Mean cosine of weights (wt_sim)"}
+    for axes, (curve, heading) in zip(figure.subplots(1, 2), headings.items(), strict=True):
         for row in trained:
             name, steps, values = row["contestant"], row["curves"]["step"], row["curves"][curve]
             color, marker, dashes = LOOKS[name]
