@@ -26,6 +26,7 @@
 
 #define __global__
 #define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // in kernels without clusters, whose blocks run one at a time
 #define SHARED(name) char* const name = bcl::fiber.load(bcl::RELAXED)->block->shared.get()

@@ -14,6 +14,8 @@
 #include "competition.cuh"
 #include "rank.cuh"
 #include "selection.cuh"
+#include "selection_open.cuh"
+#include "selection_order.cuh"
 
 #define API extern "C" __attribute__((visibility("default")))
 
