@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,19 @@ def test_recipes_are_consistent():
         assert cell.index == END or cell.index < steps
         held_out = cell.metric.startswith("held_out_")
         assert (cell.index == END) if held_out else cell.index == END or cell.index in rows_of(steps)
+
+
+def test_committed_record_is_of_these_cells_and_ranges():
+    """It has both as they were when it was measured: no digit of tables.csv or ranges.csv changes unseen."""
+    path = Path(__file__).parents[1] / "bench" / "results" / "tables.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    cells = [(name, cell) for name, table in tables.TABLES.items() for cell in table.cells]
+    for row, (name, cell) in zip(rows, cells, strict=True):
+        assert (row["table"], row["row"], row["column"]) == (name, cell.row, cell.column)
+        assert (row["printed"], row["condition"], row["metric"]) == (cell.published, cell.condition, cell.metric)
+        assert cell.index in (row["index"], END)
+        span = RANGES.get(variant_of(cell.condition), {}).get(cell.metric, {}).get(cell.index)
+        assert row["range"] == (span and list(span)), row
 
 
 def test_every_reason_is_shown_by_a_measurement():
@@ -213,6 +227,8 @@ def test_the_independent_range_widens_ours_and_judges_our_median():
     assert outside["in_range"] is False and outside["mark"] == INSIDE
     rounded = measure_cell(cell("0.887", **of), made_up(0.8506, metric="wt_sim", step=299))
     assert rounded["in_range"]  # .8506 is .851
+    low = measure_cell(cell("0.852", **of), made_up(0.86, 0.87, metric="wt_sim", step=299))
+    assert low["mark"] == INSIDE
     rows = [dict(table="t", seeds=[0, 1], **row) for row in (inside, outside)]
     assert judging.outside_of_ranges(rows[:1]) == ([], 1)
     missed, count = judging.outside_of_ranges(rows[1:] + rows[1:])  # the same measurement in two tables counts once
