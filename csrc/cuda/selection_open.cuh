@@ -1,4 +1,4 @@
-// Selection (SPEC 9b): what bounds leave open is counted, settled and sorted.
+// Selection (step 9b): what bounds leave open is counted, settled and sorted.
 #pragma once
 #include "selection.cuh"
 

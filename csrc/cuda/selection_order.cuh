@@ -1,4 +1,4 @@
-// Selection (SPEC 9b): the samples by falling need, in a coarse order, before anything else.
+// Selection (step 9b): the samples by falling need, in a coarse order, before anything else.
 #pragma once
 #include "selection.cuh"
 
