@@ -10,7 +10,7 @@ from torch import nn
 from .layer import BCLLayer
 from .transforms import called_not_read
 
-# What makes a hook of a module, in dicts that handles refer to: another module may hold the same ones.
+# The dicts in which a module keeps its hooks. Handles refer to the dicts, so that another module may take them over.
 _HOOKS = """
     _forward_hooks _forward_hooks_with_kwargs _forward_hooks_always_called _forward_pre_hooks
     _forward_pre_hooks_with_kwargs _backward_hooks _backward_pre_hooks _is_full_backward_hook
@@ -21,7 +21,7 @@ _READERS = """
     MultiheadAttention LinearCrossEntropyLoss ShiftedWindowAttention ShiftedWindowAttentionV2
     ShiftedWindowAttention3d
 """.split()
-_Place = tuple[nn.Module, str]  # a module, and the name of one of its own
+_Place = tuple[nn.Module, str]  # a module, and the name of one of its children
 
 
 class AttachedBCL:
@@ -34,7 +34,7 @@ class AttachedBCL:
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put the plain `nn.Linear` back, with the trained weight (and the SOM offset added to it). Twice is once."""
+        """Put the plain `nn.Linear` back, with the trained weight (plus the SOM offset). A second call does nothing."""
         layer, linear = self.layer, self._linear
         places = [(parent, name) for parent, name in self._places if parent._modules.get(name) is layer]
         if not places:

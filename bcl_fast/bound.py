@@ -15,7 +15,7 @@ from .private import never_compiled
 from .rounding import add_rounded_
 from .structures import Pull
 
-PATIENCE = 20  # times in a row that something may happen before a warning: a scaler skips steps at first
+PATIENCE = 20  # times in a row that something happens before it is warned of: scalers skip their first steps
 
 
 class WarnOnce:
@@ -49,12 +49,12 @@ class _Kept(NamedTuple):
     """The mean increment of the backwards since the bound optimizer's last step."""
 
     mean: Tensor  # [D, N]
-    samples: int  # that it is of
+    samples: int  # that it is the mean of
     captured: bool  # in a CUDA graph
 
 
 def _mark(weight: Tensor) -> tuple[int, int]:
-    """Which object a weight is, and in which version: to see later whether it is as it was."""
+    """The identity and the version of a weight, to see later whether it has changed."""
     return id(weight), weight._version
 
 
@@ -66,7 +66,7 @@ class Bound:
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._hooks: tuple[Any, ...] = ()
         self.kept: _Kept | None = None
-        self.arrived = False  # since the layer was bound, any pull
+        self.arrived = False  # whether any pull came since the layer was bound
         self._holding = False  # in a step, where gradients are the optimizer's own affair
         self._has_gradient = False  # at the end of the last backward that kept something
         self._weight: tuple[int, int] | None = None  # when something was kept
@@ -114,7 +114,7 @@ class Bound:
 
     @property
     def active(self) -> bool:
-        """Whether the layer is bound, be it to an optimizer that is gone."""
+        """Whether the layer is bound, even to an optimizer that is gone."""
         return self._optimizer is not None
 
     @property
@@ -226,7 +226,7 @@ class Bound:
             self._has_gradient = layer.weight.grad is not None
 
     def gradients_dropped(self) -> None:
-        """Called where gradients are thrown away: what waits for their step goes along, as where it is skipped."""
+        """Called where gradients are thrown away: their step will not come, and what waits for it is dropped too."""
         if self.kept is None or self._holding:
             return
         self.kept = None
@@ -240,7 +240,7 @@ class Bound:
 
     def look_after_kept(self, weight: Tensor) -> None:
         """Before another backward: drop what is kept with its gradient, warn where its step may never come."""
-        # Gradients that had left before the end of their backward, to be summed up elsewhere, say nothing.
+        # A gradient that was taken away within its backward, to be summed up elsewhere, does not count as dropped.
         if weight.grad is None and self._has_gradient:
             self.gradients_dropped()
         elif not self._holding and self._weight != _mark(weight):

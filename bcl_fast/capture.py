@@ -21,7 +21,7 @@ AGAIN = (
     "call bcl_fast.graphed again (a learning rate that is to change must be a tensor on the device, as "
     "Adam(capturable=True) and SGD(fused=True) take it)"
 )
-EVERY_STEP = "a step changes it on the host, where no replay would: neither can a CUDA graph hold such a step"
+EVERY_STEP = "a step changes it on the host, which no replay would repeat: a CUDA graph cannot hold such a step"
 
 
 def graphed(
@@ -34,15 +34,15 @@ def graphed(
         loss_function: `loss_function(model, *inputs)` returns the loss, a scalar. No replay runs its Python; autocast
             belongs inside it. What it trains is in `model` or in `optimizer`.
         optimizer: one that a CUDA graph can replay, such as SGD or Adam(capturable=True).
-        examples: tensors on that device such as every call will bring: shapes and dtypes hold for good.
+        examples: tensors on that device like those of every later call, whose shapes and dtypes are then fixed.
         warmup: eager steps before the capture (>= 1), which compile what there is to compile.
 
     Returns `step`: `step(*inputs) -> loss` does what `optimizer.zero_grad()`, `loss_function`, `backward()` and
     `optimizer.step()` would do. Inputs, from any device, are copied to where the graph reads them; the loss is a copy.
-    Warm-up and capture leave parameters, buffers, the optimizer and torch's random numbers as they were: n calls are n
-    eager steps, of which the first is one where the optimizer has no state yet. Let go of earlier losses and outputs of
-    the model before: as long as one lives, so do the nodes that tie its parameters to another stream. Every replay
-    reads the layers' `som_lr`, and a learning rate that is a tensor on the device.
+    Warm-up and capture leave parameters, buffers, the optimizer and torch's random numbers as they were: n calls train
+    like n eager steps (the first is one, where the optimizer has no state yet). Before the call drop earlier losses and
+    outputs of the model: as long as one lives, its graph ties the parameters to another stream. Every replay reads the
+    layers' `som_lr`, and a learning rate that is a tensor on the device.
 
     Raises TypeError or ValueError that names the argument, and RuntimeError for what no graph can hold: several ranks,
     observers, an optimizer that counts on the host or replaces its tensors. A later step raises RuntimeError where
@@ -71,15 +71,15 @@ class GraphedStep:
             self._warm_up(True)
             with torch.random.fork_rng([device] if device.type == "cuda" else []):
                 aside(device, lambda: [self._train() for _ in range(warmup)])
-                optimizer.zero_grad(set_to_none=True)  # the graph's gradients shall lie in memory of its own
+                optimizer.zero_grad(set_to_none=True)  # the graph's gradients need memory of its own
                 self._expected = self._host_side()
                 self._replay, self._loss = record(device, self._train)
             self._require(self._expected, EVERY_STEP)
             self._gradients = [(p, p.grad) for p in snapshot.parameters if p.grad is not None]
             self._adding = [(p, p.grad) for p, _ in snapshot.gradients if p.grad is not None]
             self._written = [*snapshot.parameters, *model.buffers()]
-            # How its state begins only an optimizer's own first step knows. Where there is none yet that step is taken
-            # eagerly, and the tensors on which the graph works take the state over.
+            # Only its own first step knows how an optimizer's state begins. Where there is none yet, that step is taken
+            # eagerly, and its state is copied to the tensors on which the graph works.
             self._begun = not (self._expected.keys() - before.keys())
             self._state = {p: dict(state) for p, state in optimizer.state.items()}
         finally:
@@ -111,9 +111,9 @@ class GraphedStep:
 
     @torch.enable_grad()
     def _train(self) -> Tensor:
-        """One step on the inputs that lie there, whatever the mode of who asks for it."""
+        """One step on the inputs as copied, with gradients enabled whatever the caller's mode."""
         self._optimizer.zero_grad(set_to_none=True)
-        torch.clear_autocast_cache()  # around us may be an autocast that keeps the casts of the step before
+        torch.clear_autocast_cache()  # an autocast around the call keeps the casts of the step before
         with operators.no_autocast(self._device.type):
             loss = self._loss_function(self._model, *self._inputs)
         torch.clear_autocast_cache()
@@ -125,7 +125,7 @@ class GraphedStep:
         return loss.detach()
 
     def _begin(self) -> Tensor:
-        """The first step of an optimizer without a state; then the graph's own tensors hold what it made."""
+        """The first step of an optimizer without a state; its results are then moved to the graph's own tensors."""
         loss = self._train().clone()
         with torch.no_grad():
             for parameter, made in self._optimizer.state.items():
@@ -150,7 +150,7 @@ class GraphedStep:
                 )
 
     def _require(self, expected: dict[str, Any], otherwise: str) -> None:
-        """Raise a RuntimeError that names what is not as it was."""
+        """Raise a RuntimeError that names what has changed."""
         now = self._host_side()
         if now == expected:
             return
@@ -205,7 +205,7 @@ class _Place(NamedTuple):
 
 
 class _Snapshot:
-    """The numbers of a model and of its optimizer, to be put back where they stood."""
+    """The numbers of a model and of its optimizer, to be restored in place."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -295,7 +295,7 @@ def _check_layer(path: str, layer: BCLLayer, optimizer: torch.optim.Optimizer) -
 
 
 def aside(device: torch.device, function: Callable[[], Any]) -> None:
-    """Run a function in a stream of its own, as the first use of libraries before a capture must."""
+    """Run a function in a stream of its own: libraries must be used once in one before a capture."""
     own, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
     own.wait_stream(current)
     with torch.cuda.stream(own):
@@ -304,12 +304,12 @@ def aside(device: torch.device, function: Callable[[], Any]) -> None:
 
 
 def record(device: torch.device, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """What replays a function, and its result, whose tensors every replay writes anew."""
+    """A function that replays `function`, and the result, whose tensors every replay writes anew."""
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
     with torch.cuda.device(device):
         try:
             with torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
                 result = function()
         finally:
-            torch.cuda.set_stream(current)  # where torch leaves the capture's, after one that failed
+            torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
     return graph.replay, result

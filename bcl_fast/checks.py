@@ -1,4 +1,4 @@
-"""What a training forward refuses, and what is said of it: inputs and weights that could not be trained right."""
+"""What a training forward refuses: inputs and weights that it could not train right, and the errors that say so."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def check_weight(layer: nn.Linear, weight: Tensor, hooked: Tensor | None) -> Non
         )
     if "_is_fsdp_managed_module" in layer.__dict__ and weight is not hooked:
         who = "fully_shard (FSDP2)" if weight.is_leaf else "FullyShardedDataParallel (FSDP)"
-        raise RuntimeError(f"{who} shards the weight of a BCLLayer, which must be whole to be pulled: leave it out")
+        raise RuntimeError(f"{who} shards the weight of a BCLLayer, which is pulled in one piece: leave it out")
     if hasattr(weight, "device_mesh"):
-        raise RuntimeError("weight is a DTensor, spread over ranks: that of a BCLLayer must be whole to be pulled")
+        raise RuntimeError("weight is a DTensor, spread over ranks: that of a BCLLayer is pulled in one piece")
     if not weight.is_leaf:
         raise RuntimeError(
             "weight must be a leaf: BCLLayer cannot train a parametrized weight (torch.nn.utils.parametrize, "

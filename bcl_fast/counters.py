@@ -35,7 +35,7 @@ def write_counter_(counter: Tensor, value: int) -> None:
 
 
 def advance_(step: Tensor, backend: str) -> None:
-    """step += 1, where this backend counts: on the device, or on the host that then knows it."""
+    """step += 1 where this backend counts: on the device, or on the host, which then remembers it."""
     if backend in backends.REFRESH:
         step.add_(1)
     else:

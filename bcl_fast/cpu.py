@@ -17,7 +17,7 @@ from .structures import Competition, Pull
 
 PANEL = 1 << 19  # similarities held at once by the neighbor search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
-NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the library returns, beside 0
+NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the library returns instead of 0
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 

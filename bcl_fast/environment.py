@@ -28,7 +28,7 @@ def _version(package: str) -> str | None:
 
 
 def devices() -> dict[str, str]:
-    """What torch can compute on here: its name for it ("cpu", "cuda:0", ...) -> what it is."""
+    """The devices that torch can compute on here: name ("cpu", "cuda:0", ...) -> model."""
     found = {"cpu": _processor()}
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:

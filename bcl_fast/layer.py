@@ -166,7 +166,7 @@ class BCLLayer(nn.Linear):
         self._pulls = Pulls(self)
         self._options = self._config.statistics
         self._observers: tuple[Callable[[Any], None], ...] = ()
-        self._warming_up = False  # for a capture, which must find everything compiled
+        self._warming_up = False  # for a capture, in which nothing may be compiled
         self._pulls.attach(self.weight)
 
     def _choose_backend(self) -> None:
@@ -234,7 +234,7 @@ class BCLLayer(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
             return traced_by_fx(self, self.som_offset, input)
-        # nn.Module looks its tensors up in Python, which is felt in a small step: past it, where they are its own.
+        # nn.Module looks tensors up in Python, which small steps feel: those that are its own are taken from its dicts.
         parameters, offset = self._parameters, self._buffers["som_offset"]
         weight = parameters["weight"] if "weight" in parameters else self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias
@@ -271,7 +271,7 @@ class BCLLayer(nn.Linear):
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
-        """What `nn.Linear` computes, for whatever it takes; of what it does not take, what is wrong is named."""
+        """What `nn.Linear` computes, for all that it takes; for anything else an error that names what is wrong."""
         try:
             if offset is None:
                 return F.linear(input, weight, bias)
@@ -330,7 +330,7 @@ class BCLLayer(nn.Linear):
     # --- State that somebody else has written ------------------------------------------------------------------------
 
     def _trust_state(self) -> None:
-        """Take the weight and the state for what this layer itself has written."""
+        """Note the weight and the state as written by this layer itself."""
         near, step = self.neighbors, self.step
         if near.is_inference() or step.is_inference():  # they have no versions
             self._written = Written()
@@ -384,10 +384,10 @@ class BCLLayer(nn.Linear):
         if self._refreshed_at is not written.refreshed_at:
             self._refreshed_at.fill_(-1)
         self._trust_state()
-        self._written.weight = written.weight  # of which nobody asked
+        self._written.weight = written.weight  # which was not looked at
 
     def _complete_state(self, weight: Tensor) -> None:
-        """Make buffers that are on the meta device still, where somebody has put a weight with numbers."""
+        """Make the buffers that are still on the meta device, once somebody has put in a weight with numbers."""
         if weight.is_meta:
             return
         if self._refreshed_at.is_meta:

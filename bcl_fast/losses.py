@@ -44,5 +44,5 @@ def activation_entropy_loss(activation: Tensor) -> Tensor:
     total = activity.sum()
     share = activity / torch.where(total > 0, total, 1.0)
     some = share > 0
-    # log of a masked-in 1 rather than of 0: the branch not taken must not make its gradient NaN.
+    # torch.where differentiates both branches: the log of 0 in the one not taken would make the gradient NaN.
     return (share * torch.where(some, share, 1.0).log()).sum()

@@ -11,7 +11,7 @@ from .spec import EPS
 
 
 def power_of_two(rows: Tensor) -> Tensor:
-    """One near the largest magnitude of each row of [R, N] -> [R, 1].
+    """A power of two near the largest magnitude of each row of [R, N] -> [R, 1].
 
     A row divided by it has the same digits, and squares that are in range; infinities and NaN stay what they are.
     """
@@ -22,10 +22,10 @@ def power_of_two(rows: Tensor) -> Tensor:
 
 
 def with_norms(rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """rows [R, N] -> rows and |row| + EPS [R, 1], both divided by powers of two, and these [R, 1]; None: they are 1."""
-    if rows.device.type == "cpu":  # another device would have to be waited for
+    """rows [R, N] -> rows and |row| + EPS [R, 1], both divided by powers of two, and these [R, 1] (None: all are 1)."""
+    if rows.device.type == "cpu":  # on another device the look at the sum would wait for it
         norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-        if math.isfinite(norm.sum()):  # of finite norms: their squares are in range
+        if math.isfinite(norm.sum()):  # then every square is in range
             return rows, norm.add_(EPS), None
     power = power_of_two(rows)
     rows = rows / power

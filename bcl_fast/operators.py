@@ -112,7 +112,7 @@ def require_finite(**tensors: Tensor) -> None:
 
 
 def require_norms(x: Tensor) -> None:
-    """Raise a ValueError that names rows of x [B, N], not zero, of which EPS is a share that shrinks their cosines."""
+    """Raise a ValueError that names rows of x [B, N] that are not zero, but so short that EPS shrinks their cosines."""
     short = torch.linalg.vector_norm(_float(x), dim=1) < MIN_NORM
     short &= (x != 0).any(dim=1)  # squares may underflow
     if bool(short.any()):
@@ -289,7 +289,7 @@ def masked_gradient(
     observed_neighbors: Tensor | None,
     *pull: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Step 12 before its products: grad_output * G [B, D] in `dtype`, and the bias gradient [D] as statistics are.
+    """Step 12 before its products: grad_output * G [B, D] in `dtype`, and the bias gradient [D] in that of statistics.
 
     With `reuse` the product takes the place of a mask of its dtype, which nobody reads again. No schema says so: only
     who calls this function without the dispatcher may ask for it.

@@ -25,7 +25,7 @@ class Owner(Protocol):
     def called_by_compiled_code(self, *state: Tensor) -> None: ...
 
 
-# importlib.reload keeps what the layers that live now are registered in.
+# importlib.reload must keep the registry of the layers that are alive.
 _owners: weakref.WeakValueDictionary[int, Owner] = globals().get("_owners") or weakref.WeakValueDictionary()
 _owner_numbers = globals().get("_owner_numbers") or itertools.count(1)
 
@@ -43,11 +43,11 @@ def register_owner(owner: Owner) -> Tensor:
 
 
 def owner_of(ticket: Tensor) -> Owner | None:
-    """Whom a ticket names: None where its pull is consumed, or its layer gone."""
+    """The owner that a ticket names; None where its pull is consumed or its layer is gone."""
     return _owners.get(abs(int(ticket)))
 
 
 def require_still(found: Tensor, own: Tensor, moves: int) -> None:
-    """Raise where the forward of the ticket `own` was recomputed, as the one found instead says, at another weight."""
+    """Raise where the forward of ticket `own` was recomputed at another weight, as the ticket found instead tells."""
     if int(found) < 0 <= int(own) and (owner := owner_of(found)) is not None:
         owner.require_still(moves)

@@ -1,4 +1,4 @@
-"""What this package needs of torch that torch has no public name for, each with the reason.
+"""The functions of torch without a public name that this package needs, each with the reason.
 
 Nothing else here or in kernels/ names a private function of torch: where a new version moves one, this file changes.
 """
@@ -21,7 +21,7 @@ def running_backward() -> int:
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Call back once the running backward is done: hooks tell of a tensor's gradient, none of a backward's end."""
+    """Call back once the running backward is done: torch has hooks for gradients, none for the end of a backward."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
@@ -71,6 +71,6 @@ def transform(compiling: bool) -> str | None:
         return "forward-mode differentiation"
     if not torch._C._len_torch_function_stack():  # where make_fx puts a mode of its own, too
         return None
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # whoever traces so has imported it
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # make_fx has imported it already
 
     return None if get_proxy_mode() is None else "make_fx"

@@ -47,7 +47,7 @@ class Pulls:
 
     @property
     def idle(self) -> bool:
-        """Whether no pull is on its way."""
+        """Whether no pull is pending in a backward or kept for a step."""
         alive = (reference() for reference in self._running.values())
         return self.bound.kept is None and not any(b and (b.arrived or b.waiting) for b in alive)
 
@@ -58,14 +58,14 @@ class Pulls:
         return None if reference is None else reference()
 
     def _around(self, task: int) -> _Backward | None:
-        """The innermost of the other backwards that run: the one in which this one does."""
+        """The innermost of the other running backwards: the one that this one runs in."""
         if len(self._running) == (task in self._running):  # nothing else runs
             return None
         others = [reference() for number, reference in self._running.items() if number != task]
         return next((backward for backward in reversed(others) if backward is not None), None)
 
     def _backward(self, task: int, weight: Tensor) -> _Backward:
-        """The record of the running backward of this number, made where there is none."""
+        """The record of the running backward of this number; a new one where there is none."""
         backward = self._alive(task)
         if backward is None:
             if self._running:
@@ -81,7 +81,7 @@ class Pulls:
         layer = self._layer()
         if layer is None:
             return
-        weight = layer._parameters["weight"]  # past nn.Module's slow look-up, as below
+        weight = layer._parameters["weight"]  # without nn.Module's slow look-up, as below
         if self.bound.kept is not None:
             self.bound.look_after_kept(weight)
         if layer._observers and counters.capturing(weight.device):

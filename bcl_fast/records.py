@@ -17,7 +17,7 @@ class DamagedFile(ValueError):
 
 @contextmanager
 def trusting(path: Path | str, remedy: str) -> Iterator[None]:
-    """Within this block the content of a file is used unchecked; what goes wrong is then told of the file."""
+    """Within this block the content of a file is used unchecked; any error becomes one that names the file."""
     try:
         yield
     except Exception as error:

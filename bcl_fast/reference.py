@@ -130,7 +130,7 @@ def column_rank(key: Tensor) -> Tensor:
 
 
 def affinity(key: Tensor, weight_inverse_norm: Tensor | None, affinity: str) -> Tensor:
-    """How much each sample is each feature's own (step 9b), by a rule of SPEC 3: [B, D], [D] -> [B, D]."""
+    """How much each sample belongs to each feature (step 9b), by a rule of SPEC section 3: [B, D], [D] -> [B, D]."""
     if affinity == "rank":
         B = key.shape[0]
         return column_rank(key).to(key.dtype) / (B - 1) if B > 1 else torch.ones_like(key)

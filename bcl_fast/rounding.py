@@ -13,7 +13,7 @@ _MIN_EXPONENT = {torch.float16: -13, torch.bfloat16: -125}
 def _noise(shape: torch.Size, seed: Tensor) -> Tensor:
     """Multiples of 2**-16 in [0, 1), a function of the seed and the element's index alone (the splitmix64 mixer).
 
-    A counter, not torch's generator: a resumed run repeats it, and no other random number of the program moves.
+    A counter, not torch's generator: a resumed run repeats it, and the program's other random numbers do not change.
     """
     z = torch.arange(shape.numel(), dtype=torch.int64, device=seed.device).reshape(shape)
     z = (z + seed * 0x2545F4914F6CDD1D) * -0x61C8864680B583EB

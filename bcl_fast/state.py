@@ -16,7 +16,7 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 @dataclass
 class Written:
-    """A layer's weight and buffers, and their versions, as it left them itself: what it need not look at again."""
+    """A layer's weight and buffers, and their versions, as the layer left them: these it need not check again."""
 
     weight: Tensor | None = None
     neighbors: Tensor | None = None
@@ -25,7 +25,7 @@ class Written:
     step_version: int = -1
     refreshed_at: Tensor | None = None
     som_offset: Tensor | None = None
-    nobody: bool = False  # has written the buffers: they hold what the memory held
+    nobody: bool = False  # True: nobody has written the buffers, they hold what the memory held
 
 
 class Wrong(NamedTuple):
@@ -38,7 +38,7 @@ class Wrong(NamedTuple):
 def fresh(D: int, k: int, som_offset: Tensor | None, device: torch.device) -> dict[str, Tensor]:
     """The saved buffers of a layer of D features and k neighbors at step 0; the offset like `som_offset`, if any."""
     place, feature = torch.arange(k, device=device), torch.arange(D, device=device)[:, None]
-    neighbors = place + (place >= feature)  # valid indices, none of them one's own
+    neighbors = place + (place >= feature)  # valid indices, none of them the feature itself
     buffers = {"neighbors": neighbors, "step": torch.zeros((), dtype=torch.int64, device=device)}
     return buffers if som_offset is None else {**buffers, "som_offset": torch.zeros_like(som_offset, device=device)}
 
@@ -92,7 +92,7 @@ def has_numbers(tensor: Tensor) -> bool:
 
 
 def same_numbers(before: Tensor, after: Tensor) -> bool:
-    """Whether a buffer has come through a move of its module as it was."""
+    """Whether a move of its module has left the numbers of a buffer as they were."""
     if before is after or not has_numbers(after):
         return True
     return has_numbers(before) and bool(torch.equal(before.to(after.device), after))

@@ -35,7 +35,7 @@ class Pull(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the operator `statistics_` returns: the mask of step 11, and a pull but for its x, which is no result."""
+    """What the operator `statistics_` returns: the mask of step 11, and a pull without its x, which is an input."""
 
     mask: Tensor  # [B, D] for gradient_mask `soft`, else empty
     winner: Tensor  # [B] int64
@@ -54,7 +54,7 @@ class Statistics(NamedTuple):
 
 
 class Observed(NamedTuple):
-    """What observers are shown of a forward beside its pull; None where nobody observes."""
+    """What observers are shown of a forward besides its pull; None where nobody observes."""
 
     activation: Tensor | None = None  # [B, D]
     neighbors: Tensor | None = None  # [D, k]

@@ -1,4 +1,4 @@
-"""A layer inside of what rewrites programs: torch.fx, which records calls, and torch.jit.script, which compiles."""
+"""A layer under tools that rewrite programs: torch.fx, which records calls, and torch.jit.script, which compiles."""
 
 from __future__ import annotations
 
@@ -34,4 +34,4 @@ def scriptable(layer: nn.Linear, som_offset: Tensor | None) -> nn.Linear:
 
 
 def called_not_read(module: nn.Module, input: tuple[Any, ...]) -> None:
-    """A hook that does nothing but be there: nn.TransformerEncoderLayer then calls a layer, not reads its weight."""
+    """A hook whose presence is all: nn.TransformerEncoderLayer then calls a layer, and does not read its weight."""

@@ -1,7 +1,7 @@
 """Competition (steps 2 to 8): who wins each sample against its neighbors, and what follows per sample and per feature.
 
-A program takes a few samples at a time. It lays their strengths out feature by feature, so that a neighbor is one
-whole sector of memory however far away it is; what it leaves per feature is a partial sum, added up in a fixed order.
+A program takes a few samples at a time. It lays their strengths out feature by feature, so that a neighbor is one full
+sector of memory however far away it is. Per feature it leaves a partial sum; these are added up in a fixed order.
 """
 
 import torch
@@ -16,14 +16,14 @@ SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its ran
 BLOCK_B = 8  # float32 are one sector of memory
 # Programs, the features of a tile, and warps. Every program holds BLOCK_B strengths of every feature, and together they
 # should stay in the level-2 cache, of which an H100 has 50 MB: where those of the usual programs take more than CACHE
-# bytes, half as many of twice the warps have as many loads on their way. An H100 has 132 multiprocessors.
+# bytes, half as many of twice the warps keep as many loads in flight. An H100 has 132 multiprocessors.
 PROGRAMS, BLOCK_D, WARPS = 264, 128, 8
 WIDE = 132, 256, 16
 CACHE = 32 << 20
-STAGES = 3  # activations of two more tiles are on their way while one is laid out; of the sums, it would spill
-BLOCK_N, BLOCK_K = 64, 8  # inputs, and neighbors of a winner, that are looked at together
+STAGES = 3  # activations of two more tiles are in flight while one is laid out; the sums would spill
+BLOCK_N, BLOCK_K = 64, 8  # inputs, and neighbors of a winner, that are read together
 FORCES = 16, 64  # programs and features of a tile where their sums are added up
-REGISTERS, MORE_REGISTERS = 128, 255  # so that 512 threads share a multiprocessor; where 128 would spill
+REGISTERS, MORE_REGISTERS = 128, 255  # 512 threads fit a multiprocessor; where 128 would spill
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _ordered(x):
 
 @triton.jit
 def _feature(index, D):
-    """What a neighbor counts as: damaged state may hold anything, and what is no feature is the nearest that is."""
+    """The feature that a neighbor counts as: damaged state may hold any index, and one outside is clamped."""
     return tl.minimum(tl.maximum(index, 0), D - 1)
 
 

@@ -11,15 +11,15 @@ LOW = tl.constexpr(2**31 - 1)  # the bits of a key that hold the column, falling
 EMPTY = tl.constexpr(-(2**63))  # a key below every candidate's
 ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the bits of a step
 
-# Three tensor-core products of rounded parts are as near as float32, where one of them alone is not; the AMD compiler
-# does not know them.
+# Three tensor-core products of rounded parts are as accurate as float32, and one alone is not; the AMD compiler does
+# not know them.
 PRODUCT = "ieee" if torch.version.hip else "tf32x3"
 # BLOCK_R, BLOCK_C, BLOCK_N and warps, below FROM features and from there on. Every program reads every feature: a few
 # rows each keep a GPU busy while there are few features; later, more rows each read less. Larger tiles spill somewhere.
 FEW, MANY, FROM = (16, 128, 16, 8), (64, 64, 16, 8), 8192
 NEAREST = 16, 64  # BLOCK_R and BLOCK_C where the similarities are given
 MAX_KEPT = 32  # neighbors that a pass finds: a longer list spills registers
-# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+# Without a limit ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 
@@ -65,7 +65,7 @@ def _products(row_ptr, column_ptr, row_scale, column_scale, N, stride_n, R: tl.c
     """The products of R rows with C columns [R, C], and the squares of both [R] and [C]."""
     dot = tl.zeros([R, C], tl.float32)
     row_square, column_square = tl.zeros([R, BLOCK_N], tl.float32), tl.zeros([C, BLOCK_N], tl.float32)
-    STAGES: tl.constexpr = 1 if SCALED else None  # seldom run, and what is on its way takes registers: it would spill
+    STAGES: tl.constexpr = 1 if SCALED else None  # seldom run; loads in flight take registers and would spill
     for start in tl.range(0, N, BLOCK_N, num_stages=STAGES):
         n = start + tl.arange(0, BLOCK_N)[None, :]
         offset = n.to(tl.int64) * stride_n
@@ -82,15 +82,15 @@ def _products(row_ptr, column_ptr, row_scale, column_scale, N, stride_n, R: tl.c
 
 @triton.jit
 def _scale(square):
-    """By what a feature is multiplied: 1, but where its square leaves the range of float32."""
+    """The factor of a feature: 1, except where its square leaves the range of float32."""
     return tl.where(square <= LARGEST, 1.0, SCALE)
 
 
 @triton.jit
 def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):
-    """Cosines of the features `row` [R, 1] with `column` [1, C], as near as float32: [R, C]; a zero row gives 0."""
+    """Cosines of the features `row` [R, 1] with `column` [1, C], as accurate as float32: [R, C]; a zero row gives 0."""
     column = tl.trans(column)
-    row_ptr = weight_ptr + tl.minimum(row, D - 1).to(tl.int64) * stride_d  # beyond D: the last, for nobody's use
+    row_ptr = weight_ptr + tl.minimum(row, D - 1).to(tl.int64) * stride_d  # beyond D: the last, unused
     column_ptr = weight_ptr + tl.minimum(column, D - 1).to(tl.int64) * stride_d
     R: tl.constexpr = row.shape[0]
     C: tl.constexpr = column.shape[0]
@@ -113,13 +113,13 @@ def _neighbors_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, 
                        BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
     if REFRESH:
         step = tl.load(step_ptr)
-        # The low bits stay as they were until the last program has decided; those of -1 (never) are no step's.
+        # The low bits stay as they were until the last program has decided; those of -1 (never) equal no step.
         refreshed_at = tl.load(refreshed_at_ptr) & (ARRIVAL - 1)
         if (step % recompute_every != 0) | (refreshed_at == step):
             return
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
     last = tl.full([BLOCK_R, 1], 2**63 - 1, tl.int64)
-    for place in range(0, K, KEPT):  # each pass finds the KEPT that stand behind the last one of the pass before
+    for place in range(0, K, KEPT):  # each pass finds the next KEPT after those of the pass before
         kept = tl.full([BLOCK_R, KEPT], EMPTY, tl.int64) + tl.arange(0, KEPT)[None, :]  # distinct: one leaves at a time
         for start in range(0, D, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)[None, :]  # [1, BLOCK_C]

@@ -10,24 +10,24 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)
-MAX_CHOSEN = 32  # so many samples are chosen in registers; beyond, scores are sorted
+MAX_CHOSEN = 32  # samples of a feature chosen in registers; more are chosen by sorting
 PROGRAMS = 264  # each holds the sorted runs of its columns, in twice their memory: together less than one large [B, D]
 COLUMNS = 4  # half a sector of float32 of every row: more would spill where a run is sorted
-SHORT, RUN = 128, 1024  # elements of a run: of the only one, where it holds the batch, and of all others
-BLOCK = 128  # elements of a run, or samples, that are looked at together
+SHORT, RUN = 128, 1024  # elements of a run: SHORT where a single one holds the batch
+BLOCK = 128  # elements of a run, or samples, that are read together
 WARPS = 8
 # Beyond so many runs torch sorts whole columns. Of the samples that could be chosen a fraction of one run is looked up,
 # however many there are (0.16 for each element at 8 runs, 0.30 at 64), but the runs of 65,536 samples take half a
 # gigabyte; where all ranks are asked for, every run is a search for every element.
 MAX_RUNS, MAX_RUNS_OF_RANK = 64, 8
 SORTED = 1 << 23  # elements sorted at once: half a gigabyte with its copies, places and torch's own scratch memory
-# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+# Without a limit ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 
 SAMPLE = tl.constexpr(0x7FFFFFFF)  # the bits of a packed integer that name its sample
-LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # stands behind every key
+LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every key
 UNKNOWN = tl.constexpr(0x7FFFFFFF00000000)  # keys that are NaN start here
-NOTHING = tl.constexpr(-0x8000000000000000)  # stands below every score; as many distinct ones follow as are needed
+NOTHING = tl.constexpr(-0x8000000000000000)  # below every score, as are the few integers that follow it
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def _number(packed):
 @triton.jit
 def _keys(activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d,
           HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr):  # fmt: skip
-    """(A - c) / |x| of the samples b [1, P] and the columns d [COLUMNS, 1], which are columns there are."""
+    """(A - c) / |x| of the samples b [1, P] and the columns d [COLUMNS, 1], all of which exist."""
     key = tl.load(activation_ptr + b.to(tl.int64) * stride_b + d * stride_d, b < B, other=0.0).to(tl.float32)
     if HAS_BIAS:
         key -= tl.load(bias_ptr + d).to(tl.float32)
@@ -69,10 +69,10 @@ def _promising(most, need, b, worst, HAS_NEED: tl.constexpr):
 @triton.jit
 def _rank(packed, able, place, own, most, need, b, worst, run_ptr, B, runs, HAS_NEED: tl.constexpr,
           RANKS: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """How many elements of all runs are smaller than these, which stand at `place` in the run `own`; and who is `able`.
+    """Of elements at `place` in the run `own`: how many of all runs are smaller, and whether they are still `able`.
 
-    `most`, the largest rank still possible, falls with every run that is looked at: whoever can no longer be chosen is
-    looked up no further, and has no rank.
+    `most`, the largest rank still possible, falls with every run that is searched: an element that can no longer be
+    chosen is not looked up further and has no rank.
     """
     rank = place + tl.zeros_like(packed).to(tl.int32)
     run, going = 0, tl.max(able.to(tl.int32))
@@ -160,7 +160,7 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
                 need = packed
                 if HAS_NEED:
                     need = tl.load(need_ptr + b, inside, other=0.0)
-                most = B - tl.minimum(RUN, B - own * RUN) + place  # the rank of whoever nobody else's run stands above
+                most = B - tl.minimum(RUN, B - own * RUN) + place  # the rank if all elements of other runs are smaller
                 worst = tl.min(kept, 1, keep_dims=True)
                 able = inside if RANKS else inside & _promising(most, need, b, worst, HAS_NEED)
                 if tl.max(able.to(tl.int32)) > 0:

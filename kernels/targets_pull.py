@@ -14,14 +14,14 @@ TILE = 256  # pairs placed at once, each compared with all the others
 COMPARE = 32  # of them at a time: all at once would not fit the registers
 GATHER = 8  # rows of x gathered at once, of a common list of eight winner pairs and five rescued rows: 16 may spill
 MAX_BLOCK_N = 128  # one warp's width: a narrow block of a large x stays in the level-2 cache while all features read it
-# Unasked, ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
+# Without a limit ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
-DENSE_ROWS = 16  # a larger whole batch is rescued by a product: a gather would read all of x for every feature
+DENSE_ROWS = 16  # all of a larger batch rescues by a product: a gather would read x once for every feature
 
 
 @triton.jit
 def _inside(index, n):
-    """Indices come from our own stages and lie in 0 .. n - 1; whatever they are, no other memory is touched."""
+    """The index, kept in 0 .. n - 1: it comes from our own stages, but whatever it is, no other memory is touched."""
     return tl.minimum(tl.maximum(index, 0), n - 1)
 
 
@@ -32,8 +32,8 @@ def _pairs_kernel(
 ):  # fmt: skip
     """A stable counting sort of chunk t by feature: starts within the chunk [D + 1, chunks], and the grouped pairs.
 
-    Its cursors, row t of [chunks, D], are nobody else's: the barriers of one program order everything, and what
-    integer atomics leave does not depend on their order.
+    No other program touches its cursors, row t of [chunks, D]: barriers order all accesses, and sums by integer atomics
+    do not depend on an order.
     """
     t = tl.program_id(0).to(tl.int64)
     first = t * chunk
@@ -111,7 +111,7 @@ def _pull_kernel(
         position = first + lane
         mask = (position < listed)[:, None] & (n < N)[None, :]
         x = tl.load(x_ptr + row[:, None] * x_stride_b + n[None, :] * x_stride_n, mask, other=0.0).to(tl.float32)
-        next_row, next_weight = _listed(  # while x is on its way
+        next_row, next_weight = _listed(  # while the loads of x are in flight
             position + GATHER, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr, rescue_weight_ptr, B
         )
         pull = tl.where(position < won, weight, 0.0)
@@ -190,7 +190,7 @@ def targets_pull_(
     pull: Pull,
     step: torch.Tensor | None = None,
 ) -> None:
-    """One pull, in place on weight or, if there is one, on som_offset; step, if given, goes on by one.
+    """One pull, in place on weight or, if there is one, on som_offset; step, if given, advances by one.
 
     weight and som_offset [D, N] float32 of any strides, som_lr a float32 and step an int64 scalar.
     """

@@ -1,4 +1,4 @@
-"""attach_bcl on what is not a plain product, or not in one place: carried over whole, or refused by name."""
+"""attach_bcl on what is not a plain product, or not in one place: carried over completely, or refused by name."""
 
 import copy
 import warnings
@@ -187,7 +187,7 @@ def test_a_layer_that_one_of_its_parents_reads_is_refused():
 
 
 class Reader(nn.Module):
-    """Nobody can know that it reads."""
+    """It reads the weight of a layer without calling it, which no list of names can know."""
 
     def __init__(self):
         super().__init__()
@@ -276,11 +276,11 @@ def test_a_layer_that_is_called_warns_of_nothing(call):
     assert model[0].weight.grad is not None
 
 
-# --- Where it stands -------------------------------------------------------------------------------------------------
+# --- Several places --------------------------------------------------------------------------------------------------
 
 
 def containers():
-    """One layer under five names: twice in one module, in two parents, and below a module that stands twice itself."""
+    """One layer under five names: twice in one module, in two parents, and below a module that is there twice."""
     model, inner, block = nn.Module(), linear(), nn.Sequential(nn.Identity())
     block.append(inner)
     model.a = model.b = inner

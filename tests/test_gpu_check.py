@@ -168,7 +168,7 @@ def test_a_missing_backend_is_a_failure(tmp_path):
 
 @REHEARSED
 def test_the_parent_never_asks_for_a_gpu(tmp_path):
-    """Its children could not use one that it has begun with."""
+    """A parent that has initialized CUDA could not share the GPU with its children."""
     forbidding = """
 import os, runpy, sys, torch
 parent = os.getpid()

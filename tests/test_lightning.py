@@ -26,7 +26,7 @@ def network(layers=1):
 
 
 def plain(optimizer="sgd", *, bound=True, epochs=2, window=1, clip=None, bf16=False, layers=1, skip=lambda i: False):
-    """The loop that every Lightning run below stands for; returns the model's final state."""
+    """The loop that every Lightning run below must equal; returns the model's final state."""
     model = network(layers)
     optimizer = OPTIMIZERS[optimizer](model.parameters())
     if bound:
@@ -126,7 +126,7 @@ def test_two_bound_layers(window):
 @windows
 @binds
 def test_half_mixed_precision_with_its_scaler(bind, window):
-    """The plain loop with a GradScaler that tests on the CPU stand for, on the device that Lightning has it for."""
+    """The plain loop with a GradScaler, on the device for which Lightning has one."""
     module = Module(bind=bind)
     quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     fitted = lightning.Trainer(
@@ -150,7 +150,7 @@ def test_half_mixed_precision_with_its_scaler(bind, window):
 
 
 def test_last_pull_is_not_left_over_and_none_is_late():
-    """One batch, one step: the whole pull is in the weight when it returns."""
+    """One batch, one step: all of the pull is in the weight when it returns."""
     module = Module(bind="configure_optimizers")
     trainer(1, limit_train_batches=1).fit(module, loader())
     model = network()

@@ -226,7 +226,7 @@ def test_a_skipped_step_takes_its_pulls_with_it(set_to_none):
 
 @pytest.mark.parametrize("set_to_none", [True, False])
 def test_gradients_that_are_zero_or_clipped_keep_their_pulls(set_to_none):
-    """Nothing that is done to a gradient takes a pull along but that it is thrown away."""
+    """Only throwing a gradient away takes its pull along, whatever else is done to it."""
     (plain, plain_optimizer), (other, optimizer) = (model_of(bound=sgd) for _ in range(2))
     for step in range(3):
         for seed in range(3):
@@ -632,7 +632,7 @@ SECOND = {
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=["weight", "offset"])
 @pytest.mark.parametrize("how", SECOND)
 def test_second_derivatives_raise_in_training_and_are_nn_linears_in_eval(backend, how, options):
-    """They were zeros, in silence, wherever the way back did not pass the gradient of the output."""
+    """They would be zeros, in silence, wherever the second backward does not pass through the output's gradient."""
     layer = square(backend, options)
     with pytest.raises(RuntimeError, match=r"no second derivative in training.*eval\(\)"):
         SECOND[how](layer)

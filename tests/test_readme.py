@@ -51,7 +51,7 @@ def test_command_and_its_options_exist(line):
 
 @pytest.mark.parametrize("name", ["test-command", "main-command"])
 def test_marked_commands_are_one_line_each(name):
-    """`.ci/run` executes them as they stand."""
+    """`.ci/run` executes them literally."""
     found = re.findall(rf"^<!-- {name} -->\n```sh\n(.*?)^```", PAGES[README], re.M | re.S)
     assert len(found) == 1 and found[0].count("\n") == 1
 

@@ -132,7 +132,7 @@ def equal(one, other):
     return one.keys() == other.keys() and all((one[name] == other[name]).all() for name in one)
 
 
-# --- A weight that is not whole --------------------------------------------------------------------------------------
+# --- A weight in parts -----------------------------------------------------------------------------------------------
 
 
 def fully_sharded(rank):

@@ -104,7 +104,7 @@ def wrong_citations(text):
 
 
 def texts(folder):
-    """Every text of a folder, or beside the folders, but for this test and the page itself."""
+    """Every text of a folder, or of the root itself, except this test and the page."""
     for path in sorted((ROOT / folder).rglob("*") if folder else ROOT.glob("*")):
         kind = path.suffix in TEXTS or folder == ".ci"
         if kind and path.is_file() and path.name not in ("SPEC.md", Path(__file__).name):

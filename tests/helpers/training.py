@@ -30,7 +30,7 @@ def network(plain=False, seed=0, **options):
 
 
 def train(model, optimizer="sgd", *, bound=True, data=DATA, epochs=1, window=1, clip=None, bf16=False):
-    """The loop that every run below stands for; `optimizer` may be a name or one that has begun."""
+    """The loop that every run below must equal; `optimizer` may be a name or one that has taken steps."""
     optimizer = OPTIMIZERS[optimizer](model.parameters()) if isinstance(optimizer, str) else optimizer
     if bound:
         bind_all(model, optimizer)
