@@ -16,9 +16,8 @@ from torch import nn
 
 from bcl_fast.layer import BCLLayer
 
-spaces = pytest.mark.parametrize("som_space", ["weight", "offset"])
-assigns = pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
-saved_at = pytest.mark.parametrize("steps", [0, 4, 6], ids="{} steps".format)  # 4: a refresh is due
+SPACES = ("weight", "offset")
+SAVED_AT = (0, 4, 6)  # 4: a refresh is due
 
 
 @pytest.fixture
@@ -66,44 +65,44 @@ def on_meta(**options):
     return model
 
 
-@saved_at
-@assigns
-@spaces
-def test_materialised_and_loaded(memory, no_warning, steps, assign, som_space):
-    twin = trained(steps, som_space=som_space)
-    model = on_meta(som_space=som_space).to_empty(device="cpu")
-    model.load_state_dict(checkpoint(twin), assign=assign)
-    assert model.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
-    continue_alike(model, twin)
+def test_materialised_and_loaded(memory, no_warning):
+    for steps in SAVED_AT:
+        for som_space in SPACES:
+            for assign in (False, True):
+                twin = trained(steps, som_space=som_space)
+                model = on_meta(som_space=som_space).to_empty(device="cpu")
+                model.load_state_dict(checkpoint(twin), assign=assign)
+                assert model.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
+                continue_alike(model, twin)
 
 
-@saved_at
-@spaces
-def test_assigned_to_meta(memory, no_warning, steps, som_space):
-    twin, model = trained(steps, som_space=som_space), on_meta(som_space=som_space)
-    model.load_state_dict(checkpoint(twin), assign=True)
-    assert model.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
-    continue_alike(model, twin)
+def test_assigned_to_meta(memory, no_warning):
+    for steps in SAVED_AT:
+        for som_space in SPACES:
+            twin, model = trained(steps, som_space=som_space), on_meta(som_space=som_space)
+            model.load_state_dict(checkpoint(twin), assign=True)
+            assert model.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
+            continue_alike(model, twin)
 
 
-@spaces
-@pytest.mark.parametrize("empty", [True, False], ids=["to_empty", "assign"])
-def test_plain_checkpoint_on_meta(memory, no_warning, empty, som_space):
-    plain, model = network(plain=True), on_meta(som_space=som_space)
-    if empty:
-        model.to_empty(device="cpu").load_state_dict(checkpoint(plain))
-    else:
-        model.load_state_dict(checkpoint(plain), assign=True)
-    continue_alike(model, of_linear(plain, som_space=som_space))
+def test_plain_checkpoint_on_meta(memory, no_warning):
+    for som_space in SPACES:
+        for empty in (True, False):
+            plain, model = network(plain=True), on_meta(som_space=som_space)
+            if empty:
+                model.to_empty(device="cpu").load_state_dict(checkpoint(plain))
+            else:
+                model.load_state_dict(checkpoint(plain), assign=True)
+            continue_alike(model, of_linear(plain, som_space=som_space))
 
 
-@spaces
-def test_materialised_and_reset(memory, no_warning, som_space):
-    model = on_meta(som_space=som_space).to_empty(device="cpu")
-    torch.manual_seed(0)
-    for i in (1, 0, 3):  # as `network` draws them
-        model[i].reset_parameters()
-    continue_alike(model, network(som_space=som_space))
+def test_materialised_and_reset(memory, no_warning):
+    for som_space in SPACES:
+        model = on_meta(som_space=som_space).to_empty(device="cpu")
+        torch.manual_seed(0)
+        for i in (1, 0, 3):  # as `network` draws them
+            model[i].reset_parameters()
+        continue_alike(model, network(som_space=som_space))
 
 
 def give_weights(model):
@@ -115,26 +114,26 @@ def give_weights(model):
     return source
 
 
-@spaces
-def test_materialised_and_given_weights_alone(memory, som_space):
+def test_materialised_and_given_weights_alone(memory):
     """Nobody filled the buffers: the layer starts afresh and says so."""
-    model = on_meta(som_space=som_space).to_empty(device="cpu")
-    give_weights(model)
-    twin = of_linear(model, som_space=som_space)
-    with pytest.warns(UserWarning, match="neighbors"):
-        got = train(model)
-    assert same(got, train(twin))
-    continue_alike(model, twin)
+    for som_space in SPACES:
+        model = on_meta(som_space=som_space).to_empty(device="cpu")
+        give_weights(model)
+        twin = of_linear(model, som_space=som_space)
+        with pytest.warns(UserWarning, match="neighbors"):
+            got = train(model)
+        assert same(got, train(twin))
+        continue_alike(model, twin)
 
 
-@spaces
-def test_evaluated_before_it_starts_afresh(memory, som_space):
+def test_evaluated_before_it_starts_afresh(memory):
     """An offset that was never written takes part in no output."""
-    model = on_meta(som_space=som_space).to_empty(device="cpu")
-    source = give_weights(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        assert model.eval()(DATA[0][0]).equal(source.eval()(DATA[0][0]))
+    for som_space in SPACES:
+        model = on_meta(som_space=som_space).to_empty(device="cpu")
+        source = give_weights(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            assert model.eval()(DATA[0][0]).equal(source.eval()(DATA[0][0]))
 
 
 def test_skip_init(memory):
@@ -166,42 +165,42 @@ def test_copied_while_on_meta(memory, no_warning, how):
 # --- Loaded ---------------------------------------------------------------------------------------------------------
 
 
-@saved_at
-@spaces
 @pytest.mark.parametrize("how", ["copy", "assign", "mapped"])
-@pytest.mark.parametrize("begun", [0, 2])
-def test_loaded_over_what_was_there(tmp_path, no_warning, steps, how, begun, som_space):
-    twin, model = trained(steps, som_space=som_space), trained(begun, seed=7, som_space=som_space)
-    torch.save(twin.state_dict(), tmp_path / "model.pt")
-    state_dict = torch.load(tmp_path / "model.pt", weights_only=True, mmap=how == "mapped")
-    model.load_state_dict(state_dict, assign=how != "copy")
-    continue_alike(model, twin)
+def test_loaded_over_what_was_there(tmp_path, no_warning, how):
+    for steps in SAVED_AT:
+        for som_space in SPACES:
+            for begun in (0, 2):
+                twin, model = trained(steps, som_space=som_space), trained(begun, seed=7, som_space=som_space)
+                torch.save(twin.state_dict(), tmp_path / "model.pt")
+                state_dict = torch.load(tmp_path / "model.pt", weights_only=True, mmap=how == "mapped")
+                model.load_state_dict(state_dict, assign=how != "copy")
+                continue_alike(model, twin)
 
 
-@assigns
-@pytest.mark.parametrize("begun", [0, 2])
 @pytest.mark.parametrize("missing", ["neighbors", "step"])
-def test_part_of_the_buffers_starts_afresh(missing, begun, assign):
+def test_part_of_the_buffers_starts_afresh(missing):
     """A step without its neighbors, or neighbors without their step, is no competition to go on with."""
-    model, state_dict = trained(begun, seed=7), checkpoint(trained(3))
-    del state_dict["1." + missing]
-    with pytest.warns(UserWarning, match=missing):
-        result = model.load_state_dict(state_dict, strict=False, assign=assign)
-        twin = of_linear(model)
-        got = train(model)
-    assert result.missing_keys == ["1." + missing] and same(got, train(twin))
+    for assign in (False, True):
+        for begun in (0, 2):
+            model, state_dict = trained(begun, seed=7), checkpoint(trained(3))
+            del state_dict["1." + missing]
+            with pytest.warns(UserWarning, match=missing):
+                result = model.load_state_dict(state_dict, strict=False, assign=assign)
+                twin = of_linear(model)
+                got = train(model)
+            assert result.missing_keys == ["1." + missing] and same(got, train(twin))
 
 
-@assigns
 @pytest.mark.parametrize("name", ["neighbors", "step"])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16], ids=str)
-def test_a_narrower_integer_is_the_same_number(no_warning, name, dtype, assign):
-    twin = trained(3)
-    state_dict, model = checkpoint(twin), network(seed=7)
-    state_dict["1." + name] = state_dict["1." + name].to(dtype)
-    model.load_state_dict(state_dict, assign=assign)
-    continue_alike(model, twin)
-    assert model[1].neighbors.dtype == model[1].step.dtype == torch.int64
+def test_a_narrower_integer_is_the_same_number(no_warning, name):
+    for assign in (False, True):
+        for dtype in (torch.int32, torch.int16):
+            twin = trained(3)
+            state_dict, model = checkpoint(twin), network(seed=7)
+            state_dict["1." + name] = state_dict["1." + name].to(dtype)
+            model.load_state_dict(state_dict, assign=assign)
+            continue_alike(model, twin)
+            assert model[1].neighbors.dtype == model[1].step.dtype == torch.int64
 
 
 def at(row, column, value):
@@ -228,18 +227,18 @@ BAD = {
 }
 
 
-@assigns
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_checkpoint_is_refused_by_name(kind, assign):
+def test_a_bad_checkpoint_is_refused_by_name(kind):
     """When it is loaded, or at the latest when a training forward would trust it."""
-    name, spoil, shown = BAD[kind]
-    model = network(som_space="offset")
-    state_dict = checkpoint(trained(3, som_space="offset"))
-    state_dict["1." + name] = spoil(state_dict["1." + name])
-    with pytest.raises(ValueError, match=f"{name} must .*got.*") as caught:
-        model.load_state_dict(state_dict, assign=assign)
-        train(model)
-    assert caught.match(shown)
+    for assign in (False, True):
+        name, spoil, shown = BAD[kind]
+        model = network(som_space="offset")
+        state_dict = checkpoint(trained(3, som_space="offset"))
+        state_dict["1." + name] = spoil(state_dict["1." + name])
+        with pytest.raises(ValueError, match=f"{name} must .*got.*") as caught:
+            model.load_state_dict(state_dict, assign=assign)
+            train(model)
+        assert caught.match(shown)
 
 
 @pytest.mark.parametrize("kind", ["out of range", "far out of range", "negative", "itself", "doubled"])
@@ -306,18 +305,18 @@ def test_a_step_written_past_its_version_is_read():
         layer(batch())
 
 
-@pytest.mark.parametrize("value", [-5, D, 2**40, -(2**63), 2**63 - 1])
 @each_backend
-def test_neighbors_written_past_their_version_count_as_the_nearest_index(backend, value):
-    layer, other = make(backend), make(backend)
-    for each in (layer, other):
-        each(batch()).square().sum().backward()
-    layer.neighbors.data[2:6, 1] = value
-    other.neighbors.data[2:6, 1] = min(max(value, 0), D - 1)
-    for each in (layer, other):
-        each.zero_grad()
-        each(batch(seed=2)).square().sum().backward()
-    assert layer.weight.equal(other.weight) and layer.weight.grad.equal(other.weight.grad)
+def test_neighbors_written_past_their_version_count_as_the_nearest_index(backend):
+    for value in (-5, D, 2**40, -(2**63), 2**63 - 1):
+        layer, other = make(backend), make(backend)
+        for each in (layer, other):
+            each(batch()).square().sum().backward()
+        layer.neighbors.data[2:6, 1] = value
+        other.neighbors.data[2:6, 1] = min(max(value, 0), D - 1)
+        for each in (layer, other):
+            each.zero_grad()
+            each(batch(seed=2)).square().sum().backward()
+        assert layer.weight.equal(other.weight) and layer.weight.grad.equal(other.weight.grad)
 
 
 def test_the_backend_is_chosen_again_for_another_weight():
@@ -355,34 +354,34 @@ def widened(model):
     return twin
 
 
-@spaces
-@pytest.mark.parametrize("bound", [True, False])
-def test_to_another_dtype(conversion, som_space, bound):
-    model = network(som_space=som_space)
-    train(model, data=DATA[:3], bound=bound)
-    twin, data = widened(model), [(x.double(), y) for x, y in DATA]
-    model.to(torch.float64)
-    assert same(train(model, "adamw", data=data, bound=bound), train(twin, "adamw", data=data, bound=bound))
+def test_to_another_dtype(conversion):
+    for som_space in SPACES:
+        for bound in (True, False):
+            model = network(som_space=som_space)
+            train(model, data=DATA[:3], bound=bound)
+            twin, data = widened(model), [(x.double(), y) for x, y in DATA]
+            model.to(torch.float64)
+            assert same(train(model, "adamw", data=data, bound=bound), train(twin, "adamw", data=data, bound=bound))
 
 
-@spaces
-def test_to_meta_and_back(conversion, memory, som_space):
-    twin = trained(6, som_space=som_space)
-    state_dict, model = checkpoint(twin), trained(2, som_space=som_space)
-    model.to("meta").to_empty(device="cpu").load_state_dict(state_dict)
-    continue_alike(model, twin)
+def test_to_meta_and_back(conversion, memory):
+    for som_space in SPACES:
+        twin = trained(6, som_space=som_space)
+        state_dict, model = checkpoint(twin), trained(2, som_space=som_space)
+        model.to("meta").to_empty(device="cpu").load_state_dict(state_dict)
+        continue_alike(model, twin)
 
 
-@assigns
-@spaces
-@pytest.mark.parametrize("begun", [0, 4])
-def test_loaded_in_every_conversion(conversion, assign, begun, som_space):
+def test_loaded_in_every_conversion(conversion):
     """begun = steps of the checkpoint too: a counter of the same age holds another number."""
-    twin, model = trained(4, som_space=som_space), trained(begun, seed=7, som_space=som_space)
-    model.load_state_dict(checkpoint(twin), assign=assign)
-    continue_alike(model, twin)
-    model.load_state_dict(checkpoint(trained(6, som_space=som_space)), assign=assign)
-    continue_alike(model, trained(6, som_space=som_space))
+    for som_space in SPACES:
+        for assign in (False, True):
+            for begun in (0, 4):
+                twin, model = trained(4, som_space=som_space), trained(begun, seed=7, som_space=som_space)
+                model.load_state_dict(checkpoint(twin), assign=assign)
+                continue_alike(model, twin)
+                model.load_state_dict(checkpoint(trained(6, som_space=som_space)), assign=assign)
+                continue_alike(model, trained(6, som_space=som_space))
 
 
 @may_start_afresh

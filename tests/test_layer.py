@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from bcl_fast import reference as ref
 from bcl_fast.backends import FASTEST
 from bcl_fast.layer import BCLLayer
 from bcl_fast.spec import CHOICES, BCLConfig
@@ -95,6 +96,18 @@ def test_one_step_is_the_specification(backend, options):
 def test_one_step_without_a_bias_is_the_specification(backend):
     for name in ("decoupled", "cosine-soft", "offset-coupled"):
         check_one_step(backend, VARIANTS[name], bias=False)
+
+
+@each_backend
+def test_neighbors_are_refreshed_when_due(backend):
+    """From the weight of that step's forward; between refreshes they stay (step 1)."""
+    layer = make(backend, recompute_every=3, som_lr=0.5)
+    for step in range(8):
+        if step % 3 == 0:
+            expected = ref.neighbors(layer.weight.detach(), 3)
+        layer(batch(seed=step)).square().sum().backward()
+        assert layer.neighbors.equal(expected), step
+    assert not expected.equal(ref.neighbors(layer.weight.detach(), 3)), "nothing has changed that a refresh would find"
 
 
 @pytest.mark.parametrize("name", ["decoupled", "soft-clamp", "winner-take-all", "offset-coupled", "all-neighbors"])

@@ -9,7 +9,7 @@ from torch import tensor
 from bcl_fast import reference as ref
 from bcl_fast.spec import BCLConfig
 from bcl_fast.structures import Pull
-from bcl_fast.testing import VARIANTS
+from bcl_fast.testing import VARIANTS, compete
 
 F64 = torch.float64
 NAN, INF = math.nan, math.inf
@@ -234,10 +234,8 @@ def test_step_13_pull_moves_the_weight_or_the_offset():
 def test_a_neighbor_that_is_no_feature_counts_as_the_nearest_that_is():
     damaged = tensor([[-5], [2**62], [0]])
     close(ref.features(damaged), tensor([[0], [2], [0]]))
-    won = ref.competition(ACTIVATION, damaged, 5.0, ACTIVATION, "decoupled", 0.0, 0.0)
-    for got, expected in zip(won, ref.competition(ACTIVATION, tensor([[0], [2], [0]]), 5.0, ACTIVATION, "decoupled",
-                                                  0.0, 0.0), strict=True):  # fmt: skip
-        assert got.equal(expected)
+    found = [compete(ref.competition, ACTIVATION, near) for near in (damaged, tensor([[0], [2], [0]]))]
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("dtype, huge", [(torch.float32, 1e30), (F64, 1e200)], ids=str)
@@ -267,52 +265,50 @@ def run(x, weight, bias, config):
 
 
 CONFIGS = {name: BCLConfig(**{"neighborhood_k": 3, **options}) for name, options in VARIANTS.items()}
-law = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-@law
-def test_permuting_samples_changes_no_target(config):
-    x, weight, bias = problem()
-    order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(1))
-    one, other = run(x, weight, bias, config), run(x[order], weight, bias, config)
-    close(other.som_target, one.som_target)
-    close(other.gradient_mask, one.gradient_mask[order])
+def test_permuting_samples_changes_no_target():
+    for config in CONFIGS.values():
+        x, weight, bias = problem()
+        order = torch.randperm(x.shape[0], generator=torch.Generator().manual_seed(1))
+        one, other = run(x, weight, bias, config), run(x[order], weight, bias, config)
+        close(other.som_target, one.som_target)
+        close(other.gradient_mask, one.gradient_mask[order])
 
 
-@law
-def test_permuting_features_permutes_their_targets(config):
-    x, weight, bias = problem()
-    order = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(1))
-    one, other = run(x, weight, bias, config), run(x, weight[order], bias[order], config)
-    close(other.som_target, one.som_target[order])
-    close(other.som_strength, one.som_strength[order])
+def test_permuting_features_permutes_their_targets():
+    for config in CONFIGS.values():
+        x, weight, bias = problem()
+        order = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(1))
+        one, other = run(x, weight, bias, config), run(x, weight[order], bias[order], config)
+        close(other.som_target, one.som_target[order])
+        close(other.som_strength, one.som_strength[order])
 
 
-@law
-def test_scaling_one_sample_and_the_others_targets(config):
+def test_scaling_one_sample_and_the_others_targets():
     """Affinity sees directions only: with the competition fixed, scaling X and W leaves every choice alone."""
-    x, weight, bias = problem()
-    neighbors = ref.neighbors(weight, config.neighborhood_k)
-    need = torch.rand(x.shape[0], dtype=F64, generator=torch.Generator().manual_seed(2))
+    for config in CONFIGS.values():
+        x, weight, bias = problem()
+        need = torch.rand(x.shape[0], dtype=F64, generator=torch.Generator().manual_seed(2))
 
-    def rows(x, weight):
-        arguments = ref.inverse_norm(x), ref.inverse_norm(weight), need, config.affinity, "hard", config.rescue_k
-        return ref.selection(x @ weight.T, None, *arguments)[0]
+        options = need, config.affinity, "hard", config.rescue_k
+        one, other = (
+            ref.selection(x @ weight.T, None, ref.inverse_norm(x), ref.inverse_norm(weight), *options)[0]
+            for x, weight in ((x, weight), (3 * x, 0.5 * weight))
+        )
+        assert other.equal(one)
+        assert ref.neighbors(weight * torch.linspace(0.5, 2, weight.shape[0], dtype=F64)[:, None], 3).equal(
+            ref.neighbors(weight, 3)
+        )
 
-    assert rows(3 * x, 0.5 * weight).equal(rows(x, weight))
-    assert ref.neighbors(weight * torch.linspace(0.5, 2, weight.shape[0], dtype=F64)[:, None], 3).equal(
-        ref.neighbors(weight, 3)
-    )
-    assert neighbors.shape == (11, min(config.neighborhood_k, 10))
 
-
-@law
-def test_duplicate_features_share_their_targets_but_for_themselves_as_neighbors(config):
-    x, weight, bias = problem()
-    weight[1], bias[1] = weight[0], bias[0]
-    record = run(x, weight, bias, config)
-    close(record.rescue_target[1], record.rescue_target[0])
-    assert record.neighbors[0, 0] == 1 and record.neighbors[1, 0] == 0
+def test_duplicate_features_share_their_targets_but_for_themselves_as_neighbors():
+    for config in CONFIGS.values():
+        x, weight, bias = problem()
+        weight[1], bias[1] = weight[0], bias[0]
+        record = run(x, weight, bias, config)
+        close(record.rescue_target[1], record.rescue_target[0])
+        assert record.neighbors[0, 0] == 1 and record.neighbors[1, 0] == 0
 
 
 def test_identities():

@@ -161,8 +161,11 @@ def test_competition_takes_strided_samples(backend):
 
 @backend
 def test_winner_of_equal_margins_is_the_smallest_index(backend):
-    activation = torch.zeros(3, 5)
-    assert compete(stage("competition", backend), activation, neighbors_of(5, 2)).winner.tolist() == [0, 0, 0]
+    """Also where the equal ones lie in different tiles of the features."""
+    activation, neighbors = torch.zeros(3, 300), neighbors_of(300, 2)
+    activation[1, [140, 290]] = activation[2, [290, 7]] = 1.0
+    assert neighbors[[7, 140]].ne(290).all()
+    assert compete(stage("competition", backend), activation, neighbors).winner.tolist() == [0, 140, 7]
 
 
 @backend
