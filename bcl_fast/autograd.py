@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ class _Once(torch.autograd.Function):
     """A gradient, tied to what it was made of, whose own derivative is an error and not a zero."""
 
     @staticmethod
-    def forward(ctx, gradient: Tensor, *origins: Tensor | None) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *origins: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
             "BCLLayer has no second derivative in training, where its mask is a choice: call eval() for gradients of "
             "gradients"
@@ -46,7 +46,7 @@ class MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -71,7 +71,7 @@ class MaskedLinear(torch.autograd.Function):
         return activation.to(dtype) if activation.dtype != dtype else activation.detach()
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor):
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, activation, neighbors, *statistics = ctx.saved_tensors  # once: checkpoint gives them away
         saved = _Saved(x, weight, Observed(activation, neighbors), Statistics(*statistics))
         if ctx.compiled or not torch.is_grad_enabled():
@@ -82,7 +82,7 @@ class MaskedLinear(torch.autograd.Function):
         return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
 
     @staticmethod
-    def _gradients(ctx, grad_output: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]:
+    def _gradients(ctx: Any, grad_output: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]:
         x, weight, observed, statistics = saved
         ticket = statistics.ticket
         if ctx.ticket is not None and ticket is not ctx.ticket:

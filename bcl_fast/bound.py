@@ -5,17 +5,44 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import counters, operators
 from .private import never_compiled
 from .rounding import add_rounded_
+from .spec import BCLConfig
+from .state import Written
 from .structures import Pull
 
 PATIENCE = 20  # times in a row that something happens before it is warned of: scalers skip their first steps
+
+
+class PulledLayer(Protocol):
+    """A layer as its pulls see it."""
+
+    training: bool
+    weight: Tensor
+    step: Tensor
+    som_offset: Tensor | None
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
+    _config: BCLConfig
+    _backend: str
+    _som_lr_cell: Tensor
+    _observers: tuple[Callable[[Any], None], ...]
+    _written: Written
+
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def config(self) -> BCLConfig: ...
+    @property
+    def _pulls_now(self) -> bool: ...
+    def _check_objects(self, *seen: Tensor) -> None: ...
 
 
 class WarnOnce:
@@ -61,7 +88,7 @@ def _mark(weight: Tensor) -> tuple[int, int]:
 class Bound:
     """What a layer keeps for the step of the optimizer it is bound to, if it is."""
 
-    def __init__(self, layer: weakref.ref[nn.Linear], warn_once: WarnOnce, moves: Moves) -> None:
+    def __init__(self, layer: weakref.ref[PulledLayer], warn_once: WarnOnce, moves: Moves) -> None:
         self._layer, self._warn_once, self._moves = layer, warn_once, moves
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._hooks: tuple[Any, ...] = ()
@@ -75,7 +102,7 @@ class Bound:
 
     # --- The mean ----------------------------------------------------------------------------------------------------
 
-    def keep(self, layer: nn.Linear, pull: Pull) -> None:
+    def keep(self, layer: PulledLayer, pull: Pull) -> None:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""
         weight = layer.weight
         options = layer._config.target_projection, layer._backend
@@ -97,7 +124,7 @@ class Bound:
                 "graph, or both outside: bcl_fast.graphed captures whole steps"
             )
 
-    def apply(self, layer: nn.Linear, found_inf: Tensor | None) -> None:
+    def apply(self, layer: PulledLayer, found_inf: Tensor | None) -> None:
         """Step 13 with the kept mean; nothing where a scaler reports found_inf = 1 (a tensor on the device)."""
         kept, self.kept = self.kept, None
         if kept is None or not layer._pulls_now:
@@ -136,12 +163,12 @@ class Bound:
         itself = weakref.ref(self)
 
         @never_compiled
-        def before_step(optimizer, args, kwargs):
+        def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
             bound = itself()
             return None if bound is None else bound._before_step(optimizer, args, kwargs)
 
         @never_compiled
-        def after_step(optimizer, args, kwargs) -> None:
+        def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
             bound = itself()
             if bound is not None:
                 bound._after_step(optimizer)
@@ -207,7 +234,7 @@ class Bound:
             self._step(layer, optimizer)
 
     @torch.no_grad()
-    def _step(self, layer: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+    def _step(self, layer: PulledLayer, optimizer: torch.optim.Optimizer) -> None:
         if not self.arrived and layer.training and layer.weight.grad is not None:
             self._without += 1
             if self._without == PATIENCE:
@@ -255,7 +282,7 @@ class Bound:
 
 def _listeners(optimizer: torch.optim.Optimizer) -> weakref.WeakSet[Bound]:
     """Whom this optimizer tells that its `zero_grad` is called: torch has hooks for its steps alone."""
-    listeners = optimizer.__dict__.get("_bcl_listeners")
+    listeners: weakref.WeakSet[Bound] | None = optimizer.__dict__.get("_bcl_listeners")
     if listeners is None:
         listeners, itself = weakref.WeakSet(), weakref.ref(optimizer)  # it must not keep itself alive
         kind, patched = type(optimizer), optimizer.__dict__.get("zero_grad")
@@ -265,9 +292,12 @@ def _listeners(optimizer: torch.optim.Optimizer) -> weakref.WeakSet[Bound]:
         def told(*args: Any, **kwargs: Any) -> None:
             for bound in listeners:
                 bound.gradients_dropped()
-            kind.zero_grad(itself(), *args, **kwargs) if patched is None else patched(*args, **kwargs)
+            if patched is not None:
+                patched(*args, **kwargs)
+            elif (alive := itself()) is not None:
+                kind.zero_grad(alive, *args, **kwargs)
 
-        optimizer._bcl_listeners, optimizer.zero_grad = listeners, told
+        optimizer.__dict__.update(_bcl_listeners=listeners, zero_grad=told)
     return listeners
 
 

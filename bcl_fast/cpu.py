@@ -142,8 +142,8 @@ def selection(
     B, D = activation.shape
     r = min(rescue_k or B, B)
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
-    vectors = (bias, x_inverse_norm, weight_inverse_norm, need)
-    vectors = [None if vector is None else vector.contiguous() for vector in vectors]
+    given = (bias, x_inverse_norm, weight_inverse_norm, need)
+    vectors = [None if vector is None else vector.contiguous() for vector in given]
     struct = cpu_structs.Selection(
         activation.data_ptr(),
         *map(native.pointer, vectors),
@@ -240,11 +240,11 @@ def _masked(
         return grad_output, grad_output.sum(dim=0)
     grad_output, mask = _rows(grad_output), mask.contiguous()
     B, D = mask.shape
-    packed = out is not None and out.is_contiguous()
-    masked, total = out if packed else torch.empty_like(mask), mask.new_empty(D)
+    masked = out if out is not None and out.is_contiguous() else torch.empty_like(mask)
+    total = mask.new_empty(D)
     pointers = grad_output.data_ptr(), mask.data_ptr(), masked.data_ptr(), total.data_ptr()
     _call("gradient", mask.dtype, cpu_structs.Gradient(*pointers, stride=grad_output.stride(0), B=B, D=D))
-    return masked if out is None or packed else out.copy_(masked), total
+    return masked if out is None or out is masked else out.copy_(masked), total
 
 
 def rank(key: Tensor) -> Tensor:

@@ -50,6 +50,10 @@ class BCLLayer(nn.Linear):
     neighbors: Tensor
     step: Tensor
     som_offset: Tensor | None
+    _refreshed_at: Tensor
+    _parameters: dict[str, Any]
+    _buffers: dict[str, Any]
+    __call__: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -125,7 +129,7 @@ class BCLLayer(nn.Linear):
 
     def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
         """The saved buffers at step 0."""
-        return state.fresh(*self.neighbors.shape, self.som_offset, device)
+        return state.fresh(len(self.neighbors), self.neighbors.shape[1], self.som_offset, device)
 
     def _reset_competition(self) -> None:
         for name, value in self._fresh_state(self.neighbors.device).items():
@@ -137,7 +141,7 @@ class BCLLayer(nn.Linear):
         self._reset_competition()
         warnings.warn(f"{why}: the competition starts afresh at step 0", stacklevel=6)
 
-    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
             fresh = {prefix + name: value for name, value in self._fresh_state(weight.device).items()}
             if not fresh.keys() & state_dict.keys():
@@ -163,7 +167,7 @@ class BCLLayer(nn.Linear):
         """What belongs to this object in this process, and is neither copied nor saved."""
         self._written = Written(refreshed_at=self._refreshed_at)
         self._choose_backend()
-        self._pulls = Pulls(self)
+        self._pulls: Pulls = Pulls(self)
         self._options = self._config.statistics
         self._observers: tuple[Callable[[Any], None], ...] = ()
         self._warming_up = False  # for a capture, in which nothing may be compiled
@@ -173,11 +177,11 @@ class BCLLayer(nn.Linear):
         weight = self.weight
         self._backend = backends.resolve_backend(*self._requested, weight.device.type, weight.dtype)
         # som_lr where the pull reads it: a CUDA graph then follows a schedule, as long as the tensor is the same one.
-        kind = dict(dtype=operators.exact(weight.dtype), device=weight.device)
+        kind = operators.exact(weight.dtype), weight.device
         cell = self.__dict__.get("_som_lr_cell")
-        if cell is None or dict(dtype=cell.dtype, device=cell.device) != kind:
+        if cell is None or (cell.dtype, cell.device) != kind:
             with torch.inference_mode(False):  # else nobody could set it later
-                self._som_lr_cell = torch.tensor(self._som_lr, **kind)
+                self._som_lr_cell = torch.tensor(self._som_lr, dtype=kind[0], device=kind[1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
@@ -218,9 +222,8 @@ class BCLLayer(nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
-        shape = linear.in_features, linear.out_features, linear.bias is not None
-        kinds = dict(device="meta", dtype=weight.dtype)  # draws no random numbers
-        layer = cls(*shape, fused=fused, backend=backend, config=config, **kinds, **options)
+        shape = linear.in_features, linear.out_features, linear.bias is not None  # on "meta": no random numbers drawn
+        layer = cls(*shape, fused=fused, backend=backend, config=config, device="meta", dtype=weight.dtype, **options)
         layer.weight, layer.bias = weight, linear.bias
         for name, buffer in layer.named_buffers():
             setattr(layer, name, torch.empty_like(buffer, device=weight.device))
@@ -293,13 +296,7 @@ class BCLLayer(nn.Linear):
         """Steps 1 to 11 of one forward, by the operator `statistics_`: x [B, N], activation [B, D]."""
         buffers, written = self._buffers, self._written
         neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
-        if not compiling and (
-            neighbors is not written.neighbors
-            or neighbors._version != written.neighbors_version
-            or step is not written.step
-            or step._version != written.step_version
-            or refreshed_at is not written.refreshed_at
-        ):
+        if not compiling and not written.still(neighbors, step, refreshed_at):
             self._look_at_state(self.weight)
             neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
             written = self._written

@@ -55,7 +55,8 @@ def _operator(
         _library.define(name + schema, tags=(torch.Tag.cudagraph_unsafe,) if host else ())
 
         def dispatched(*arguments: Any) -> Any:
-            before(*arguments)
+            if before is not None:
+                before(*arguments)
             return _call(function, *arguments)
 
         _library.impl(name, dispatched if before else _functions[name], "CompositeExplicitAutograd")
@@ -158,7 +159,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) 
 
 
 @_fake
-def product_fake(x, weight, bias, dtype):
+def product_fake(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=exact(dtype))
 
 
@@ -235,7 +236,7 @@ def statistics_(
     )
     need = found.need if config.need_weighting else None
     weight_inverse_norm = None if config.affinity == "rank" else backends.stage("inverse_norm", backend)(_float(weight))
-    rescue = backends.stage("selection", backend)(
+    rescue: tuple[Tensor, Tensor] = backends.stage("selection", backend)(
         activation,
         bias,
         found.x_inverse_norm,
@@ -255,14 +256,25 @@ def statistics_(
 
 
 @_fake
-def statistics__fake(x, weight, bias, activation, neighbors, step, refreshed_at, ticket, backend, *options):
+def statistics__fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Tensor,
+    neighbors: Tensor,
+    step: Tensor,
+    refreshed_at: Tensor,
+    ticket: Tensor,
+    backend: str,
+    *options: Any,
+) -> tuple[Tensor, ...]:
     (B, D), k, config = activation.shape, neighbors.shape[1], StatisticsOptions(*options)
     r = torch.sym_min(config.rescue_k, B) if config.rescue_k else B
 
-    def floats(*shape):
+    def floats(*shape: int) -> Tensor:
         return activation.new_empty(shape)
 
-    def indices(*shape):
+    def indices(*shape: int) -> Tensor:
         return activation.new_empty(shape, dtype=torch.int64)
 
     mask = floats(B, D) if config.gradient_mask == "soft" else floats(0)
@@ -312,7 +324,9 @@ def masked_gradient(
 
 
 @_fake
-def masked_gradient_fake(grad_output, mask, winner, gradient_mask, dtype, *others):
+def masked_gradient_fake(
+    grad_output: Tensor, mask: Tensor, winner: Tensor, gradient_mask: str, dtype: torch.dtype, *others: Any
+) -> tuple[Tensor, Tensor]:
     masked = torch.empty_like(grad_output, dtype=dtype, memory_format=torch.contiguous_format)
     return masked, masked.new_empty(grad_output.shape[1], dtype=exact(grad_output.dtype))
 
@@ -350,7 +364,7 @@ def targets_pull_(
 
 
 @_fake
-def targets_pull__fake(weight, som_offset, step, som_lr, *others) -> None:
+def targets_pull__fake(weight: Tensor, som_offset: Tensor | None, step: Tensor, som_lr: Tensor, *others: Any) -> None:
     return None
 
 
@@ -369,5 +383,5 @@ def _increment(weight: Tensor, som_offset: Tensor | None, target_projection: str
 
 
 @_fake
-def som_increment_fake(weight, som_offset, *others):
+def som_increment_fake(weight: Tensor, som_offset: Tensor | None, *others: Any) -> Tensor:
     return torch.empty_like(_float(weight), memory_format=torch.contiguous_format)

@@ -37,7 +37,8 @@ def is_batched_gradient(tensor: Tensor) -> bool:
 
 def never_compiled(function: Function) -> Function:
     """`torch.compiler.disable`, but the compiler is imported with the first call, not with this package."""
-    return torch._disable_dynamo(function)
+    disabled: Any = torch._disable_dynamo(function)
+    return disabled
 
 
 def accumulation_hooks(weight: Tensor) -> dict[int, Any]:
@@ -45,13 +46,13 @@ def accumulation_hooks(weight: Tensor) -> dict[int, Any]:
     return weight._post_accumulate_grad_hooks or {}
 
 
-def forget_accumulation_hooks(weight: Tensor) -> None:
+def forget_accumulation_hooks(weight: Any) -> None:
     """Leave no empty dict of hooks: after a swap of contents autograd would not look at one that was set before."""
     if not weight._post_accumulate_grad_hooks:
         weight._post_accumulate_grad_hooks = None
 
 
-def current_stream(device: int | None) -> int:
+def current_stream(device: int) -> int:
     """The handle of a CUDA device's current stream, in a tenth of the time of `torch.cuda.current_stream`."""
     return torch._C._cuda_getCurrentRawStream(device)
 

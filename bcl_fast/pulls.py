@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import backends, counters, operators, owners, private
-from .bound import Bound, Moves, WarnOnce
+from .bound import Bound, Moves, PulledLayer, WarnOnce
 from .checks import ranks
 from .structures import PendingPull, Pull
 
@@ -30,7 +31,7 @@ class _Backward:
 class Pulls:
     """The pulls of one layer, between its forwards and its weight."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: PulledLayer) -> None:
         self._layer = weakref.ref(layer)
         self.ticket = owners.register_owner(self)
         self._moves = Moves()
@@ -107,7 +108,7 @@ class Pulls:
         if task != private.NO_BACKWARD:  # a checkpoint inside another, of which the recomputation runs
             self._backward(task, weight)
             return
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             code = frame.f_code
             if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
@@ -256,15 +257,15 @@ class Pulls:
                 outer.waiting += backward.waiting
         self.bound.backward_ended()
 
-    def _pull(self, layer: nn.Linear, weight: Tensor, pulls: list[PendingPull]) -> None:
+    def _pull(self, layer: PulledLayer, weight: Tensor, pulls: list[PendingPull]) -> None:
         """Step 13, now or kept for the bound optimizer, unless nothing is to be pulled; `step` advances."""
         if torch.is_grad_enabled():  # a backward with create_graph=True
             with torch.no_grad():
                 return self._pull(layer, weight, pulls)
         offset, step, last = layer._buffers["som_offset"], layer._buffers["step"], pulls[-1]
-        observers, record = layer._observers, None
-        if observers and last.observed.activation is not None:
-            state = weight, offset, layer.bias, *last.observed, layer.config
+        observers, record, (activation, neighbors) = layer._observers, None, last.observed
+        if observers and activation is not None and neighbors is not None:
+            state = weight, offset, layer.bias, activation, neighbors, layer.config
             record = backends.record(counters.read_counter(step), last.pull.x, *state)
         self.bound.arrived, pulls_now = True, layer._pulls_now
         if pulls_now and ranks() > 1:

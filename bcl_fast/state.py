@@ -27,6 +27,16 @@ class Written:
     som_offset: Tensor | None = None
     nobody: bool = False  # True: nobody has written the buffers, they hold what the memory held
 
+    def still(self, neighbors: Tensor, step: Tensor, refreshed_at: Tensor) -> bool:
+        """Whether the buffers are those, as they were left."""
+        return (
+            neighbors is self.neighbors
+            and neighbors._version == self.neighbors_version
+            and step is self.step
+            and step._version == self.step_version
+            and refreshed_at is self.refreshed_at
+        )
+
 
 class Wrong(NamedTuple):
     """What is wrong with the numbers of a buffer."""

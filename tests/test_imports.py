@@ -40,7 +40,7 @@ ALLOWED = {
     "autograd": {"backends", "operators", "owners", "private", "structures"},
     "checks": set(),
     "transforms": set(),
-    "bound": {"counters", "operators", "private", "rounding", "structures"},
+    "bound": {"spec", "counters", "operators", "private", "rounding", "state", "structures"},
     "pulls": {"backends", "counters", "operators", "owners", "private", "bound", "checks", "structures"},
     "state": {"counters", "operators"},
     "layer": {"spec", "backends", "counters", "operators", "autograd", "checks", "private", "pulls", "state"}
