@@ -1,7 +1,8 @@
 """What does a neighbor refresh take as features become many: D x D cosines, never all at once?"""
 
+from stages import stage_times
+
 from bcl_fast.measure.implementations import Size
-from bcl_fast.measure.stages import stage_times
 
 SIZES = [Size(128, 1024, 784), Size(128, 8192, 784)]
 

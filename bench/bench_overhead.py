@@ -1,7 +1,8 @@
 """What does a step cost where numbers are too few to matter: Python, dispatch and launches?"""
 
+from steps import step_times
+
 from bcl_fast.measure.implementations import Size
-from bcl_fast.measure.steps import step_times
 
 SIZES = [Size(8, 8, 8), Size(32, 32, 32)]
 

@@ -1,6 +1,7 @@
 """How do others fare with a part of the work: torch's own sorts, two SOM packages, a vector quantiser's dead codes?"""
 
-from bcl_fast.measure import peers
+import peers
+
 from bcl_fast.measure.implementations import Size
 
 SIZES = [Size(128, 64, 784), Size(1024, 1024, 784)]

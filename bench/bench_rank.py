@@ -1,7 +1,8 @@
 """What do the ranks of whole columns take, for few long columns and for many short ones?"""
 
+from stages import stage_times
+
 from bcl_fast.measure.implementations import Size
-from bcl_fast.measure.stages import stage_times
 
 SIZES = [Size(128, 8192, 16), Size(4096, 1024, 16), Size(65_536, 64, 16)]
 

@@ -3,8 +3,9 @@
 A step runs `neighbors` once in 50 and `rank` never; both have benches of their own at the sizes where they matter.
 """
 
+from stages import stage_times
+
 from bcl_fast.measure.implementations import Size
-from bcl_fast.measure.stages import stage_times
 
 SIZES = [Size(128, 64, 784), Size(512, 512, 784), Size(1024, 4096, 784), Size(4096, 1024, 784)]
 

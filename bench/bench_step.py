@@ -1,7 +1,8 @@
 """How much does a whole BCL training step cost over `nn.Linear`, refresh included, for every implementation?"""
 
+from steps import step_times
+
 from bcl_fast.measure.implementations import Size, trained_weight
-from bcl_fast.measure.steps import step_times
 
 SIZES = [Size(128, 64, 784), Size(512, 512, 784), Size(1024, 4096, 784), Size(4096, 1024, 784), Size(2048, 8192, 784)]
 TRAINED = SIZES[:4]  # at the last size training alone takes minutes

@@ -9,7 +9,7 @@ from bcl_fast.experiments import plots
 from bcl_fast.experiments.run import Condition, Training, row_steps
 from bcl_fast.measure.implementations import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
-from bcl_fast.measure.timing import interleaved
+from bcl_fast.measure.timing import MIN_ROUNDS, interleaved, ratio
 from bcl_fast.spec import BCLConfig
 from bcl_fast.testing import relative_error
 
@@ -53,18 +53,18 @@ def epochs(images, names, device, rounds):
     def epoch(one):
         return lambda: [one.step() for _ in range(batches)]
 
-    taken = interleaved({name: epoch(one) for name, one in running.items()}, rounds, 0, 30, device)
+    windows = interleaved({name: epoch(one) for name, one in running.items()}, rounds, 0, 30, device)
     size, labels = Size(BATCH, FEATURES, images.train.shape[1]), {"device": device, "data": images.name}
     rows = []
-    for name, ms in taken.items():
-        ratio = statistics.median(a / b for a, b in zip(ms, taken["linear"], strict=False))
-        found = dict(ms=statistics.median(ms), ratio_to_linear=ratio, batches=batches)
+    for name, ms in windows.items():
+        found = dict(ms=statistics.median(ms), batches=batches, rounds=len(ms))
+        found |= ratio("ratio_to_linear", ms, windows["linear"])
         rows.append(row("epoch", name, size, **labels, **found))
     return rows + absentees("epoch", size, labels)
 
 
 def test_epoch(measured, images, encoders, device, quick):
-    measured(epochs, images, encoders, device, 1 if quick else 3)
+    measured(epochs, images, encoders, device, 1 if quick else MIN_ROUNDS)
 
 
 # --- The same curves --------------------------------------------------------------------------------------------------
@@ -95,11 +95,12 @@ def curves_of(images, names, seeds, steps, device):
     curves = {name: {curve: curve_of(name, curve) for curve in CURVES} for name in names}
     size = Size(BATCH, FEATURES, images.train.shape[1])
     labels = {"device": device, "data": images.name, "steps": steps, "seeds": seeds}
-    seconds = {name: statistics.median(taken for taken, _ in own) for name, own in runs.items()}
+    seconds = {name: [taken for taken, _ in own] for name, own in runs.items()}  # of each seed, which is a round
     rows = []
     for name in names:
-        found = {"ms": seconds[name] * 1e3 / steps, "seconds": seconds[name]}
-        found["ratio_to_linear"] = seconds[name] / seconds["linear"]
+        middle = statistics.median(seconds[name])
+        found = {"ms": middle * 1e3 / steps, "seconds": middle, "rounds": seeds}
+        found |= ratio("ratio_to_linear", seconds[name], seconds["linear"])
         for curve in CURVES if name != "linear" else ():
             pairs = zip(curves[name][curve], curves["reference"][curve], strict=True)
             gaps = (abs(statistics.median(ours) - statistics.median(oracle)) for ours, oracle in pairs)

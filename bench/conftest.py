@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare import aligned
 
 from bcl_fast.environment import environment
 from bcl_fast.experiments.data import load
@@ -93,12 +94,10 @@ def pytest_terminal_summary(terminalreporter, config):
             for key in dict.fromkeys(key for row in own for key in row)
             if key not in hidden and any(row.get(key) is not None for row in own)
         ]
-        text = [[_text(row.get(key)) for key in columns] for row in own]
-        widths = [max(len(line[i]) for line in [columns, *text]) for i in range(len(columns))]
         write("")
         write(question)
-        for line in [columns, *text]:
-            write("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
+        for line in aligned([columns, *([_text(row.get(key)) for key in columns] for row in own)]):
+            write(line)
     target = config.getoption("--save")
     if rows and target is not None:
         command = shlex.join(["pytest", *config.invocation_params.args])

@@ -19,14 +19,18 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # what runs the kernels of a rehearsal
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_parts import GPU, PARTS, REHEARSAL, ROOT, Plan, units
+from gpu import prebuilt, verdicts
+from gpu.parts import PARTS, units
+from gpu.plans import GPU, REHEARSAL, Plan
+from gpu.tools import ROOT
+from gpu.units import Record, run_all
 
 from bcl_fast import backends
-from bcl_fast.measure import prebuilt, verdicts
 from bcl_fast.measure.rows import OK
-from bcl_fast.measure.units import Record, run_all
 
 
 def prepared(options: argparse.Namespace) -> Plan:

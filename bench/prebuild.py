@@ -18,15 +18,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_parts import GPU, REHEARSAL, ROOT, Plan
+from gpu import prebuilt, variants
+from gpu.plans import GPU, REHEARSAL, Plan
+from gpu.tools import ROOT
+from stages import stage_calls
 
 from bcl_fast import backends
-from bcl_fast.measure import prebuilt, variants
 from bcl_fast.measure.implementations import build
 from bcl_fast.measure.precisions import PRECISIONS
-from bcl_fast.measure.stages import stage_calls
 
 
 def library(target: Path, capability: int) -> None:

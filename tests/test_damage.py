@@ -16,14 +16,9 @@ pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
 from bcl_fast import __main__ as cli  # noqa: E402
-from bcl_fast.environment import environment  # noqa: E402
 from bcl_fast.experiments import judging  # noqa: E402
 from bcl_fast.experiments.data import read_idx  # noqa: E402
 from bcl_fast.experiments.run import Condition, trained  # noqa: E402
-from bcl_fast.measure import results  # noqa: E402
-from bcl_fast.measure.implementations import Size  # noqa: E402
-from bcl_fast.measure.rows import row  # noqa: E402
-from bcl_fast.records import write_record  # noqa: E402
 from bcl_fast.spec import BCLConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,18 +43,11 @@ def refused(words, path, capfd):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """What train, table and sweep leave behind, and two records of benches with a README."""
+    """What train, table and sweep leave behind."""
     folder = tmp_path_factory.mktemp("good")
     for name, words in (("train", TRAIN), ("tables", TABLE), ("sweep", SWEEP)):
         result = invoke(*words, folder / name)
         assert result.exit_code == 0, result.output
-    bench = folder / "bench"
-    bench.mkdir()
-    for name in ("old", "new"):
-        rows = [row("step", who, Size(8, 4, 4), ms=1.0, ratio_to_linear=1.0, floor_ms=0.5)
-                for who in ("linear", "portable")]  # fmt: skip
-        write_record(bench / f"{name}.json", {"environment": environment(), "rows": rows})
-    (folder / "README.md").write_text(f"{results.BEGIN}\n{results.END}\n")
     return folder
 
 
@@ -201,55 +189,10 @@ def test_a_damaged_run_is_computed_again_as_the_line_says(copy, capfd):
     assert invoke(*SWEEP, copy / "sweep").exit_code == 0 and json.loads(path.read_text()) == before
 
 
-@over_records
-@pytest.mark.parametrize("which", ["old", "new"])
-def test_bench_compare(which, damage, copy, capfd):
-    old, new = (copy / "bench" / f"{name}.json" for name in ("old", "new"))
-    path = copy / "bench" / f"{which}.json"
-    damage(path)
-    if damage is rows_without_keys:  # nothing in common with the other
-        path = f"{old} and {new}"
-    refused(["bench", "compare", old, new], path, capfd)
-
-
-@over_records
-def test_bench_readme(damage, copy, capfd):
-    path, page = copy / "bench" / "new.json", copy / "README.md"
-    before = page.read_text()
-    damage(path)
-    if damage in (json_without_keys, rows_of_texts, rows_without_keys):  # the record of another command
-        assert invoke("bench", "readme", copy / "bench", page).exit_code == 0
-        return
-    refused(["bench", "readme", copy / "bench", page], path, capfd)
-    assert page.read_text() == before
-
-
-@pytest.mark.parametrize("key, value", [("ms", "text"), ("ms", 0), ("floor_ms", None), ("contestant", 3), ("B", "8")])
-def test_bench_readme_names_whose_rows_are_wrong(key, value, copy, capfd):
-    path = copy / "bench" / "new.json"
-    record = json.loads(path.read_text())
-    for one in record["rows"]:
-        one[key] = value
-    path.write_text(json.dumps(record))
-    (copy / "bench" / "old.json").unlink()
-    refused(["bench", "readme", copy / "bench", copy / "README.md"], path, capfd)
-
-
-@pytest.mark.parametrize(
-    "damage", [garbage, empty, folder_instead, unreadable, Path.unlink], ids=lambda one: one.__name__
-)
-def test_bench_readme_s_page(damage, copy, capfd):
-    damage(copy / "README.md")
-    refused(["bench", "readme", copy / "bench", copy / "README.md"], copy / "README.md", capfd)
-
-
 def test_what_is_not_there(tmp_path, copy, capfd):
-    nowhere, record = tmp_path / "nowhere", copy / "bench" / "old.json"
+    nowhere, record = tmp_path / "nowhere", copy / "train" / "train.json"
     refused(["report", nowhere], nowhere, capfd)
     refused(["report", record], record, capfd)
-    refused(["bench", "compare", record, nowhere], nowhere, capfd)
-    refused(["bench", "readme", nowhere, copy / "README.md"], nowhere, capfd)
-    refused(["bench", "readme", record, copy / "README.md"], record, capfd)
 
 
 @pytest.mark.parametrize("name", ["pictures", "report.html"])

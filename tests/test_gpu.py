@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers.layers import batch, make, same, state
+from stages import check_stages
+from test_layer import batch, make, same, state
 from torch import nn
 
 from bcl_fast import BCLLayer, backends, graphed
 from bcl_fast.measure.implementations import Size, build
-from bcl_fast.measure.stages import check_stages
 from bcl_fast.testing import VARIANTS, relative_error
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -12,17 +12,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers.backends import INTERPRETED
+from backends import INTERPRETED
+from gpu import parts, plans, prebuilt, tools, variants, verdicts
+from gpu.units import Record, Refused, Unit, run, run_all
 
-from bcl_fast.measure import prebuilt, tools, verdicts
+from bcl_fast import cuda
 from bcl_fast.measure.floor import Ceilings
 from bcl_fast.measure.implementations import Size
-from bcl_fast.measure.units import Record, Refused, Unit, run, run_all
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "bench"))
-import gpu_parts  # noqa: E402
-
 TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 REHEARSED = pytest.mark.skipif(not INTERPRETED, reason="rehearsed in Triton's interpreter")
 
@@ -53,7 +51,7 @@ def lives(pid):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_unit_that_takes_too_long_ends_with_all_its_children(record, monkeypatch):
-    monkeypatch.setattr("bcl_fast.measure.units.MIN_SECONDS", 0.5)
+    monkeypatch.setattr("gpu.units.MIN_SECONDS", 0.5)
 
     def call():
         child = subprocess.Popen(["sleep", "100"])
@@ -120,56 +118,8 @@ def test_what_is_done_is_not_repeated(tmp_path):
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-def check(folder, *words):
-    return python("bench/gpu_check.py", "--out", folder, "--rehearse", *words)
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "check.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-@REHEARSED
-def test_only_skip_and_resume(tmp_path):
-    done = check(tmp_path, "--only", "versions,ncu,sanitizer", "--skip", "sanitizer")
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of(tmp_path)
-    assert {row["part"] for row in rows} == {"versions", "ncu"}
-    assert {row["status"] for row in rows if row["part"] == "ncu"} == {"refused"}
-    assert next(row for row in rows if "triton_key" in row)["triton_key"] == prebuilt.triton_key()
-    assert check(tmp_path, "--only", "versions,ncu", "--resume").returncode == 0
-    closing = [row for row in rows_of(tmp_path) if "closing" in row]
-    assert sum(row["part"] == "versions" for row in closing) == 1
-    assert sum(row["part"] == "ncu" for row in closing) == 2 * len(gpu_parts.units(gpu_parts.REHEARSAL, ["ncu"]))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["check.jsonl", "check.log"]
-    done = check(tmp_path, "--only", "nothing")
-    assert done.returncode == 2 and "parts are versions, ceilings" in done.stderr
-
-
-@REHEARSED
-def test_without_minutes_everything_is_skipped(tmp_path):
-    done = check(tmp_path, "--minutes", "0")
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of(tmp_path)
-    assert {row["part"] for row in rows} == set(gpu_parts.PARTS)
-    assert {row["status"] for row in rows} == {"skipped"}
-
-
-@REHEARSED
-def test_a_missing_backend_is_a_failure(tmp_path):
-    words = "--out", tmp_path, "--only", "versions,ranks"
-    found = ("import os, runpy, sys; from bcl_fast import backends; "
-             "backends.why_not = lambda backend, *rest: 'not built' if backend == 'cuda' else None; "
-             "sys.argv[0] = 'bench/gpu_check.py'; runpy.run_path(sys.argv[0], run_name='__main__')")  # fmt: skip
-    done = python("-c", found, *words, "--rehearse")
-    assert done.returncode == 1
-    (row,) = (row for row in rows_of(tmp_path) if row["unit"] == "all" and "message" in row)
-    assert row["status"] == "failed" and "'cuda' cannot serve: not built" in row["message"]
-
-
-@REHEARSED
-def test_the_parent_never_asks_for_a_gpu(tmp_path):
-    """A parent that has initialized CUDA could not share the GPU with its children."""
-    forbidding = """
+# The children could not use a GPU that their parent has begun with.
+FORBIDDING = """
 import os, runpy, sys, torch
 parent = os.getpid()
 def forbidden(name, own):
@@ -185,27 +135,70 @@ for owner, names in (
     for name in names:
         if hasattr(owner, name):
             setattr(owner, name, forbidden(name, getattr(owner, name)))
+"""
+RUN = """
 sys.argv[0] = "bench/gpu_check.py"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-    done = python("-c", forbidding, "--out", tmp_path, "--only", "versions,ceilings,ncu", "--rehearse")
+
+
+def check(folder, *words, before=""):
+    return python("-c", FORBIDDING + before + RUN, "--out", folder, "--rehearse", *words)
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "check.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@REHEARSED
+def test_only_skip_and_resume(tmp_path):
+    done = check(tmp_path, "--only", "versions,ceilings,ncu,sanitizer", "--skip", "sanitizer")
     assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path)
+    assert {row["part"] for row in rows} == {"versions", "ceilings", "ncu"}
+    assert {row["status"] for row in rows if row["part"] == "ncu"} == {"refused"}
+    assert next(row for row in rows if "triton_key" in row)["triton_key"] == prebuilt.triton_key()
+    assert check(tmp_path, "--only", "versions,ncu", "--resume").returncode == 0
+    closing = [row for row in rows_of(tmp_path) if "closing" in row]
+    assert sum(row["part"] == "versions" for row in closing) == 1
+    assert sum(row["part"] == "ncu" for row in closing) == 2 * len(parts.units(plans.REHEARSAL, ["ncu"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["check.jsonl", "check.log"]
+    done = check(tmp_path, "--only", "nothing")
+    assert done.returncode == 2 and "parts are versions, ceilings" in done.stderr
+
+
+@REHEARSED
+def test_without_minutes_everything_is_skipped(tmp_path):
+    done = check(tmp_path, "--minutes", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = rows_of(tmp_path)
+    assert {row["part"] for row in rows} == set(parts.PARTS)
+    assert {row["status"] for row in rows} == {"skipped"}
+
+
+@REHEARSED
+def test_a_missing_backend_is_a_failure(tmp_path):
+    missing = "lambda backend, *rest: 'not built' if backend == 'cuda' else None"
+    done = check(tmp_path, "--only", "versions", before=f"from bcl_fast import backends; backends.why_not = {missing}")
+    assert done.returncode == 1
+    (row,) = (row for row in rows_of(tmp_path) if "message" in row)
+    assert row["status"] == "failed" and "'cuda' cannot serve: not built" in row["message"]
 
 
 # --- What it would ask ------------------------------------------------------------------------------------------------
 
 
 def test_every_unit_has_a_name_of_its_own():
-    for plan in (gpu_parts.GPU, gpu_parts.REHEARSAL):
-        found = [(unit.part, unit.name) for unit in gpu_parts.units(plan, gpu_parts.PARTS)]
-        assert len(found) == len(set(found)) and {part for part, _ in found} == set(gpu_parts.PARTS)
+    for plan in (plans.GPU, plans.REHEARSAL):
+        found = [(unit.part, unit.name) for unit in parts.units(plan, parts.PARTS)]
+        assert len(found) == len(set(found)) and {part for part, _ in found} == set(parts.PARTS)
 
 
 def test_the_kernels_that_are_counted_are_there():
     triton = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "kernels").glob("*.py"))
     cuda = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
-    assert set(gpu_parts.COUNTED["triton"]) <= set(re.findall(r"def (\w+_kernel)\(", triton))
-    assert set(gpu_parts.COUNTED["cuda"]) <= set(re.findall(r"\b(\w+_kernel)\(", cuda))
+    assert set(parts.COUNTED["triton"]) <= set(re.findall(r"def (\w+_kernel)\(", triton))
+    assert set(parts.COUNTED["cuda"]) <= set(re.findall(r"\b(\w+_kernel)\(", cuda))
 
 
 def collected(*words):
@@ -218,25 +211,53 @@ def collected(*words):
 @REHEARSED
 def test_what_is_sanitized_is_there_and_little():
     nodes = collected("tests/test_stages.py")
-    for backend, stages in gpu_parts.SANITIZED.items():
+    for backend, stages in parts.SANITIZED.items():
         for stage in stages:
-            words = gpu_parts.sanitized_words(backend, stage)
+            words = parts.sanitized_words(backend, stage)
             own = [node for node in nodes if all(word in node for word in words)]
             assert own and all(backend in node for node in own) and len(own) <= 3, (words, own)
 
 
 def test_the_benches_it_runs_are_there():
-    nodes = [words[0] for words in gpu_parts.GPU.benches.values()]
+    nodes = [words[0] for words in plans.GPU.benches.values()]
     assert len(collected(*nodes)) == len(nodes)
 
 
 def test_the_tests_it_runs_are_there():
-    for words in gpu_parts.GPU.tests.values():
+    for words in plans.GPU.tests.values():
         assert (ROOT / words[0]).is_file()
         for excluded in re.findall(r"not (\w+)", " ".join(words)):
             names = [node.name for node in ast.walk(ast.parse((ROOT / words[0]).read_text(encoding="utf-8")))
                      if isinstance(node, ast.FunctionDef)]  # fmt: skip
             assert any(excluded in name for name in names), f"{words[0]} has nothing called {excluded}"
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="imports Triton's kernels")
+def test_every_rival_has_a_place_and_leaves_none_behind():
+    for stage, constants in variants.RIVALS.items():
+        table = variants.sizes("triton", stage)
+        before = {name: table[name] for name in constants}
+        for name, values in constants.items():
+            assert before[name] not in values
+        first, *others = variants.variants("triton", stage)
+        assert not first.changes and len(others) == sum(map(len, constants.values()))
+        for variant in others:
+            with variants.applied(variant):
+                ((name, value),) = variant.changes.items()
+                assert table[name] == value
+            assert {name: table[name] for name in constants} == before
+
+
+def test_forms_of_cuda_are_tables_too(monkeypatch):
+    monkeypatch.setattr(cuda, "LAUNCH", {"rank": {"threads": 1, "ahead": 8}}, raising=False)
+    forms = {"threads": 1, "ahead": 8}, {"threads": 2, "ahead": 8}
+    monkeypatch.setattr(cuda, "FORMS", {"rank": forms}, raising=False)
+    standing, other = variants.variants("cuda", "rank")
+    assert variants.stages("cuda") == ("rank",)
+    assert (str(standing), str(other)) == ("as it stands", "threads 2, ahead 8")
+    with variants.applied(other):
+        assert cuda.LAUNCH["rank"] == forms[1]
+    assert cuda.LAUNCH["rank"] == forms[0]
 
 
 def test_what_ncu_prints_is_read():

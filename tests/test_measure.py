@@ -1,18 +1,21 @@
-"""What measures: floors by formula, the contract noticed broken, rows and their comparison, processes of their own."""
+"""What measures: floors by formula, the contract noticed broken, ratios within rounds, processes of their own."""
 
 import sys
 
+import peers
 import pytest
+import stages
+import steps
 import torch
-from helpers.backends import INTERPRETED
+from choices import check_choices
+from stages import check_stages
 
-from bcl_fast import backends, cuda, portable
+from bcl_fast import backends, portable
 from bcl_fast.measure import alone as processes
-from bcl_fast.measure import implementations, peers, precisions, rows, scaling, stages, steps, timing, variants
-from bcl_fast.measure.choices import check_choices
+from bcl_fast.measure import implementations, precisions, rows, scaling, timing
 from bcl_fast.measure.floor import STEP, Ceilings
-from bcl_fast.measure.implementations import Size, build
-from bcl_fast.measure.stages import check_stages
+from bcl_fast.measure.implementations import Implementation, Size, build
+from bcl_fast.measure.steps import Refresh, begin, race
 from bcl_fast.structures import Competition
 
 SIZE = Size(61, 17, 23)
@@ -121,8 +124,8 @@ def test_drawn_neighbors_are_neighbors():
 def test_a_few_features_may_choose_as_well(monkeypatch):
     """One in a thousand, if what it chose scores as well as the best."""
     size = Size(64, 2000, 16)
-    running = {name: build(name, size) for name in ("reference", "portable")}
-    _, moved = steps.begin(running)
+    running = {name: build(name, size) for name in ("linear", "reference", "portable")}
+    _, moved = begin(running)
     steps.check_equal(moved, size)
     asked = []
     monkeypatch.setattr(steps, "check_choices", lambda *arguments, **options: asked.append(arguments))
@@ -192,8 +195,10 @@ def test_every_implementation_has_a_row_or_a_reason():
     assert {row["contestant"] for row in found} == set(implementations.NAMES)
     for row in found:
         assert (row["status"] == rows.OK) == (row["ms"] is not None) == (row["ratio_to_linear"] is not None)
+        assert row["ms"] is None or row["ratio_to_linear_low"] <= row["ratio_to_linear"] <= row["ratio_to_linear_high"]
     linear, reference = found[:2]
     assert linear["ratio_to_linear"] == 1 and linear["refresh_ms"] == 0 and reference["refresh_ms"] > 0
+    assert linear["rounds"] == reference["rounds"] == 2
 
 
 def test_stage_rows_have_ratios_and_a_roof():
@@ -207,9 +212,46 @@ def test_stage_rows_have_ratios_and_a_roof():
             assert row["ratio_to_reference"] == 1
 
 
-def test_windows_are_interleaved_and_the_slow_leave_early(monkeypatch):
-    now, order = [0.0], []
+@pytest.fixture
+def now(monkeypatch):
+    """The time of a clock that moves only when a call takes time."""
+    now = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_a_machine_that_drifts_leaves_ratios_as_they_are(now, monkeypatch):
+    """Each round is 30 % slower than the one before, and what is slow leaves before the others."""
+    speed, seen = {"a": 0.25, "b": 0.5, "slow": 5.0, "refresh": 1.0}, []
+
+    def call(name):
+        def step():
+            if name == "a":
+                seen.append(1.3 ** len(seen))
+            now[0] += speed[name] * seen[-1]
+
+        return step
+
+    calls = {name: call(name) for name in ("a", "b", "slow")}
+    windows = timing.interleaved(calls, 14, 0, 60)
+    medians = {name: timing.statistics.median(own) for name, own in windows.items()}
+    assert len(windows["a"]) == 14 and 5 <= len(windows["slow"]) < 14
+    assert medians["slow"] / medians["a"] < 15  # where it is 20
+    for name, right in (("a", 1.0), ("b", 2.0), ("slow", 20.0)):
+        found = timing.ratio("over", windows[name], windows["a"])
+        assert found == pytest.approx({"over": right, "over_low": right, "over_high": right})
+
+    seen.clear()
+    running = {name: Implementation(torch.zeros(1), call(step), call("refresh") if name == "slow" else None)
+               for name, step in (("linear", "a"), ("slow", "slow"))}  # fmt: skip
+    refreshes, _ = begin(running)
+    assert refreshes["linear"] == Refresh() and refreshes["slow"].ratio == pytest.approx(4)
+    row = race(running, refreshes, rounds=14, seconds=0)["slow"]
+    assert row["ratio_to_linear"] == pytest.approx(20 + 4 / 50)
+
+
+def test_windows_are_interleaved_and_the_slow_leave_early(now):
+    order = []
 
     def call(name, seconds):
         def step():
@@ -218,14 +260,21 @@ def test_windows_are_interleaved_and_the_slow_leave_early(monkeypatch):
 
         return step
 
-    taken = timing.interleaved({"fast": call("fast", 0.25), "slow": call("slow", 4.0)}, 3, 0.5, 7.0)
-    assert taken == {"fast": [250, 250, 250], "slow": [4000, 4000]}  # 8 s are more than 7
-    assert "".join(name[0] for name in order) == "ffs" + "ffs" + "ff"
+    calls = {"first": call("first", 0.25), "quick": call("quick", 0.5), "slow": call("slow", 4.0)}
+    windows = timing.interleaved(calls, 7, 0.5, 2.9)  # three times that before the fifth round
+    assert windows == {"first": [250] * 6, "quick": [500] * 6, "slow": [4000] * 3}  # not of a round of its own
+    assert "".join(name[0] for name in order) == 3 * "ffqs" + 3 * "ffq"
 
 
-def test_a_single_call_is_its_own_median_only_where_it_took_all_the_time(monkeypatch):
-    now, durations = [0.0], iter([9.0, 1.0, 2.0, 3.0, 5.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+@pytest.mark.parametrize(
+    "windows, quartiles", [([2.0], (2, 2, 2)), ([1.0, 3.0], (1.5, 2, 2.5)), ([5.0, 1.0, 2.0, 4.0, 3.0], (2, 3, 4))]
+)
+def test_a_ratio_has_its_quartiles(windows, quartiles):
+    assert tuple(timing.ratio("r", windows, [1.0] * 9).values()) == (quartiles[1], quartiles[0], quartiles[2])
+
+
+def test_a_single_call_is_its_own_median_only_where_it_took_all_the_time(now):
+    durations = iter([9.0, 1.0, 2.0, 3.0, 5.0])
 
     def call():
         now[0] += next(durations)
@@ -275,53 +324,6 @@ def test_precisions_are_undone():
         step()
         with precisions.forward(precision, "cpu"):
             assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
-
-
-# --- Variants ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="imports Triton's kernels")
-def test_every_rival_has_a_place_and_leaves_none_behind():
-    for stage, constants in variants.RIVALS.items():
-        table = variants.sizes("triton", stage)
-        before = {name: table[name] for name in constants}
-        for name, values in constants.items():
-            assert before[name] not in values
-        first, *others = variants.variants("triton", stage)
-        assert not first.changes and len(others) == sum(map(len, constants.values()))
-        for variant in others:
-            with variants.applied(variant):
-                ((name, value),) = variant.changes.items()
-                assert table[name] == value
-            assert {name: table[name] for name in constants} == before
-
-
-def test_forms_of_cuda_are_tables_too(monkeypatch):
-    monkeypatch.setattr(cuda, "LAUNCH", {"rank": {"threads": 1, "ahead": 8}}, raising=False)
-    forms = {"threads": 1, "ahead": 8}, {"threads": 2, "ahead": 8}
-    monkeypatch.setattr(cuda, "FORMS", {"rank": forms}, raising=False)
-    standing, other = variants.variants("cuda", "rank")
-    assert variants.stages("cuda") == ("rank",)
-    assert (str(standing), str(other)) == ("as it stands", "threads 2, ahead 8")
-    with variants.applied(other):
-        assert cuda.LAUNCH["rank"] == forms[1]
-    assert cuda.LAUNCH["rank"] == forms[0]
-
-
-# --- Rows -------------------------------------------------------------------------------------------------------------
-
-
-def test_compare_sees_worse_ratios_and_lost_ones():
-    def row(name, **values):
-        return rows.row("step", name, SIZE, **values)
-
-    old = [row("cpu", ratio_to_linear=1.0), row("portable", ratio_to_linear=2.0), row("reference", ratio_to_linear=9.0)]
-    new = [row("cpu", ratio_to_linear=1.2), row("portable", ratio_to_linear=2.1), row("reference", status="time-out")]
-    found = {one["contestant"]: one for one in rows.compare(old, new)}
-    assert {name: one["worse"] for name, one in found.items()} == {"cpu": True, "portable": False, "reference": True}
-    assert found["reference"]["new"] is None and found["cpu"]["old"] == 1.0
-    with pytest.raises(ValueError, match="rows in common"):
-        rows.compare(old, [row("cpu", weights="trained", ratio_to_linear=1.0)])
 
 
 # --- Processes of their own, scaling ----------------------------------------------------------------------------------

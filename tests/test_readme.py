@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import results
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = "README.md", "bcl_fast/GUIDE.md"
@@ -82,28 +83,15 @@ def test_files_that_a_page_names_are_there(name):
 # --- Numbers ----------------------------------------------------------------------------------------------------------
 
 RESULTS = ROOT / "bench" / "results"
-SIZES = ((128, 64, 784), (512, 512, 784), (1024, 4096, 784), (4096, 1024, 784), (2048, 8192, 784))
-NAMES = ("reference", "compiled", "portable", "cpu")
 
 
 def record(name):
     return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
-def five_rows(rows):
-    """The README's table of steps, from the rows of a record."""
-    lines = [["(B, D, N)", *NAMES], ["---"] * (1 + len(NAMES))]
-    for size in SIZES:
-        own = {row["contestant"]: row["ratio_to_linear"] for row in rows if tuple(row[key] for key in "BDN") == size}
-        lines.append([f"({', '.join(f'{n:,}' for n in size)})", *(f"{own[name]:.2f}" for name in NAMES)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def test_five_rows_are_those_of_the_record():
-    rows = [row for row in record("cpu.json")["rows"] if (row["question"], row.get("weights")) == ("step", "init")]
-    assert {row["threads"] for row in rows} == {1}
-    found = re.findall(r"^<!-- results: .* -->\n\n(.*?)\n\n<!-- results: end -->", PAGES[README], re.M | re.S)
-    assert found == [five_rows(rows)]
+    """`python bench/results.py` brings them up to date."""
+    assert PAGES[README] == results.updated(PAGES[README], RESULTS)
 
 
 def test_the_cpu_backend_keeps_its_promise_of_memory():

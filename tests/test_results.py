@@ -1,15 +1,17 @@
-"""The README's results: every question's table and pictures from records, the newest of each machine."""
+"""The pages of results and the comparison of two records: bench/results.py and bench/compare.py."""
 
 import json
+import sys
 
+import compare
 import pytest
+import results
 import torch
 
 pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 
 from bcl_fast.environment import environment
 from bcl_fast.experiments import plots
-from bcl_fast.measure import results
 from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.rows import OUT_OF_MEMORY, TIMED_OUT, row
 
@@ -19,7 +21,19 @@ CURVES = {"step": [0, 1, 9], "loss": [[0.5, 0.6], [0.4, 0.5], [0.1, 0.2]], "wt_s
 
 def write(folder, rows, name="cpu.json", **record):
     (folder / name).write_text(json.dumps({"environment": environment(), "rows": rows, **record}))
-    return results.section(folder, folder)
+    return results.section(folder)
+
+
+def run(module, monkeypatch, *words):
+    """The exit code of a command of bench/."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, words)])
+    try:
+        return module.main()
+    except SystemExit as ended:
+        return ended.code
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 
 def test_stages_have_the_largest_size_and_the_fastest_gbs(tmp_path):
@@ -98,10 +112,105 @@ def test_peers_say_what_differs_or_why_they_are_absent(tmp_path):
     assert "| (B, D, N) | reference | sort, scatter, topk |" in text and "| (16, 8, 12) | 1.00 | 0.50 |" in text
 
 
-def test_machines_and_versions_stand_apart(tmp_path):
-    step = [row("step", "linear", SIZE, ms=1.0, ratio_to_linear=1.0, floor_ms=0.5),
-            row("step", "cpu", SIZE, ms=2.0, ratio_to_linear=2.0, floor_ms=0.5)]  # fmt: skip
+def steps(**kinds):
+    """A record's rows: `nn.Linear`, and `cpu` at 1.25 over 3 rounds and `portable` at 9 over 5."""
+    about = dict(floor_ms=0.5, ms=1.0, **kinds)
+    return [row("step", "linear", SIZE, ratio_to_linear=1.0, **about),
+            row("step", "portable", SIZE, ratio_to_linear=9.0, rounds=5, **about),
+            row("step", "cpu", SIZE, ratio_to_linear=1.25, rounds=3, **about),
+            row("step", "triton", SIZE, status="no GPU here", **kinds)]  # fmt: skip
+
+
+def test_few_rounds_are_told(tmp_path):
+    assert "| (16, 8, 12) | init | 1 | 9.00 | 1.25 (3) | 0.50 |" in write(tmp_path, steps())
+    assert results.face(tmp_path).endswith("| (16, 8, 12) | 9.00 | 1.25 (3) |")
+
+
+def test_machines_and_versions_are_apart(tmp_path):
     for name, version in (("a.json", "2.11"), ("b.json", "2.12")):
-        text = write(tmp_path, step, name, environment=environment() | {"torch": version})
+        text = write(tmp_path, steps(), name, environment=environment() | {"torch": version})
     assert text.count("Measured on") == 2 and "torch 2.11" in text and "torch 2.12" in text
-    assert torch.__version__ not in text
+    assert torch.__version__ not in text and "`triton` (no GPU here)" in text
+
+
+def test_the_newest_of_each_device_counts_and_the_face_is_the_cpus(tmp_path):
+    (tmp_path / "tables.json").write_text(json.dumps({"rows": [{"table": "trace"}]}))  # another kind of record
+    with pytest.raises(ValueError, match="no record of a bench"):
+        results.section(tmp_path)
+    here = environment() | {"devices": {"cpu": "a machine", "cuda:0": "an H100"}}
+    for name, date, rows in (("old", "2026-01-01", steps()), ("new", "2026-01-02", steps()),
+                             ("gpu", "2026-01-03", steps(device="cuda", threads=1)),
+                             ("two", "2026-01-03", steps(threads=2))):  # fmt: skip
+        for one in rows:
+            one["ratio_to_linear"] = None if one["ms"] is None else float(len(name + date) + "ongptw".index(name[0]))
+        text = write(tmp_path, rows, f"{name}.json", environment=here | {"date": date})
+    assert "Measured on a machine" in text and "Measured on an H100" in text and "old.json" not in text
+    assert "| (16, 8, 12) | init | 1 | 14.00 | 14.00 (3) |" in text and "| 13.00 |" not in text
+    assert results.face(tmp_path).endswith("| (16, 8, 12) | 14.00 | 14.00 (3) |")
+
+
+# --- The commands -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_that_of_the_records():
+    """`python bench/results.py` brings it up to date."""
+    assert (results.FOLDER / "README.md").read_text(encoding="utf-8") == results.page(results.FOLDER)
+
+
+def test_pages_are_written_and_checked(tmp_path, monkeypatch, capsys):
+    readme, page = tmp_path / "readme.md", tmp_path / "README.md"
+    readme.write_text(f"before\n{results.BEGIN}\nold\n{results.END}\nafter\n")
+    write(tmp_path, steps())
+    words = "--folder", tmp_path, "--readme", readme
+    assert run(results, monkeypatch, *words, "--check") == 1 and not page.exists() and "old" in readme.read_text()
+    assert run(results, monkeypatch, *words) == 0 and page.read_text() == results.page(tmp_path)
+    text = readme.read_text()
+    assert text == f"before\n{results.BEGIN}\n\n{results.face(tmp_path)}\n\n{results.END}\nafter\n"
+    assert run(results, monkeypatch, *words, "--check") == 0
+    readme.write_text(f"{results.END}\n{results.BEGIN}\n")
+    assert run(results, monkeypatch, *words) == 2 and "there must be one line" in capsys.readouterr().err
+    readme.write_text("no markers\n")
+    assert run(results, monkeypatch, *words) == 0 and readme.read_text() == "no markers\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no json", "[]", '{"rows": [1], "environment": {}}', "{}"],
+)
+def test_a_damaged_record_is_named_and_nothing_written(text, tmp_path, monkeypatch, capsys):
+    write(tmp_path, steps(), "good.json")
+    (tmp_path / "bad.json").write_text(text)
+    if text != "{}":  # the record of something else, which the pages leave out
+        assert run(results, monkeypatch, "--folder", tmp_path) == 2 and "bad.json" in capsys.readouterr().err
+        assert not (tmp_path / "README.md").exists()
+    assert run(compare, monkeypatch, tmp_path / "good.json", tmp_path / "bad.json") == 2
+    assert "bad.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key, value", [("ms", "text"), ("ms", 0), ("floor_ms", None), ("contestant", 3), ("B", "8")])
+def test_wrong_rows_are_told_of_their_record(key, value, tmp_path):
+    with pytest.raises(ValueError, match="cpu.json is damaged"):
+        write(tmp_path, [one | {key: value} for one in steps()[:3]])
+
+
+def test_compare_sees_worse_better_and_lost_ratios(tmp_path, monkeypatch, capsys):
+    def one(name, **values):
+        return row("step", name, SIZE, **values)
+
+    old = [one("cpu", ratio_to_linear=1.0), one("portable", ratio_to_linear=2.0), one("compiled", ratio_to_linear=3.0),
+           one("reference", ratio_to_linear=9.0)]  # fmt: skip
+    new = [one("cpu", ratio_to_linear=1.2), one("portable", ratio_to_linear=2.1), one("compiled", ratio_to_linear=2.0),
+           one("reference", status="time-out")]  # fmt: skip
+    found = {row["contestant"]: row["verdict"] for row in compare.compare(old, new)}
+    assert found == {"cpu": "worse", "portable": "", "compiled": "better", "reference": "worse"}
+    with pytest.raises(ValueError, match="rows in common"):
+        compare.compare(old, [one("cpu", weights="trained", ratio_to_linear=1.0)])
+
+    paths = [tmp_path / "old.json", tmp_path / "new.json", tmp_path / "other.json"]
+    for path, rows in zip(paths, (old, new, old[1:2] + new[2:3]), strict=True):
+        path.write_text(json.dumps({"environment": environment(), "rows": rows}))
+    assert run(compare, monkeypatch, *paths[:2]) == 1
+    told = capsys.readouterr().out
+    assert [line.split()[2] for line in told.splitlines() if line.endswith("worse")] == ["cpu", "reference"]
+    assert run(compare, monkeypatch, paths[0], paths[2]) == 0
+    assert run(compare, monkeypatch, paths[0], paths[2], "--either") == 1

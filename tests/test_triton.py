@@ -13,13 +13,16 @@ from helpers.layers import N, batch, check_one_step, make, same, state
 from helpers.operators import forward, statistics_arguments
 from helpers.stages import check_selection, needs, pull_of
 from interpreter import Launches, Place, Traffic
+from stages import check_stages, stage_calls
+from test_layer import N, batch, check_one_step, make, same, state
+from test_ops import forward, statistics_arguments
+from test_stages import check_selection, needs, pull_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from bcl_fast import BCLConfig, BCLLayer, backends, reference
 from bcl_fast.measure.implementations import Size, trained_weight
-from bcl_fast.measure.stages import check_stages, stage_calls
 from bcl_fast.structures import Pull
 from bcl_fast.testing import COLUMNS, VARIANTS, columns, compete, neighbors_of
 

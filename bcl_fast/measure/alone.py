@@ -101,8 +101,8 @@ def _run(name: str, size: Size, device: str) -> Callable[[], None]:
 
 def _time(name: str, size: Size, device: str) -> dict[str, float]:
     running = {who: build(who, size, device=device) for who in dict.fromkeys(("linear", name))}
-    refresh_ms, _ = begin(running, device)
-    return race(running, refresh_ms, device, seconds=0.3)[name]
+    refreshes, _ = begin(running, device)
+    return race(running, refreshes, device, max_seconds=3.0)[name]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""Clocks: medians of interleaved windows. On a GPU the device's own time, by CUDA events."""
+"""Timing: windows in rounds, and ratios formed within a round. On a GPU the device's own time, by CUDA events.
+
+A machine changes its speed from minute to minute, but hardly between two windows that follow each other: what is
+compared is timed in the same round, and a ratio is the median over rounds.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +18,9 @@ from ..capture import aside, record
 Call = Callable[[], Any]
 LAUNCH_BOUND = 1.0  # ms: a shorter call may have waited for its launches, so it is timed as a CUDA graph
 MAX_QUEUED = 1000  # launches of a window that the host may run ahead of the device
+ROUNDS, SECONDS = 7, 0.2  # of a comparison, and of each window
+MIN_ROUNDS = 5  # a median of fewer says so
+PATIENCE = 3  # times the seconds that a call may take, until it has MIN_ROUNDS
 
 
 class Taken(NamedTuple):
@@ -59,19 +66,41 @@ def batches(ms: float, seconds: float) -> int:
 def interleaved(
     calls: Mapping[str, Call], rounds: int, seconds: float, max_seconds: float, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call in windows of about `seconds`, one of each in turn: A B C A B C ...
+    """Milliseconds of every call in windows of about `seconds`, one of each in a round: A B C A B C ...
 
-    What has taken more than `max_seconds` leaves out the later rounds.
+    The first call is what the others are compared with, and takes part as long as one of them does. They leave when
+    they have taken more than `max_seconds`, or PATIENCE times that before they have MIN_ROUNDS.
     """
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    return _rounds(calls, rounds, max_seconds, lambda call: window(call, seconds, device))
+
+
+def _rounds(
+    calls: Mapping[str, Call], rounds: int, max_seconds: float, timed: Callable[[Call], float]
+) -> dict[str, list[float]]:
+    windows: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
+    first, *others = calls
+
+    def goes_on(name: str) -> bool:
+        return spent[name] <= max_seconds * (1 if len(windows[name]) >= MIN_ROUNDS else PATIENCE)
+
     for _ in range(rounds):
-        for name, call in calls.items():
-            if spent[name] <= max_seconds:
-                start = time.perf_counter()
-                taken[name].append(window(call, seconds, device))
-                spent[name] += time.perf_counter() - start
-    return taken
+        running = [name for name in others or [first] if goes_on(name)]
+        for name in dict.fromkeys([first, *running]) if running else ():
+            start = time.perf_counter()
+            windows[name].append(timed(calls[name]))
+            spent[name] += time.perf_counter() - start
+    return windows
+
+
+def ratio(name: str, windows: Sequence[float], base: Sequence[float], more: float = 0.0) -> dict[str, float]:
+    """Three keys of a row: the median over rounds of a window over the base's in the same round, and its quartiles.
+
+    `more` is added to every ratio.
+    """
+    paired = [ms / other + more for ms, other in zip(windows, base, strict=False)]
+    low, middle, high = statistics.quantiles(paired * 2 if len(paired) == 1 else paired, method="inclusive")
+    return {name: middle, f"{name}_low": low, f"{name}_high": high}
 
 
 def captured(call: Call, warm: int = 3) -> Call:
@@ -91,20 +120,29 @@ def taken(call: Call, device: str = "cpu", repeats: int = 5, max_seconds: float 
     one.
     """
     if device == "cuda":
-        from triton.testing import do_bench
-
-        ms = do_bench(call, return_mode="median")
-        if ms > LAUNCH_BOUND:
-            return Taken(ms, False)
-        try:
-            replay = captured(call)
-        except RuntimeError:
-            return Taken(ms, False)
-        return Taken(do_bench(replay, return_mode="median"), True)
+        call, is_captured = _launched(call)
+        return Taken(_cold(call), is_captured)
     windows: list[float] = []
     while len(windows) <= repeats and sum(windows) <= max_seconds * 1e3:
         windows.append(window(call, 0))
     return Taken(statistics.median(windows[1:] or windows), False)
+
+
+def _launched(call: Call) -> tuple[Call, bool]:
+    """A call as it is timed on a GPU, and whether that is its CUDA graph, as where it is short and has one."""
+    if _cold(call) <= LAUNCH_BOUND:
+        try:
+            return captured(call), True
+        except RuntimeError:
+            pass
+    return call, False
+
+
+def _cold(call: Call, seconds: float = 0.1) -> float:
+    """The median milliseconds of a call on a GPU that has nothing of it in its cache, from about `seconds` of calls."""
+    from triton.testing import do_bench
+
+    return do_bench(call, rep=max(1, int(1000 * seconds)), return_mode="median")
 
 
 def median_ms(call: Call, device: str = "cpu", repeats: int = 5, max_seconds: float = 3.0) -> float:
@@ -112,11 +150,21 @@ def median_ms(call: Call, device: str = "cpu", repeats: int = 5, max_seconds: fl
     return taken(call, device, repeats, max_seconds).ms
 
 
-def medians(calls: Mapping[Any, Call], device: str = "cpu", rounds: int = 5, seconds: float = 0.05) -> dict[Any, Taken]:
-    """The median of every call, after one untimed: interleaved on a CPU, on a GPU each with a cold cache."""
+def compared(
+    calls: Mapping[str, Call],
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+    max_seconds: float = 3.0,
+) -> tuple[dict[str, list[float]], dict[str, bool]]:
+    """The windows of `interleaved` after a call of each that is not timed, on a GPU with a cold cache; and of each
+    whether it was captured.
+    """
     if device == "cuda":
-        return {name: taken(call, device) for name, call in calls.items()}
+        launched = {name: _launched(call) for name, call in calls.items()}
+        ready = {name: call for name, (call, _) in launched.items()}
+        windows = _rounds(ready, rounds, max_seconds, lambda call: _cold(call, seconds))
+        return windows, {name: is_captured for name, (_, is_captured) in launched.items()}
     for call in calls.values():
         call()
-    windows = interleaved(calls, rounds, seconds, 3.0)
-    return {name: Taken(statistics.median(times), False) for name, times in windows.items()}
+    return interleaved(calls, rounds, seconds, max_seconds), dict.fromkeys(calls, False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backends
-from ..structures import Pull
-from ..testing import check_stage, expected
-from .floor import Ceilings, work
-from .implementations import CONFIG, Size, batch, build, reasons, serving_stages
-from .rows import Row, absent, row
-from .timing import medians
+from bcl_fast import backends
+from bcl_fast.measure.floor import Ceilings, work
+from bcl_fast.measure.implementations import CONFIG, Size, batch, build, reasons, serving_stages
+from bcl_fast.measure.rows import Row, absent, row
+from bcl_fast.measure.timing import compared, ratio
+from bcl_fast.structures import Pull
+from bcl_fast.testing import check_stage, expected
 
 STAGES = ("neighbors", "competition", "inverse_norm", "selection", "targets_pull_", "gradient", "rank")
-WHOLE = "compiled as a whole step alone"  # why there is no stage of `compiled`
+ONE_FUNCTION = "compiled as one function of the step"  # why there is no stage of `compiled`
 
 
 def stage_calls(
@@ -103,36 +104,32 @@ def stage_times(
 ) -> list[Row]:
     """Check every backend, then time every stage of it on the numbers of one training step: a row for each.
 
-    `ratio_to_linear` is over an `nn.Linear` step, whose own row is the stage `products`. `gbs` counts the bytes that
-    the stage cannot do without, `fraction_of_roof` says which share of its floor's speed it reaches. `amount` goes to
-    `timing.medians`.
+    Each stage is timed in rounds of its own, of an `nn.Linear` step and every backend; `ratio_to_linear` and
+    `ratio_to_reference` are `timing.ratio`. The row of `linear`, over all rounds, is the stage `products`. `gbs` counts
+    the bytes that the stage cannot do without, `fraction_of_roof` says which share of its floor's speed it reaches.
+    `amount` goes to `timing.compared`.
     """
     serving = serving_stages(device)
     check_stages(size, serving[1:], device, stages)
-    given = stage_calls(size, device)
-    calls = {
-        (stage, backend): partial(backends.stage(stage, backend), *given[stage])
-        for stage in stages
-        for backend in serving
-    }
-    calls["products", "linear"] = build("linear", size, device=device).step
-    taken = medians(calls, device, **amount)
+    given, linear = stage_calls(size, device), build("linear", size, device=device).step
     needed, floor = work(size), roof.floor_ms(size)
-    rows = [
-        row(
-            question,
-            name,
-            size,
-            device=device,
-            ms=ms,
-            ratio_to_linear=ms / taken["products", "linear"].ms,
-            stage=stage,
-            ratio_to_reference=ms / taken[stage, "reference"].ms if name != "linear" else None,
-            gbs=(needed[stage].moved + needed[stage].gathered) / ms / 1e6 or None,
-            tflops=needed[stage].operations / ms / 1e9 or None,
-            fraction_of_roof=floor[stage] / ms,
-            captured=captured if device == "cuda" else None,
-        )
-        for (stage, name), (ms, captured) in taken.items()
-    ]
-    return rows + absent(question, size, reasons(device, compiled=WHOLE), device=device)
+
+    def timed(stage: str, name: str, windows: list[float], captured: bool, **ratios: float) -> Row:
+        ms = statistics.median(windows)
+        values = dict(device=device, ms=ms, **ratios, stage=stage, rounds=len(windows))
+        values["gbs"] = (needed[stage].moved + needed[stage].gathered) / ms / 1e6 or None
+        values["tflops"] = needed[stage].operations / ms / 1e9 or None
+        values["captured"] = captured if device == "cuda" else None
+        return row(question, name, size, **values, fraction_of_roof=floor[stage] / ms)
+
+    rows, of_linear = [], []
+    for stage in stages:
+        calls = {name: partial(backends.stage(stage, name), *given[stage]) for name in serving}
+        windows, captured = compared({"linear": linear, **calls}, device, **amount)
+        of_linear += windows["linear"]
+        for name in serving:
+            ratios = ratio("ratio_to_linear", windows[name], windows["linear"])
+            ratios |= ratio("ratio_to_reference", windows[name], windows["reference"])
+            rows.append(timed(stage, name, windows[name], captured[name], **ratios))
+    rows.append(timed("products", "linear", of_linear, captured["linear"], ratio_to_linear=1.0))
+    return rows + absent(question, size, reasons(device, compiled=ONE_FUNCTION), device=device)

@@ -1,18 +1,48 @@
-"""The README's results: tables and pictures of the newest records of each device, between two marks."""
+"""The pages of results, from the newest records of each machine: `python bench/results.py`.
+
+Writes bench/results/README.md, and into README.md the table of training steps between its markers. With --check it
+writes nothing, and exits with 1 where one of them is not what the records say.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..records import DamagedFile, read_record, trusting
-from .implementations import NAMES
-from .rows import Row, spelled
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-BEGIN = "<!-- results: written by `python -m bcl_fast bench readme bench/results README.md` -->"
-END = "<!-- results: end -->"
+from bcl_fast.measure.implementations import NAMES
+from bcl_fast.measure.rows import Row, spelled
+from bcl_fast.measure.timing import MIN_ROUNDS
+from bcl_fast.records import DamagedFile, read_record, replacing, trusting
+
+FOLDER = Path(__file__).resolve().parent / "results"
+BEGIN, END = "<!-- results: written by `python bench/results.py` -->", "<!-- results: end -->"
 REMEDY = "measure again, or delete it"
+INTRODUCTION = f"""\
+# Results
+
+Written by `python bench/results.py` from the records beside this page. What the layer learns is on
+[another page](replication.md).
+
+A ratio is the median over rounds, in each of which everybody is timed for at least 0.2 s, one right after the other;
+one of fewer than {MIN_ROUNDS} rounds has their number in brackets, and the records have the quartiles. Where a record
+does not know its rounds, a ratio of stages is one of medians over windows of 0.05 s.
+
+```sh
+pytest bench/ --save cpu.json                          # all but scaling; with --quick in half a minute
+pytest bench/bench_step.py --threads 2                 # one question; --device cuda on a GPU
+python -m bcl_fast bench scale-d --out runs/scale-d    # features up to 65,536, the batch 1,024; half an hour
+python -m bcl_fast bench scale-b --out runs/scale-b    # batches up to 131,072, the features 1,024; half an hour
+python bench/compare.py OLD NEW                        # which ratio is worse by more than 10 %
+```
+
+MNIST is looked for in `BCL_DATA`; without it training benches take scikit-learn's digits. `pip install ".[peers]"`
+brings MiniSom, TorchSOM and vector-quantize-pytorch for `bench/bench_peers.py`.
+"""
 
 
 class Block(NamedTuple):
@@ -26,12 +56,29 @@ class Block(NamedTuple):
     path: Path
 
 
-def updated(page: str, folder: Path, root: Path) -> str:
-    """A README in `root` with the newest results of `folder` between its marks; ValueError where it has none."""
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+def page(folder: Path) -> str:
+    """The page of a folder's newest results."""
+    return f"{INTRODUCTION}\n{section(folder)}"
+
+
+def updated(text: str, folder: Path) -> str:
+    """A README with the `face` of a folder's newest results between its markers."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"there must be one line {BEGIN!r} and, below it, one line {END!r}")
-    before, _, rest = page.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{section(folder, root)}\n{END}{rest.partition(END)[2]}"
+    before, _, rest = text.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{face(folder)}\n\n{END}{rest.partition(END)[2]}"
+
+
+def face(folder: Path) -> str:
+    """Markdown: a training step on a CPU over one of `nn.Linear`, on the fewest threads that were measured."""
+    rows = [row for block in newest(folder) if block.question == "step" for row in block.rows]
+    rows = [row for row in rows if row["device"] == "cpu" and row["weights"] == "init" and row["ms"] is not None]
+    if not rows:
+        raise ValueError(f"no steps on a CPU in the records of {folder}")
+    rows = [row for row in rows if row["threads"] == min(row["threads"] for row in rows)]
+    names = [name for name in _measured(rows, "ms") if name != "linear"]
+    lines = [[_size(own["linear"]), *(_ratio(own.get(name)) for name in names)] for own in _together(rows, *"BDN")]
+    return _table(["(B, D, N)", *names], lines)
 
 
 def newest(folder: Path) -> list[Block]:
@@ -58,7 +105,7 @@ def _machine(environment: dict[str, Any], device: str) -> str:
     return f"{on}, torch {environment['torch']}, Python {environment['python']}"
 
 
-def section(folder: Path, root: Path) -> str:
+def section(folder: Path) -> str:
     """Markdown: for every machine the tables of every question it has answered."""
     blocks = newest(folder)
     if not blocks:
@@ -67,10 +114,10 @@ def section(folder: Path, root: Path) -> str:
     for machine in dict.fromkeys(block.machine for block in blocks):
         own = [block for block in blocks if block.machine == machine]
         paths = dict.fromkeys((block.path, block.record["environment"]["date"][:10]) for block in own)
-        links = ", ".join(f"[`{path.name}`]({path.relative_to(root).as_posix()}) ({date})" for path, date in paths)
+        links = ", ".join(f"[`{path.name}`]({path.name}) ({date})" for path, date in paths)
         parts.append(f"Measured on {machine}. Records: {links}.")
-        absent = {row["contestant"]: row["status"] for block in own if block.question == "step" for row in block.rows
-                  if row["ms"] is None}  # fmt: skip
+        steps = [row for block in own if block.question == "step" for row in block.rows]
+        absent = {row["contestant"]: row["status"] for row in steps if row["ms"] is None}
         for reason in dict.fromkeys(absent.values()):
             names = ", ".join(f"`{name}`" for name, why in absent.items() if why == reason)
             parts.append(f"Not timed there: {names} ({reason}).")
@@ -78,7 +125,7 @@ def section(folder: Path, root: Path) -> str:
             some = sorted((b for b in own if b.question in questions), key=lambda b: questions.index(b.question))
             if some:
                 with trusting(", ".join(dict.fromkeys(str(block.path) for block in some)), REMEDY):
-                    parts.append(table(some, root))
+                    parts.append(table(some))
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,6 +141,14 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
     return "" if value is None else str(value)
+
+
+def _ratio(row: Row | None, key: str = "ratio_to_linear") -> str | None:
+    """The ratio of a row, marked where it is of few rounds; None where there is none."""
+    if row is None or row[key] is None:
+        return None
+    rounds = row.get("rounds", MIN_ROUNDS)  # early records do not have it
+    return _cell(row[key]) + f" ({rounds})" * (rounds < MIN_ROUNDS)
 
 
 def _size(row: Row) -> str:
@@ -118,13 +173,13 @@ def _rows(blocks: Iterable[Block]) -> list[Row]:
     return [row for block in blocks for row in block.rows]
 
 
-def _steps(blocks: list[Block], root: Path) -> str:
+def _steps(blocks: list[Block]) -> str:
     rows = _rows(blocks)
     names = [name for name in _measured(rows, "ms") if name != "linear"]
     lines = []
     for own in _together(rows, "B", "D", "N", "weights", "threads"):
         linear = own["linear"]
-        ratios = [own[name]["ratio_to_linear"] if name in own else None for name in names]
+        ratios = [_ratio(own.get(name)) for name in names]
         lines.append([_size(linear), linear["weights"], linear["threads"], *ratios, linear["floor_ms"] / linear["ms"]])
     text = "**A training step** over an `nn.Linear` step (forward, backward with the input's gradient; the neighbor "
     text += "refresh shared out over its 50 steps), float32. `floor`: bytes and operations over what this machine "
@@ -132,7 +187,7 @@ def _steps(blocks: list[Block], root: Path) -> str:
     return text + _table(["(B, D, N)", "weights", "threads", *names, "floor"], lines)
 
 
-def _stages(blocks: list[Block], root: Path) -> str:
+def _stages(blocks: list[Block]) -> str:
     rows = [row for row in _rows(blocks) if row.get("stage") not in (None, "products")]
     largest = max(row["B"] * row["D"] for row in rows if row["question"] == "stages")
     sizes = [_size(row) for row in rows if row["question"] == "stages" and row["B"] * row["D"] == largest]
@@ -141,7 +196,7 @@ def _stages(blocks: list[Block], root: Path) -> str:
     lines = []
     for own in _together(rows, "question", "stage", "B", "D", "N", "threads"):
         best = min((row for row in own.values()), key=lambda row: row["ms"])
-        ratios = [own[name]["ratio_to_linear"] for name in names]
+        ratios = [_ratio(own[name]) for name in names]
         rate = f"{best['tflops'] * 1e3:.0f} GFLOP/s" if best["tflops"] else f"{best['gbs']:.2f} GB/s"
         lines.append([f"`{best['stage']}`", _size(best), *ratios, rate, f"{best['fraction_of_roof']:.0%}"])
     text = "**Stages**, each over an `nn.Linear` step of that size; the rate (of what the stage cannot do without) and "
@@ -150,7 +205,7 @@ def _stages(blocks: list[Block], root: Path) -> str:
     return text + _table(["stage", "(B, D, N)", *names, "rate", "of the roof"], lines)
 
 
-def _memory(blocks: list[Block], root: Path) -> str:
+def _memory(blocks: list[Block]) -> str:
     rows = _rows(blocks)
     names = [name for name in _measured(rows, "peak_mb") if name != "linear"]
     lines = []
@@ -167,7 +222,7 @@ def _memory(blocks: list[Block], root: Path) -> str:
     return text + "float32:\n\n" + _table(["(B, D, N)", "one [B, D] and one [D, N]", *names], lines)
 
 
-def _training(blocks: list[Block], root: Path) -> str:
+def _training(blocks: list[Block]) -> str:
     lines = []
     for row in (row for row in _rows(blocks) if row["ms"] is not None):
         gaps = [
@@ -175,9 +230,9 @@ def _training(blocks: list[Block], root: Path) -> str:
             else f"{row[f'{curve}_distance']:.4f} / {row[f'{curve}_spread']:.4f}"
             for curve in ("loss", "wt_sim")
         ]  # fmt: skip
-        seconds = row["ms"] * row.get("steps", 1) / 1e3  # of an epoch ms are those of the whole
+        seconds = row["ms"] * row.get("steps", 1) / 1e3  # of an epoch ms are those of all its steps
         what = f"{row['steps']:,} steps" if row["question"] == "training" else "one epoch"
-        lines.append([what, row["contestant"], row["data"], f"{seconds:.1f}", row["ratio_to_linear"], *gaps])
+        lines.append([what, row["contestant"], row["data"], f"{seconds:.1f}", _ratio(row), *gaps])
     text = "**Training** the autoencoder (128 images a batch, 64 features). Distance: of the median curve to the "
     text += "reference's, mean over steps; spread: between the reference's seeds.\n\n"
     headings = ["", "encoder", "data", "seconds", "over `nn.Linear`", "loss: distance / spread", "wt_sim"]
@@ -185,11 +240,11 @@ def _training(blocks: list[Block], root: Path) -> str:
     for block in blocks:
         if block.question == "training":
             picture = block.path.with_name(f"{block.path.stem}-training.png")
-            text += _picture("Loss and similarity of the same training on every backend", picture, root)
+            text += _picture("Loss and similarity of the same training on every backend", picture)
     return text
 
 
-def _scaling(blocks: list[Block], root: Path) -> str:
+def _scaling(blocks: list[Block]) -> str:
     text = "**Scaling**: milliseconds and megabytes grow as the size to the power of (fitted to the three largest "
     text += "sizes measured), and where it ended.\n\n"
     lines = []
@@ -201,32 +256,32 @@ def _scaling(blocks: list[Block], root: Path) -> str:
             last = max(own, key=lambda row: (row["ms"] is not None, row[axis]))
             failed = next((row for row in own if row["ms"] is None), None)
             ended = "" if failed is None else f"{failed['status']} at {axis} = {failed[axis]:,}"
-            largest = f"{axis} = {last[axis]:,}", last["ratio_to_linear"]
+            largest = f"{axis} = {last[axis]:,}", _ratio(last)
             lines.append([axis, name, powers.get("ms"), powers.get("peak_mb"), *largest, ended])
     headings = ["growing", "contestant", "ms", "MB", "largest measured", "over `nn.Linear` there", "ended by"]
     text += _table(headings, lines)
     for block in blocks:
         picture = block.path.with_suffix(".png")
-        text += _picture(f"A training step as {block.question[-1].upper()} grows", picture, root)
+        text += _picture(f"A training step as {block.question[-1].upper()} grows", picture)
     return text
 
 
-def _picture(text: str, path: Path, root: Path) -> str:
+def _picture(text: str, path: Path) -> str:
     if not path.exists():
         raise DamagedFile(f"no picture {path} beside its record: measure again, or delete the record")
-    return f"\n\n![{text}]({path.relative_to(root).as_posix()})"
+    return f"\n\n![{text}]({path.name})"
 
 
-def _selection(blocks: list[Block], root: Path) -> str:
+def _selection(blocks: list[Block]) -> str:
     rows = _rows(blocks)
     names = _measured(rows, "ms")
     groups = _together(rows, "B", "D", "N", "threads")
-    lines = [[_size(own[names[0]]), *(own[name]["ratio_to_reference"] for name in names)] for own in groups]
+    lines = [[_size(own[names[0]]), *(_ratio(own[name], "ratio_to_reference") for name in names)] for own in groups]
     text = "**Peers: choosing samples** with torch's own sorts, over the reference (equal choices):\n\n"
     return text + _table(["(B, D, N)", *names], lines)
 
 
-def _som(blocks: list[Block], root: Path) -> str:
+def _som(blocks: list[Block]) -> str:
     lines = [
         [row["contestant"], f"{row['ms'] / 1e3:.1f}", row["quantization_error"], row["best_cosine"],
          f"{row['units_in_use']} of {row['D']}", row["difference"]]
@@ -239,7 +294,7 @@ def _som(blocks: list[Block], root: Path) -> str:
     return text + _table(headings, lines)
 
 
-def _revival(blocks: list[Block], root: Path) -> str:
+def _revival(blocks: list[Block]) -> str:
     lines = [
         [row["contestant"], row["ms"], f"{row['revived']} of {row['dead']}", row["half_revived_after"],
          row["quantization_error"], row["difference"]]
@@ -251,7 +306,7 @@ def _revival(blocks: list[Block], root: Path) -> str:
     return text + _table(headings, lines)
 
 
-ANSWERS: dict[tuple[str, ...], Callable[[list[Block], Path], str]] = {
+ANSWERS: dict[tuple[str, ...], Callable[[list[Block]], str]] = {
     ("step", "overhead"): _steps,
     ("scale-d", "scale-b"): _scaling,
     ("stages", "neighbors", "rank"): _stages,
@@ -262,3 +317,32 @@ ANSWERS: dict[tuple[str, ...], Callable[[list[Block], Path], str]] = {
     ("revival",): _revival,
 }
 TABLES = {question for questions in ANSWERS for question in questions}
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="of the records and their page")
+    parser.add_argument("--readme", type=Path, default=FOLDER.parents[1] / "README.md", help="with the markers")
+    parser.add_argument("--check", action="store_true", help="write nothing, only tell what is not up to date")
+    options = parser.parse_args()
+    try:
+        pages = {options.folder / "README.md": page(options.folder)}
+        readme = options.readme.read_text(encoding="utf-8")
+        if BEGIN in readme:
+            pages[options.readme] = updated(readme, options.folder)
+        stale = [path for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        for path in stale:
+            print(f"{'not up to date' if options.check else 'written'}: {path}")
+            if not options.check:
+                with replacing(path) as part:
+                    part.write_text(pages[path], encoding="utf-8")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

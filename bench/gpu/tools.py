@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from .rows import OK, Row
+from bcl_fast.measure.rows import OK, Row
+
 from .units import FAILED, Refused
 
 ROOT = Path(__file__).parents[2]

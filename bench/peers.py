@@ -6,6 +6,7 @@ DIFFERENCES says what each does otherwise than BCL.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import statistics
 import time
@@ -14,14 +15,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from stages import ONE_FUNCTION, stage_calls
 from torch import Tensor
 
-from .. import backends, cuda
-from ..layer import BCLLayer
-from .implementations import Size, batch, reasons, serving_stages
-from .rows import Row, absent, row
-from .stages import WHOLE, stage_calls
-from .timing import medians
+from bcl_fast import BCLLayer, backends, native
+from bcl_fast.measure.implementations import Size, batch, reasons, serving_stages
+from bcl_fast.measure.rows import Row, absent, row
+from bcl_fast.measure.timing import compared, ratio
 
 PACKAGES = {"MiniSom": "minisom", "TorchSOM": "torchsom", "vector-quantize-pytorch": "vector_quantize_pytorch"}
 DIFFERENCES = {
@@ -59,19 +59,23 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
         order = key.sort(dim=0, stable=True).indices
         return (torch.empty_like(key).scatter_(0, order, place) * need[:, None]).topk(rescue_k, dim=0).indices
 
-    calls: dict[str, Callable[[], Any]] = {"argsort of argsort, topk": argsort_twice, "sort, scatter, topk": sort_once}
-    chosen = {name: call().T.sort(dim=1).values for name, call in calls.items()}
-    for backend in serving_stages(device):
-        calls[backend] = partial(backends.stage("selection", backend), *arguments)
-        chosen[backend] = calls[backend]()[0].sort(dim=1).values
+    names = serving_stages(device)
+    calls: dict[str, Callable[[], Any]] = {
+        name: partial(backends.stage("selection", name), *arguments) for name in names
+    }
+    chosen = {name: calls[name]()[0] for name in names}
+    calls |= {"argsort of argsort, topk": argsort_twice, "sort, scatter, topk": sort_once}
+    chosen |= {name: call().T for name, call in calls.items() if name not in names}
+    chosen = {name: samples.sort(dim=1).values for name, samples in chosen.items()}
     for name, samples in chosen.items():
         assert samples.equal(chosen["reference"]), f"{name} at {size} chooses other samples than the reference"
-    ms = medians(calls, device, **amount)
-    rows = [
-        row("selection", name, size, device=device, ms=taken.ms, ratio_to_reference=taken.ms / ms["reference"].ms)
-        for name, taken in ms.items()
-    ]
-    return rows + absent("selection", size, reasons(device, compiled=WHOLE), device=device)
+    windows, _ = compared(calls, device, **amount)
+    rows = []
+    for name, own in windows.items():
+        over_reference = ratio("ratio_to_reference", own, windows["reference"])
+        values = dict(device=device, ms=statistics.median(own), **over_reference, rounds=len(own))
+        rows.append(row("selection", name, size, **values))
+    return rows + absent("selection", size, reasons(device, compiled=ONE_FUNCTION), device=device)
 
 
 # --- Ranks ------------------------------------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
 def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = None, **amount: Any) -> list[Row]:
     """The ranks of whole columns [B, D] by torch's own sorts beside those of backends, None: of all that serve.
 
-    Equal ranks first, then times. CUB's sort alone, which is no rank yet, stands for what can be reached.
+    Equal ranks first, then times. CUB's sort alone, which is no rank yet, shows what can be reached.
     """
     key = batch(size, device)[1]
     calls: dict[str, Callable[[], Any]] = {
@@ -92,12 +96,31 @@ def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = No
         calls[backend] = partial(backends.stage("rank", backend), key)
         assert calls[backend]().equal(expected), f"{backend} at {size}: ranks differ"
     if "cuda" in calls:
-        columns = key.T.contiguous().view(torch.int32)
-        calls["CUB segmented sort"] = lambda: cuda.sort_segments(columns)
-    return [
-        row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6)
-        for name, (ms, _) in medians(calls, device, **amount).items()
-    ]
+        calls["CUB segmented sort"] = cub_sort(key)
+    rows = []
+    for name, own in compared(calls, device, **amount)[0].items():
+        ms = statistics.median(own)
+        rows.append(row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6, rounds=len(own)))
+    return rows
+
+
+def cub_sort(key: Tensor) -> Callable[[], None]:
+    """A call that sorts the columns of key [B, D] as int32 by CUB alone; the result is dropped."""
+    columns = key.T.contiguous().view(torch.int32)
+    buffers = columns, *(torch.empty_like(columns) for _ in range(3))
+    size = ctypes.c_size_t()
+
+    def call(memory: Tensor | None = None) -> None:
+        pointers = [ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (*buffers, memory)]
+        counts = [ctypes.c_int64(count) for count in columns.shape]
+        stream = ctypes.c_void_p(torch.cuda.current_stream(key.device).cuda_stream if key.is_cuda else None)
+        where = ctypes.byref(size), key.device.index or 0, stream
+        error = native.cuda().bcl_cuda_sort(*pointers[:4], *counts, pointers[4], *where)
+        if error:
+            raise RuntimeError(f"CUB's sort failed: {native.cuda().bcl_cuda_error(error).decode()}")
+
+    call()  # says how much scratch memory it wants
+    return partial(call, torch.empty(max(1, size.value), dtype=torch.uint8, device=key.device))
 
 
 # --- A SOM's epoch ----------------------------------------------------------------------------------------------------

@@ -11,102 +11,33 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import peers
 import torch
+from choices import check_choices
+from stages import check_stages, stage_calls
 from torch import nn
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from bcl_fast import BCLLayer, backends, graphed, native
+from bcl_fast.environment import environment
+from bcl_fast.measure.floor import ceilings
+from bcl_fast.measure.implementations import Implementation, Size, batch, build, trained_weight
+from bcl_fast.measure.precisions import PRECISIONS, multiplying
+from bcl_fast.measure.rows import OUT_OF_MEMORY, Row
+from bcl_fast.measure.steps import begin, race
+from bcl_fast.measure.timing import captured, interleaved, ratio, taken, window
+from bcl_fast.testing import check_stage, expected
 
-from bcl_fast import BCLLayer, backends, graphed, native  # noqa: E402
-from bcl_fast.environment import environment  # noqa: E402
-from bcl_fast.measure import peers, prebuilt, tools, variants, verdicts  # noqa: E402
-from bcl_fast.measure.choices import check_choices  # noqa: E402
-from bcl_fast.measure.floor import ceilings  # noqa: E402
-from bcl_fast.measure.implementations import Implementation, Size, batch, build, trained_weight  # noqa: E402
-from bcl_fast.measure.launches import kernels  # noqa: E402
-from bcl_fast.measure.precisions import PRECISIONS, multiplying  # noqa: E402
-from bcl_fast.measure.rows import OUT_OF_MEMORY, Row  # noqa: E402
-from bcl_fast.measure.stages import check_stages, stage_calls  # noqa: E402
-from bcl_fast.measure.steps import begin, race  # noqa: E402
-from bcl_fast.measure.timing import captured, interleaved, taken, window  # noqa: E402
-from bcl_fast.measure.units import FAILED, REFUSED, Refused, Unit  # noqa: E402
-from bcl_fast.testing import check_stage, expected  # noqa: E402
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is checked and measured, and where."""
-
-    device: str
-    sizes: tuple[Size, ...]  # timed
-    odd: tuple[Size, ...]  # checked too
-    deep: tuple[Size, ...]  # so many features that the competition goes other ways; neighbors are drawn
-    ranked: tuple[Size, ...]
-    large: tuple[Size, ...]
-    growing: dict[str, tuple[Size, ...]]  # axis -> larger and larger, until the memory ends
-    training: int  # steps that make a weight a trained one
-    seconds: float  # of a timed window
-    rounds: int  # of windows; on a CPU also how often a stage is timed
-    weights: tuple[str, ...]  # of stages
-    tests: dict[str, tuple[str, ...]]  # what pytest gets
-    benches: dict[str, tuple[str, ...]]  # part -> one of its benches
-    backends: tuple[str, ...] = backends.ON_GPU
-    prebuilt: Path | None = None
-
-
-def _growing(B: int, D: int, N: int, times: int) -> dict[str, tuple[Size, ...]]:
-    return {
-        "D": tuple(Size(1024, D << i, N) for i in range(times)),
-        "B": tuple(Size(B << i, 1024, N) for i in range(times)),
-    }
-
-
-GPU = Plan(
-    device="cuda",
-    sizes=(Size(128, 64, 784), Size(1024, 4096, 784), Size(8192, 8192, 784)),
-    odd=(Size(1000, 777, 501),),
-    deep=(Size(600, 16384, 64), Size(300, 50000, 32), Size(300, 65536, 32), Size(40, 1 << 20, 16)),
-    ranked=(Size(128, 8192, 1), Size(4096, 4096, 1), Size(65536, 1024, 1)),
-    large=(Size(65536, 16384, 784), Size(16384, 65536, 1024)),
-    growing=_growing(1 << 17, 1 << 17, 784, 6),
-    training=60,
-    seconds=0.2,
-    rounds=3,
-    weights=("init", "trained"),
-    tests={
-        "layer": ("tests/test_gpu.py", "-k", "not contract"),  # which has a part of its own
-        "stages": ("tests/test_stages.py", "-k", "triton or cuda"),
-        # Without those that compile it again and look at what came of it, for which nobody needs a GPU.
-        "cuda": ("tests/test_cuda.py", "-k", "not spills and not built_library and not in_flight and not asynchronous"),
-    },
-    benches={
-        "steps": ("bench/bench_step.py::test_step[(1024, 4096, 784)]",),
-        "ranks": ("bench/bench_rank.py::test_rank[(4096, 1024, 16)]",),
-        "large": ("bench/bench_memory.py::test_memory[(2048, 8192, 784)]",),
-    },
-)
-TINY = Size(16, 8, 12)
-REHEARSAL = Plan(
-    device="cpu",
-    sizes=(TINY,),
-    odd=(),
-    deep=(Size(5, 40, 9),),
-    ranked=(Size(16, 8, 1),),
-    large=(),
-    growing={"D": (TINY, TINY)},
-    training=2,
-    seconds=0,
-    rounds=1,
-    weights=("trained",),
-    tests={"layer": ("tests/test_gpu.py",), "stages": ("tests/test_stages.py", "-k", "equal_margins or zero_rows")},
-    benches={"ranks": ("bench/bench_rank.py", "--quick"), "large": ("bench/bench_memory.py", "--quick")},
-)
+from . import prebuilt, tools, variants, verdicts
+from .launches import kernels
+from .plans import Plan
+from .tools import ROOT
+from .units import FAILED, REFUSED, Refused, Unit
 
 
 def require(backend: str, plan: Plan) -> None:
@@ -119,6 +50,11 @@ def weight_of(weights: str, size: Size, plan: Plan) -> torch.Tensor | None:
     if weights == "init":
         return None
     return trained_weight(size, plan.training, plan.device, "triton" if plan.device == "cuda" else None)
+
+
+def about(name: str, size: Size, **labels: Any) -> Row:
+    """What a row is about."""
+    return {"contestant": name, **asdict(size), **labels}
 
 
 def alone(plan: Plan, backend: str, stage: str, given: tuple[Any, ...]) -> Row:
@@ -204,8 +140,8 @@ def _held(plan: Plan, backend: str, size: Size, weights: str) -> Iterator[Row]:
     weight, drawn = weight_of(weights, size, plan), size in plan.deep
     errors = check_stages(size, [backend], plan.device, weight=weight, drawn=drawn)[backend]
     worst = max(errors, key=errors.__getitem__)
-    found = {"contestant": backend, **asdict(size), "weights": weights, "worst": worst, "error": errors[worst]}
-    yield found | {"compiled": counts["compiled"]}
+    found = {"worst": worst, "error": errors[worst], "compiled": counts["compiled"]}
+    yield about(backend, size, weights=weights) | found
 
 
 def tests(plan: Plan) -> Iterator[Unit]:
@@ -236,7 +172,7 @@ def kernels_(plan: Plan) -> Iterator[Unit]:
 def _kernels(plan: Plan, name: str, size: Size, weights: str) -> Iterator[Row]:
     """Every stage alone, with a cold cache, then every kernel of a step."""
     require(name, plan)
-    labels = {"contestant": name, **asdict(size), "weights": weights}
+    labels = about(name, size, weights=weights)
     weight = weight_of(weights, size, plan)
     implementation = build(name, size, weight, plan.device)
     if implementation.refresh is not None:
@@ -264,16 +200,18 @@ def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row
     amount = dict(rounds=plan.rounds, seconds=plan.seconds, max_seconds=3.0)
     for weights in ("init", "trained") if precision == "fp32" else ("init",):
         weight = weight_of(weights, size, plan)
-        labels = {"contestant": backend, **asdict(size), "weights": weights, "precision": precision}
+        labels = about(backend, size, weights=weights, precision=precision)
         yield labels | asdict(check_choices(backend, size, precision, plan.device, weight))
         with multiplying(precision):
             running = {name: build(name, size, weight, plan.device, precision) for name in ("linear", backend)}
-            refresh_ms, _ = begin(running, plan.device)
-            for mode, implementations in (("eager", running), ("captured", _captured(plan, running))):
-                on_cpu = mode == "captured" and plan.device == "cpu"
-                found = race(implementations, refresh_ms, plan.device, **amount)
-                mode = "eager (no graphs on a CPU)" if on_cpu else mode
-                yield labels | {"mode": mode, "linear_ms": found["linear"]["ms"]} | found[backend]
+            refreshes, _ = begin(running, plan.device)
+            found = race(running, refreshes, plan.device, **amount)
+            yield labels | {"mode": "eager", "linear_ms": found["linear"]["ms"]} | found[backend]
+            running = _captured(plan, running)
+            refreshes, _ = begin(running, plan.device)  # over a captured step of `nn.Linear`
+            found = race(running, refreshes, plan.device, **amount)
+            mode = "captured" if plan.device == "cuda" else "eager (no graphs on a CPU)"
+            yield labels | {"mode": mode, "linear_ms": found["linear"]["ms"]} | found[backend]
 
 
 def _captured(plan: Plan, running: dict[str, Implementation]) -> dict[str, Implementation]:
@@ -292,15 +230,15 @@ def _graphed(plan: Plan, backend: str, size: Size) -> Iterator[Row]:
         "linear": nn.Linear(size.N, size.D, device=plan.device),
         backend: BCLLayer(size.N, size.D, backend=backend, device=plan.device),
     }
-    steps = {name: _whole(plan, layer, grad_output, x) for name, layer in layers.items()}
+    steps = {name: _user_step(plan, layer, grad_output, x) for name, layer in layers.items()}
     calls = {name: partial(step, x) for name, step in steps.items()}
     windows = interleaved(calls, plan.rounds, plan.seconds, 3.0, plan.device)
-    ms = {name: statistics.median(own) for name, own in windows.items()}
-    labels = {"contestant": backend, **asdict(size), "weights": "init", "precision": "fp32", "mode": "graphed"}
-    yield labels | {"ms": ms[backend], "linear_ms": ms["linear"], "ratio_to_linear": ms[backend] / ms["linear"]}
+    labels = about(backend, size, weights="init", precision="fp32", mode=verdicts.GRAPHED)
+    ms = {"ms": statistics.median(windows[backend]), "linear_ms": statistics.median(windows["linear"])}
+    yield labels | ms | ratio("ratio_to_linear", windows[backend], windows["linear"])
 
 
-def _whole(plan: Plan, layer: nn.Linear, grad_output: torch.Tensor, x: torch.Tensor) -> Callable[..., Any]:
+def _user_step(plan: Plan, layer: nn.Linear, grad_output: torch.Tensor, x: torch.Tensor) -> Callable[..., Any]:
     def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return (model(x) * grad_output).sum()
 
@@ -328,7 +266,7 @@ def _variants(plan: Plan, backend: str, stage: str, size: Size) -> Iterator[Row]
         given = stage_calls(size, plan.device, "reference", weight_of(weights, size, plan))[stage]
         right = expected(stage, given)
         for variant in variants.variants(backend, stage):
-            row = {"contestant": backend, **asdict(size), "weights": weights, "stage": stage, "variant": str(variant)}
+            row = about(backend, size, weights=weights, stage=stage, variant=str(variant))
             with variants.applied(variant):
                 try:
                     check_stage(backends.stage(stage, backend), stage, given, right)
@@ -373,7 +311,7 @@ def _large(plan: Plan, name: str, sizes: tuple[Size, ...], refresh: bool = True)
     require(name, plan)
     on_gpu = plan.device == "cuda"
     for size in sizes:
-        row = {"contestant": name, **asdict(size)}
+        row = about(name, size)
         try:
             if on_gpu:
                 torch.cuda.empty_cache()
@@ -410,20 +348,8 @@ def _ncu(plan: Plan, backend: str, kernel: str, size: Size) -> Iterator[Row]:
     if plan.device == "cpu":
         raise Refused("there is no GPU")
     require(backend, plan)
-    program = sys.executable, __file__, backend, *map(str, astuple(size))
-    yield {"contestant": backend, **asdict(size), "kernel": kernel} | tools.ncu(kernel, program)
-
-
-def one_step(backend: str, *size: str) -> None:
-    """What ncu looks at, this file as a program: the second step of a layer."""
-    implementation = build(backend, Size(*map(int, size)), device="cuda")
-    implementation.refresh()
-    implementation.step()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    implementation.step()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    program = sys.executable, str(Path(__file__).with_name("one_step.py")), backend, *map(str, astuple(size))
+    yield about(backend, size, kernel=kernel) | tools.ncu(kernel, program)
 
 
 # Tests of a stage at a small size, for the sanitizers are a hundred times slower, and of one kind of numbers.
@@ -477,7 +403,3 @@ PARTS: dict[str, Callable[[Plan], Iterator[Unit]]] = {
 
 def units(plan: Plan, parts: Iterable[str]) -> list[Unit]:
     return [unit for part in parts for unit in PARTS[part](plan)]
-
-
-if __name__ == "__main__":
-    one_step(*sys.argv[1:])

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .. import backends, cuda
+from bcl_fast import backends, cuda
 
 # Stage of Triton -> constant of its file in kernels/ -> what to try instead.
 RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from .floor import Ceilings, work
-from .implementations import Size
-from .rows import OK, Row
+from bcl_fast.measure.floor import Ceilings, work
+from bcl_fast.measure.implementations import Size
+from bcl_fast.measure.rows import OK, Row
+
 from .units import FAILED, TIMED_OUT
 
 BAD = (FAILED, TIMED_OUT)

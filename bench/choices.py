@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
-from ..layer import BCLLayer
-from ..structures import PendingPull, Pull, Statistics
-from .implementations import CONFIG, Size, batch
-from .precisions import PRECISIONS, ROUNDING, forward, multiplying
+from bcl_fast import BCLLayer, reference
+from bcl_fast.measure.implementations import CONFIG, Size, batch
+from bcl_fast.measure.precisions import PRECISIONS, ROUNDING, forward, multiplying
+from bcl_fast.structures import PendingPull, Pull, Statistics
 
 
 @dataclass(frozen=True)

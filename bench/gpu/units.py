@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import OK, Row
+from bcl_fast.measure.rows import OK, Row
 
 FAILED, TIMED_OUT, REFUSED, SKIPPED = "failed", "timeout", "refused", "skipped"
 EXIT = {OK: 0, FAILED: 1, REFUSED: 3}  # how a child says which
