@@ -82,17 +82,17 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")]
 def command_line(context: typer.Context, **resolved: Any) -> str:
     """The command that repeats this run, with every option spelled out; `resolved` replace what was left to chance."""
     options = {**context.params, **resolved}
+    flags = {option.name: option.opts[0] for option in context.command.params}
     command, groups = context, []
     while command.parent is not None:
         groups.insert(0, command.info_name or "")
         command = command.parent
     words = ["python", "-m", "bcl_fast", *groups, *options.pop("names", ())]
     for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
         if value is True:
-            words.append(flag)
+            words.append(flags[name])
         elif value is not None and value is not False:
-            words += [flag, str(value)]
+            words += [flags[name], str(value)]
     return shlex.join(words)
 
 
