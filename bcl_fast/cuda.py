@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import native, private
+from .cuda_structs import STRUCTS
 from .structures import Competition
 
 KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}  # of ranks
@@ -114,23 +115,25 @@ def _bytes(stage: str, index: int | None, sizes: tuple[int, ...], form: tuple[in
     return ctypes.c_size_t()
 
 
-def _call(stage: str, like: Tensor, sizes: tuple[int, ...], *arguments: int | float | None) -> Tensor:
+def call(stage: str, like: Tensor, sizes: tuple[int, ...], *fields: int | float | None) -> Tensor:
     """Run a stage on the device of `like`, in its current stream; returns its scratch memory, float32.
 
-    How much that is depends on `sizes` alone: only the first call for them asks.
+    fields: those of its struct in cuda_structs but for the form. How much memory depends on `sizes` alone: only the
+    first call for them asks.
     """
     library, form, index = native.cuda(), tuple(map(LAUNCH[stage].__getitem__, FORMS[stage][0])), like.device.index
     function, stream = getattr(library, f"bcl_cuda_{stage}"), None
+    struct = STRUCTS[stage](*fields, *form)
     if like.is_cuda:
         stream = private.current_stream(index)
     wanted = _bytes(stage, index, sizes, form)
     error = 0
     if not wanted.value:
-        error = function(*arguments, *form, None, ctypes.byref(wanted), index or 0, stream)
+        error = function(struct, None, wanted, index or 0, stream)
         wanted.value += -wanted.value % 4 or 4 * (wanted.value == 0)
     if not error:
         scratch = torch.empty(wanted.value // 4, dtype=torch.float32, device=like.device)
-        error = function(*arguments, *form, scratch.data_ptr(), ctypes.byref(wanted), index or 0, stream)
+        error = function(struct, scratch.data_ptr(), wanted, index or 0, stream)
     if error:
         _bytes.cache_clear()
         raise RuntimeError(f"the CUDA stage {stage} failed: {library.bcl_cuda_error(error).decode()} ({error})")
@@ -157,10 +160,11 @@ def competition(
     floats, indices = activation.new_empty, neighbors.new_empty
     rank_score, winner, pair_feature, pair_pull = floats(B, D), indices(B), indices(B, k), floats(B, k)
     winner_share, som_strength = floats(D), floats(D)
-    scratch = _call("competition", activation, (B, D, k), activation.data_ptr(), *activation.stride(), B, D,
-                    neighbors.data_ptr(), k, temperature, x.data_ptr(), *x.stride(), x.shape[1], forces == "coupled",
-                    rescue_onset, pull_onset, rank_score.data_ptr(), winner.data_ptr(), pair_feature.data_ptr(),
-                    pair_pull.data_ptr(), winner_share.data_ptr(), som_strength.data_ptr())  # fmt: skip
+    inputs, results = (activation, neighbors, x), (rank_score, winner, pair_feature, pair_pull)
+    pointers = [tensor.data_ptr() for tensor in (*inputs, *results, winner_share, som_strength)]
+    strides, numbers = (*activation.stride(), *x.stride()), (temperature, rescue_onset, pull_onset)
+    N, coupled = x.shape[1], forces == "coupled"
+    scratch = call("competition", activation, (B, D, k), *pointers, *strides, B, D, N, k, *numbers, coupled)
     rest = scratch.numel() - 3 * B - 2 * D
     _, novelty, win_rate, x_inverse_norm, need, _ = scratch.split_with_sizes((B, D, D, B, B, rest))
     pairs = pair_feature, pair_pull
@@ -181,8 +185,8 @@ def selection(
     (B, D), r = activation.shape, min(rescue_k, activation.shape[0])
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, x_inverse_norm, need)]
-    _call("selection", activation, (B, D), activation.data_ptr(), *activation.stride(), B, D,
-          *map(native.pointer, vectors), r, rescue_weighting == "soft", rows.data_ptr(), shares.data_ptr())  # fmt: skip
+    pointers = [native.pointer(tensor) for tensor in (activation, *vectors, rows, shares)]
+    call("selection", activation, (B, D), *pointers, *activation.stride(), B, D, r, rescue_weighting == "soft")
     return rows, shares
 
 
@@ -190,13 +194,5 @@ def rank(key: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
     """Stage `rank` (step 9b): key [B, D] -> stable rank within its column [B, D] int64, int32 or float32; NaN last."""
     B, D = key.shape
     ranks = torch.empty(B, D, dtype=dtype, device=key.device)
-    _call("rank", key, (B, D), key.data_ptr(), *key.stride(), B, D, ranks.data_ptr(), KINDS[dtype])
+    call("rank", key, (B, D), key.data_ptr(), ranks.data_ptr(), *key.stride(), B, D, KINDS[dtype])
     return ranks
-
-
-def sort_segments(key: Tensor) -> None:
-    """Sort each row of key [D, B] int32 by CUB alone, to measure `rank` against; the result is dropped."""
-    other, sample, other_sample = (torch.empty_like(key) for _ in range(3))
-    _call(
-        "sort", key, tuple(key.shape), *(tensor.data_ptr() for tensor in (key, other, sample, other_sample)), *key.shape
-    )

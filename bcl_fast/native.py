@@ -9,16 +9,16 @@ import ctypes
 import functools
 import os
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cpu_structs import STRUCTS
+from . import cpu_structs, cuda_structs
 
 CPU_ABI = 6  # of csrc/cpu/api.cpp
-CUDA_ABI = 2  # of csrc/cuda/library.cu
+CUDA_ABI = 3  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
 INEXACT = "was built with -ffast-math or a part of it, which changes results: install again without such flags"
 
@@ -32,17 +32,6 @@ def bad_neighbors(neighbors: Any, D: int) -> ValueError:
     """For neighbors of another shape or dtype than the libraries read, whatever indices they hold: users load them."""
     given = f"{neighbors.dtype} {list(neighbors.shape)}"
     return ValueError(f"neighbors must be torch.int64 [{D}, k] with D, k >= 1, got {given}")
-
-
-_SCRATCH_AND_STREAM = [c_void_p, POINTER(c_size_t), c_int, c_void_p]
-_CUDA_ARGUMENTS = {
-    "competition": [c_void_p, *[c_int64] * 4, c_void_p, c_int64, c_float, c_void_p, *[c_int64] * 3, c_int,
-                    *[c_float] * 2, *[c_void_p] * 6, *[c_int] * 3, *_SCRATCH_AND_STREAM],
-    "selection": [c_void_p, *[c_int64] * 4, *[c_void_p] * 3, c_int64, c_int, *[c_void_p] * 2, *[c_int] * 4,
-                  *_SCRATCH_AND_STREAM],
-    "rank": [c_void_p, *[c_int64] * 4, c_void_p, c_int, *_SCRATCH_AND_STREAM],
-    "sort": [*[c_void_p] * 4, *[c_int64] * 2, *_SCRATCH_AND_STREAM],
-}  # fmt: skip
 
 
 def _flushes() -> bool:
@@ -85,7 +74,7 @@ def cpu() -> ctypes.CDLL:
     if not library.bcl_cpu_exact():
         raise ImportError(f"its C++ library {INEXACT}")
     library.bcl_cpu_isa.restype = c_char_p
-    for name, struct in STRUCTS.items():
+    for name, struct in cpu_structs.STRUCTS.items():
         for suffix in ("f32", "f64"):
             getattr(library, f"bcl_cpu_{name}_{suffix}").argtypes = [POINTER(struct), c_int]
     return library
@@ -99,6 +88,7 @@ def cuda() -> ctypes.CDLL:
     """
     library = _load("cuda", "CUDA C++", CUDA_ABI, os.environ.get("BCL_FAST_CUDA"))
     library.bcl_cuda_error.argtypes, library.bcl_cuda_error.restype = [c_int], c_char_p
-    for name, arguments in _CUDA_ARGUMENTS.items():
+    for name, struct in cuda_structs.STRUCTS.items():  # with scratch memory, its size, device and stream
+        arguments = [POINTER(struct), c_void_p, POINTER(c_size_t), c_int, c_void_p]
         getattr(library, f"bcl_cuda_{name}").argtypes = arguments
     return library

@@ -36,8 +36,7 @@ from bcl_fast.measure.rows import OK
 def prepared(options: argparse.Namespace) -> Plan:
     """The plan, after everything is set that must be so before Triton is imported."""
     if options.rehearse:
-        import cuda_host
-        import interpreter
+        from helpers import cuda_host, interpreter
 
         os.environ["TRITON_INTERPRET"] = "1"
         interpreter.enable()

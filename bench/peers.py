@@ -81,6 +81,12 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
 # --- Ranks ------------------------------------------------------------------------------------------------------------
 
 
+def sort_segments(key: Tensor) -> None:
+    """Sort each row of key [D, B] int32 by CUB alone; the result is dropped."""
+    memory = [tensor.data_ptr() for tensor in (key, *(torch.empty_like(key) for _ in range(3)))]
+    cuda.call("sort", key, tuple(key.shape), *memory, *key.shape)
+
+
 def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = None, **amount: Any) -> list[Row]:
     """The ranks of whole columns [B, D] by torch's own sorts beside those of backends, None: of all that serve.
 
@@ -96,31 +102,12 @@ def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = No
         calls[backend] = partial(backends.stage("rank", backend), key)
         assert calls[backend]().equal(expected), f"{backend} at {size}: ranks differ"
     if "cuda" in calls:
-        calls["CUB segmented sort"] = cub_sort(key)
-    rows = []
-    for name, own in compared(calls, device, **amount)[0].items():
-        ms = statistics.median(own)
-        rows.append(row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6, rounds=len(own)))
-    return rows
-
-
-def cub_sort(key: Tensor) -> Callable[[], None]:
-    """A call that sorts the columns of key [B, D] as int32 by CUB alone; the result is dropped."""
-    columns = key.T.contiguous().view(torch.int32)
-    buffers = columns, *(torch.empty_like(columns) for _ in range(3))
-    size = ctypes.c_size_t()
-
-    def call(memory: Tensor | None = None) -> None:
-        pointers = [ctypes.c_void_p(None if one is None else one.data_ptr()) for one in (*buffers, memory)]
-        counts = [ctypes.c_int64(count) for count in columns.shape]
-        stream = ctypes.c_void_p(torch.cuda.current_stream(key.device).cuda_stream if key.is_cuda else None)
-        where = ctypes.byref(size), key.device.index or 0, stream
-        error = native.cuda().bcl_cuda_sort(*pointers[:4], *counts, pointers[4], *where)
-        if error:
-            raise RuntimeError(f"CUB's sort failed: {native.cuda().bcl_cuda_error(error).decode()}")
-
-    call()  # says how much scratch memory it wants
-    return partial(call, torch.empty(max(1, size.value), dtype=torch.uint8, device=key.device))
+        columns = key.T.contiguous().view(torch.int32)
+        calls["CUB segmented sort"] = lambda: sort_segments(columns)
+    return [
+        row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6)
+        for name, (ms, _) in medians(calls, device, **amount).items()
+    ]
 
 
 # --- A SOM's epoch ----------------------------------------------------------------------------------------------------

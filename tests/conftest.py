@@ -4,13 +4,13 @@ import functools
 import os
 import sys
 
-import cuda_host
-import interpreter
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("helpers")
+from helpers import cuda_host, interpreter  # noqa: E402
+
 interpreter.enable()  # before anything imports triton
 cuda_host.enable()
 

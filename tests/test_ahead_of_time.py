@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from interpreter import Launch, Launches
+from helpers.interpreter import Launch, Launches
 
 from bcl_fast.structures import Pull
 

@@ -10,15 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cuda_host
 import pytest
 import torch
+from helpers import cuda_host
 from helpers.backends import DEVICE, stage
 from helpers.elf import SYSTEM, needs
 from helpers.layers import batch, make
+from helpers.layouts import compiled_layout
 from helpers.stages import by_row, check_competition, vectors
 
-from bcl_fast import backends, cuda, native
+from bcl_fast import backends, cuda, cuda_structs, native, structures
 from bcl_fast import reference as ref
 from bcl_fast.testing import VARIANTS, columns, neighbors_of, relative_error
 
@@ -465,12 +466,28 @@ def test_other_inputs_are_triton_s(monkeypatch):
     assert len(called) == 1
 
 
+@served
+@pytest.mark.parametrize("struct", cuda_structs.STRUCTS.values(), ids=lambda struct: struct.__name__)
+def test_structs_are_laid_out_as_the_library_has_them(struct):
+    fields, size = compiled_layout(getattr(native.cuda(), f"bcl_cuda_layout_{struct.__name__}"))
+    mirrored = [(name, getattr(struct, name)) for name, _ in struct._fields_]
+    assert fields == [(name, field.offset, field.size) for name, field in mirrored] and size == ctypes.sizeof(struct)
+    ends = [offset + field_size for _, offset, field_size in fields]
+    starts = [*(offset for _, offset, _ in fields[1:]), size]
+    assert ends[:-1] == starts[:-1] and starts[-1] - ends[-1] < 8  # a field that both lists forget would leave a hole
+
+
+def test_results_of_the_competition_are_named_alike():
+    shared = [name for name, _ in cuda_structs.Competition._fields_ if name in structures.Competition._fields]
+    assert shared == [name for name in structures.Competition._fields if name in shared] and len(shared) == 6
+
+
 @on_host
 def test_a_library_of_another_version_is_named(monkeypatch):
     native.cuda.cache_clear()
     monkeypatch.setattr(native, "CUDA_ABI", 99)
     try:
-        assert "interface 2, not 99" in backends.why_not("cuda", "cpu")
+        assert "interface 3, not 99" in backends.why_not("cuda", "cpu")
         monkeypatch.setenv("BCL_FAST_CUDA", "/nowhere/at/all.so")
         assert "does not load" in backends.why_not("cuda", "cpu")
     finally:
@@ -589,7 +606,7 @@ def test_no_kernel_of_ours_spills(compiled):
 def test_the_built_library_loads_and_explains_errors(compiled):
     library = ctypes.CDLL(str(compiled[0]))
     library.bcl_cuda_error.restype = library.bcl_cuda_build.restype = ctypes.c_char_p
-    assert library.bcl_cuda_abi() == 2 and library.bcl_cuda_on_host() == 0
+    assert library.bcl_cuda_abi() == native.CUDA_ABI and library.bcl_cuda_on_host() == 0
     assert b"driver" in library.bcl_cuda_error(35) and b"not compiled" in library.bcl_cuda_error(-1)
     assert library.bcl_cuda_build().endswith(b"_for_" + "_".join(ARCHITECTURES).encode())
 

@@ -1,8 +1,8 @@
-"""The instruments of tests/interpreter.py find what they are there to find: each on a kernel made wrong on purpose."""
+"""The instruments of helpers/interpreter.py find what they are there for: each on a kernel made wrong on purpose."""
 
 import pytest
 import torch
-from interpreter import Launches, Place, Races, Traffic, enable
+from helpers.interpreter import Launches, Place, Races, Traffic, enable
 
 pytestmark = pytest.mark.skipif(not enable(), reason="Triton's interpreter does not run here")
 

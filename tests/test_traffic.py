@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from interpreter import Races, Traffic, enable
+from helpers.interpreter import Races, Traffic, enable
 from test_ahead_of_time import EVERY_CALL, Sizes, arguments, run, stages
 
 pytestmark = pytest.mark.skipif(not enable(), reason="counted in Triton's interpreter, which does not run here")

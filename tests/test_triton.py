@@ -9,14 +9,10 @@ import mmap
 import pytest
 import torch
 from helpers.backends import INTERPRETED
+from helpers.interpreter import Launches, Place, Traffic
 from helpers.layers import N, batch, check_one_step, make, same, state
 from helpers.operators import forward, statistics_arguments
 from helpers.stages import check_selection, needs, pull_of
-from interpreter import Launches, Place, Traffic
-from stages import check_stages, stage_calls
-from test_layer import N, batch, check_one_step, make, same, state
-from test_ops import forward, statistics_arguments
-from test_stages import check_selection, needs, pull_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

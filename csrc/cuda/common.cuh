@@ -1,5 +1,6 @@
 // Small device functions that several stages need.
 #pragma once
+#include "interface.h"
 #include "plan.h"
 
 namespace bcl {

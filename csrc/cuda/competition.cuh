@@ -7,20 +7,8 @@
 
 namespace bcl {
 
-struct Competition {
-    const float* activation;  // [B, D]
-    int64_t stride_b, stride_d, B, D;
-    const int64_t* neighbors;  // [D, k]
-    int64_t k;
-    float temperature;
-    const float* x;  // [B, N]
-    int64_t x_stride_b, x_stride_n, N;
-    float* rank_score;      // [B, D]
-    float* coverage;        // [B]
-    int64_t* winner;        // [B]
-    int64_t* pair_feature;  // [B, k]
-    float* pair_pull;       // [B, k]
-    float *x_inverse_norm, *need;  // [B]
+struct Competition : CompetitionCall {
+    float *coverage, *x_inverse_norm, *need;  // [B]
     float* partial;    // [groups, 2, D] sums of rank_score and of rank_score / coverage
     char* strengths;   // [groups, D] rows of a tile, where no shared memory holds them
     const void* ids;   // [D] of Eight or [k, D]: the neighbors, packed, where registers do not hold them

@@ -1,4 +1,4 @@
-// What the kernels use beyond plain C++: on a GPU this file, on the host, for tests, host.h with the same names.
+// What the kernels use beyond plain C++. A file with the same names may stand in for it (see library.cu).
 #pragma once
 #include <cooperative_groups.h>
 #include <cub/block/block_radix_sort.cuh>

@@ -1,12 +1,12 @@
-// The C interface of the CUDA stages: device pointers, sizes and strides in elements, the device and its stream. It
-// knows nothing of torch. host.cpp makes a library of it that runs the same kernels on the host, for tests.
+// The C interface of the CUDA stages: a struct of interface.h, scratch memory, the device and its stream. It knows
+// nothing of torch. BCL_HOST names a file that stands in for gpu.h where the same kernels run on the host, for tests.
 //
 // A stage works in scratch memory of *bytes that the caller provides: called without, it only says how many it wants,
 // always the same for the same sizes, device and form. Where two forms of a kernel compete, the caller says which.
 // Nothing waits for the device, and no launch depends on what lies in its memory. Every function returns 0 or a number
 // that bcl_cuda_error explains.
 #ifdef BCL_HOST
-#include "host.h"
+#include BCL_HOST
 #else
 #include "gpu.h"
 #endif
@@ -18,11 +18,20 @@
 #include "selection_order.cuh"
 
 #define API extern "C" __attribute__((visibility("default")))
+#include "layout.h"
 
 namespace bcl {
 namespace {
 
 constexpr int NOT_COMPILED = -1, TOO_LITTLE = -2, NOT_SERVED = -3;  // CUDA's errors are positive
+
+// What a kernel takes, of which a call says a part.
+template <class Task, class Call>
+Task task_of(const Call& call) {
+    Task task = {};
+    static_cast<Call&>(task) = call;
+    return task;
+}
 
 // Whether a call is over, for there is an error or it only asked.
 bool over(int* error, const Device& device, int64_t wanted, const char* memory, size_t* bytes) {
@@ -61,8 +70,7 @@ bool compiled(const CompetitionForm& form) {
     return form.near == EIGHT_AT_ONCE && (form.threads == 768 || form.threads == 1024);
 }
 
-int competition(Competition c, Forces f, CompetitionForm form, char* memory, size_t* bytes, int device_number,
-                void* stream) {
+int competition(Competition c, CompetitionForm form, char* memory, size_t* bytes, int device_number, void* stream) {
     if (!compiled(form)) return NOT_COMPILED;
     if (c.B < 0 || c.D < 1 || c.k < 1) return NOT_SERVED;
     Device device(device_number);
@@ -77,6 +85,10 @@ int competition(Competition c, Forces f, CompetitionForm form, char* memory, siz
     int error;
     if (over(&error, device, plan.scratch(), memory, bytes)) return error;
     c.coverage = reinterpret_cast<float*>(memory);
+    Forces f = {};
+    f.B = c.B, f.D = c.D, f.coupled = c.coupled;
+    f.rescue_onset = c.rescue_onset, f.pull_onset = c.pull_onset;
+    f.winner_share = c.winner_share, f.som_strength = c.som_strength;
     f.novelty = c.coverage + c.B;
     f.win_rate = f.novelty + c.D;
     c.x_inverse_norm = f.win_rate + c.D;
@@ -134,7 +146,7 @@ int selection(Selection s, SelectionForm form, char* memory, size_t* bytes, int 
     const SelectionPlan plan = selection_plan(s.B, s.D, s.r, device.multiprocessors(), form);
     int error;
     if (over(&error, device, plan.scratch(), memory, bytes)) return error;
-    s.bins = int(plan.bins);
+    s.column_bins = int(plan.bins);
     s.open = reinterpret_cast<Open*>(memory);
     s.stripes = reinterpret_cast<int32_t*>(memory + 32);
     s.columns = s.stripes + plan.blocks;
@@ -190,8 +202,8 @@ int rank(Rank r, char* memory, size_t* bytes, int device_number, void* stream) {
 }  // namespace
 }  // namespace bcl
 
-// The number changes with any signature below.
-API int bcl_cuda_abi() { return 2; }
+// The number changes with any signature below, and with any struct of interface.h.
+API int bcl_cuda_abi() { return 3; }
 
 #define TEXT(words) #words
 #define TEXT_OF(words) TEXT(words)
@@ -217,49 +229,28 @@ API const char* bcl_cuda_error(int error) {
 }
 
 // The scratch memory begins with results: coverage [B], novelty [D], win_rate [D], 1 / |X_b| [B], need [B].
-API int bcl_cuda_competition(const float* activation, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D,
-                             const int64_t* neighbors, int64_t k, float temperature, const float* x, int64_t x_stride_b,
-                             int64_t x_stride_n, int64_t N, int coupled, float rescue_onset, float pull_onset,
-                             float* rank_score, int64_t* winner, int64_t* pair_feature, float* pair_pull,
-                             float* winner_share, float* som_strength, int near, int threads, int cluster, void* memory,
-                             size_t* bytes, int device, void* stream) {
-    bcl::Competition task = {};
-    task.activation = activation, task.stride_b = stride_b, task.stride_d = stride_d, task.B = B, task.D = D;
-    task.neighbors = neighbors, task.k = k, task.temperature = temperature;
-    task.x = x, task.x_stride_b = x_stride_b, task.x_stride_n = x_stride_n, task.N = N;
-    task.rank_score = rank_score, task.winner = winner, task.pair_feature = pair_feature, task.pair_pull = pair_pull;
-    bcl::Forces forces = {};
-    forces.B = B, forces.D = D, forces.coupled = coupled;
-    forces.rescue_onset = rescue_onset, forces.pull_onset = pull_onset;
-    forces.winner_share = winner_share, forces.som_strength = som_strength;
-    return bcl::competition(task, forces, {near, threads, cluster}, static_cast<char*>(memory), bytes, device, stream);
+API int bcl_cuda_competition(const bcl::CompetitionCall* call, void* memory, size_t* bytes, int device, void* stream) {
+    const bcl::CompetitionForm form = {call->near, call->threads, call->cluster};
+    const auto task = bcl::task_of<bcl::Competition>(*call);
+    return bcl::competition(task, form, static_cast<char*>(memory), bytes, device, stream);
 }
 
-API int bcl_cuda_selection(const float* activation, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D,
-                           const float* bias, const float* x_inverse_norm, const float* need, int64_t r, int soft,
-                           int64_t* rows, float* shares, int ahead, int bins, int warps, int round, void* memory,
-                           size_t* bytes, int device, void* stream) {
-    bcl::Selection task = {};
-    task.activation = activation, task.stride_b = stride_b, task.stride_d = stride_d, task.B = B, task.D = D;
-    task.bias = bias, task.x_inverse_norm = x_inverse_norm, task.need = need;
-    task.r = r, task.soft = soft, task.rows = rows, task.shares = shares;
-    return bcl::selection(task, {ahead, bins, warps, round}, static_cast<char*>(memory), bytes, device, stream);
+API int bcl_cuda_selection(const bcl::SelectionCall* call, void* memory, size_t* bytes, int device, void* stream) {
+    const bcl::SelectionForm form = {call->ahead, call->bins, call->warps, call->round};
+    const auto task = bcl::task_of<bcl::Selection>(*call);
+    return bcl::selection(task, form, static_cast<char*>(memory), bytes, device, stream);
 }
 
-// kind: 0 for int64, 1 for int32, 2 for float32 ranks.
-API int bcl_cuda_rank(const float* key, int64_t stride_b, int64_t stride_d, int64_t B, int64_t D, void* rank, int kind,
-                      void* memory, size_t* bytes, int device, void* stream) {
-    const bcl::Rank task = {key, stride_b, stride_d, B, D, {rank, kind}, 0};
-    return bcl::rank(task, static_cast<char*>(memory), bytes, device, stream);
+API int bcl_cuda_rank(const bcl::RankCall* call, void* memory, size_t* bytes, int device, void* stream) {
+    return bcl::rank(bcl::task_of<bcl::Rank>(*call), static_cast<char*>(memory), bytes, device, stream);
 }
 
-// CUB's sort of runs [segments, length] alone, to measure ranks against.
-API int bcl_cuda_sort(uint32_t* key, uint32_t* other_key, int32_t* sample, int32_t* other_sample, int64_t segments,
-                      int64_t length, void* memory, size_t* bytes, int device, void* stream) {
+API int bcl_cuda_sort(const bcl::SortCall* call, void* memory, size_t* bytes, int device, void* stream) {
     bcl::Device on(device);
-    uint32_t* const keys[2] = {key, other_key};
-    int32_t* const samples[2] = {sample, other_sample};
+    uint32_t* const keys[2] = {call->key, call->other_key};
+    int32_t* const samples[2] = {call->sample, call->other_sample};
     int at = 0;
     if (on.error) return on.error;
-    return bcl::sort_segments(static_cast<char*>(memory), bytes, keys, samples, segments, length, &at, stream);
+    return bcl::sort_segments(static_cast<char*>(memory), bytes, keys, samples, call->segments, call->length, &at,
+                              stream);
 }

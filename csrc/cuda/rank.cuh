@@ -5,21 +5,13 @@
 
 namespace bcl {
 
-struct Ranks {
-    void* place;  // [B, D]
-    int kind;     // int64, int32 or float32
-    __device__ void store(int64_t at, int rank) const {
-        if (kind == 0) static_cast<int64_t*>(place)[at] = rank;
-        else if (kind == 1) static_cast<int32_t*>(place)[at] = rank;
-        else static_cast<float*>(place)[at] = float(rank);
-    }
-};
-
-struct Rank {
-    const float* key;  // [B, D]
-    int64_t stride_b, stride_d, B, D;
-    Ranks rank;
+struct Rank : RankCall {
     int64_t first;  // column at which a chunk begins
+    __device__ void store(int64_t at, int place) const {
+        if (kind == 0) static_cast<int64_t*>(rank)[at] = place;
+        else if (kind == 1) static_cast<int32_t*>(rank)[at] = place;
+        else static_cast<float*>(rank)[at] = float(place);
+    }
 };
 
 constexpr int COUNTING_THREADS = 256, TILE = 32;
@@ -40,7 +32,7 @@ __global__ void __launch_bounds__(COUNTING_THREADS) rank_counting_kernel(const R
         int below = 0;
         for (int other = 0; other < b; other++) below += key[other * COLUMNS + lane] <= own;
         for (int other = b + 1; other < B; other++) below += key[other * COLUMNS + lane] < own;
-        r.rank.store(b * r.D + d, below);
+        r.store(b * r.D + d, below);
     }
 }
 
@@ -60,7 +52,7 @@ __global__ void __launch_bounds__(THREADS) rank_block_kernel(const Rank r) {
     BlockSort<THREADS, ITEMS>::sort(memory, key, sample);
 #pragma unroll
     for (int i = 0; i < ITEMS; i++)
-        if (sample[i] < r.B) r.rank.store(sample[i] * r.D + d, int(threadIdx.x * ITEMS + i));
+        if (sample[i] < r.B) r.store(sample[i] * r.D + d, int(threadIdx.x * ITEMS + i));
 }
 
 // The columns of a chunk as runs of keys with their samples: [B, D] -> [columns, B], in tiles through shared memory.
@@ -86,7 +78,7 @@ rank_pack_kernel(const Rank r, int64_t columns, uint32_t* key, int32_t* sample) 
 __global__ void __launch_bounds__(TILE * 8) rank_scatter_kernel(const Rank r, int64_t columns, const int32_t* sample) {
     const int64_t high = ceil_div(r.B, TILE);
     const int64_t d = blockIdx.x / high * 8 + threadIdx.x / TILE, place = blockIdx.x % high * TILE + threadIdx.x % TILE;
-    if (d < columns && place < r.B) r.rank.store(sample[d * r.B + place] * r.D + r.first + d, int(place));
+    if (d < columns && place < r.B) r.store(sample[d * r.B + place] * r.D + r.first + d, int(place));
 }
 
 }  // namespace bcl

@@ -24,15 +24,8 @@ struct alignas(8) Limits {
     float low, scale;
 };
 
-struct Selection {
-    const float* activation;  // [B, D]
-    int64_t stride_b, stride_d, B, D;
-    const float *bias, *x_inverse_norm, *need;  // [D] or null, [B], [B] or null
-    int64_t r;      // samples to choose, 1 .. min(B, SURVIVORS)
-    int soft;       // their shares are not all alike
-    int64_t* rows;  // [D, r] the chosen samples
-    float* shares;  // [D, r]
-    int bins;       // of a column's keys
+struct Selection : SelectionCall {
+    int column_bins;  // of a column's keys: `bins`, or half of them
     Open* open;
     int32_t *stripes, *columns;  // what is listed: [D / 32], [D]
     int32_t* survivors;  // [D] of a column to be counted, else 0

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(FIX_THREADS) selection_counting_kernel(const S
             open = other > open ? other : open;
         }
         const int64_t d = n > 0 ? own : stripe * COLUMNS + open;
-        const Bins bin_of = {s.limits[d], s.bins - 1};
+        const Bins bin_of = {s.limits[d], s.column_bins - 1};
         for (int i = warp; i < MAX_BINS / 32; i += WARPS) wanted[i][lane] = 0;
         __syncthreads();
         for (int i = warp; i < n; i += WARPS) {

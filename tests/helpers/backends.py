@@ -1,6 +1,6 @@
 """Which backends a test runs on, and where: on the GPU if there is one, else on the CPU.
 
-There Triton interprets, and the CUDA kernels run on the host (cuda_host.py).
+There Triton interprets, and the CUDA kernels run on the host (helpers/cuda_host.py).
 """
 
 import os

@@ -1,5 +1,5 @@
 // The library on the host, for tests: the same interface, and the arithmetic of its launches.
-#define BCL_HOST
+#define BCL_HOST "host.h"
 #include "library.cu"
 
 API void bcl_host_device(int64_t multiprocessors, int64_t shared_bytes, int clusters, int64_t clusters_at_once) {

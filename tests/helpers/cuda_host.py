@@ -1,4 +1,4 @@
-"""The CUDA library for the host (csrc/cuda/host.cpp): the kernels that a GPU would run, tested on every machine."""
+"""The CUDA library for the host (tests/host): the kernels that a GPU would run, tested on every machine."""
 
 import ctypes
 import functools
@@ -8,8 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ROOT / "csrc" / "cuda", ROOT / "tests" / "host"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
          "-Wno-unknown-pragmas")  # fmt: skip
@@ -18,8 +18,8 @@ SANITIZED = ("-O1", "-g", "-fsanitize=thread")
 
 def build(*flags: str) -> Path:
     """The library of these sources and flags, compiled unless it is there."""
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir()))
-    words = [COMPILER, *FLAGS, *flags, "-I", str(SOURCES), str(SOURCES / "host.cpp")]
+    text = "".join(path.read_text(encoding="utf-8") for folder in SOURCES for path in sorted(folder.iterdir()))
+    words = [COMPILER, *FLAGS, *flags, *(f"-I{folder}" for folder in SOURCES), str(SOURCES[1] / "host.cpp")]
     target = ROOT / "build" / f"cuda-host-{hashlib.sha256((text + repr(words)).encode()).hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
