@@ -219,6 +219,21 @@ def test_competition_in_other_forms(monkeypatch, form):
     torch.testing.assert_close(found, whole, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("cache", [None, 0], ids=["usual tiles", "wide tiles"])
+def test_of_equal_margins_in_different_tiles_the_smallest_index_wins(monkeypatch, cache):
+    from bcl_fast.kernels import competition
+
+    if cache is not None:
+        monkeypatch.setattr(competition, "CACHE", cache)
+    D, equal = 600, [(5, 590), (127, 128), (255, 256), (3, 130, 260), (299, 300, 550)]
+    activation = torch.full((len(equal), D), 0.25)
+    for b, features in enumerate(equal):
+        activation[b, list(features)] = torch.tensor([2.0, -2.0, 2.0])[: len(features)]
+    neighbors = (torch.arange(D)[:, None] + torch.tensor([10, 20])) % D  # of no feature that ties with it
+    winner = compete(competition.competition, activation, neighbors).winner
+    assert winner.tolist() == [min(features) for features in equal]
+
+
 @pytest.mark.parametrize("value", [-1, -(2**63), 2**31, 2**32 + 1, 2**63 - 1])
 def test_indices_out_of_bounds_touch_no_other_memory(value):
     """They count as the nearest inside; the interpreter looks at every address."""
