@@ -92,9 +92,7 @@ def step_metrics(record: Record) -> dict[str, float]:
         "rp_sim": column_cosine(record.rescue_pull),
         "aff_corr": column_correlation(record.affinity),
         "rp_corr": column_correlation(record.rescue_pull),
-        "wt_sim": row_cosine(record.weight),
-        "wt_abscos": row_abs_cosine(record.weight),
-        "effective_rank": effective_rank(record.weight),
+        **weight_metrics(record.weight),
         "tgt_sim": row_cosine(record.rescue_target),
         "unique_tgt": unique_targets(record.weighted_affinity),
         "alive": alive(record.win_rate),
@@ -107,6 +105,15 @@ def step_metrics(record: Record) -> dict[str, float]:
         "coverage_cv": variation(record.image_coverage),
         "need_min": float(need.min()),
         "need_max": float(need.max()),
+    }
+
+
+def weight_metrics(weight: Tensor) -> dict[str, float]:
+    """How alike the features of weight [D, N] are: wt_sim, wt_abscos, effective_rank."""
+    return {
+        "wt_sim": row_cosine(weight),
+        "wt_abscos": row_abs_cosine(weight),
+        "effective_rank": effective_rank(weight),
     }
 
 
