@@ -40,8 +40,18 @@ def _feature(index, D):
 
 
 @triton.jit
-def _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d,
-               BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def _strengths(
+    activation_ptr,
+    strength_ptr,
+    b,
+    B,
+    D,
+    stride_b,
+    stride_d,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """|A| of BLOCK_B samples, feature by feature (step 2)."""
     s = tl.arange(0, BLOCK_B)[:, None]
     for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
@@ -52,8 +62,18 @@ def _strengths(activation_ptr, strength_ptr, b, B, D, stride_b, stride_d,
 
 
 @triton.jit
-def _rank_scores(strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B, D,
-                 K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _rank_scores(
+    strength_ptr,
+    neighbors_ptr,
+    rank_score_ptr,
+    b,
+    temperature,
+    B,
+    D,
+    K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Steps 3, 4 and 8 of BLOCK_B samples: stores rank_score, returns coverage and winner [BLOCK_B]."""
     s = tl.arange(0, BLOCK_B)[None, :]
     coverage = tl.zeros([BLOCK_B], tl.float32)
@@ -66,8 +86,9 @@ def _rank_scores(strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B,
         rival = tl.zeros([BLOCK_D, BLOCK_B], tl.int32)  # magnitudes order like their bits, NaN last
         for i in range(K):
             j = _feature(tl.load(neighbors_ptr + d * K + i, d < D, other=0), D)
-            rival = tl.maximum(rival, tl.load(strength_ptr + j * BLOCK_B + s, d < D, other=0.0)
-                               .to(tl.int32, bitcast=True))  # fmt: skip
+            rival = tl.maximum(
+                rival, tl.load(strength_ptr + j * BLOCK_B + s, d < D, other=0.0).to(tl.int32, bitcast=True)
+            )
         margin = strength - rival.to(tl.float32, bitcast=True)
         rank_score = tl.where(inside, tl.sigmoid(margin * temperature), 0.0)
         tl.store(rank_score_ptr + b[None, :] * D + d, rank_score, inside)
@@ -81,8 +102,7 @@ def _rank_scores(strength_ptr, neighbors_ptr, rank_score_ptr, b, temperature, B,
 
 
 @triton.jit
-def _column_sums(rank_score_ptr, partial_ptr, b, claim, started, B, D,
-                 BLOCK_D: tl.constexpr):  # fmt: skip
+def _column_sums(rank_score_ptr, partial_ptr, b, claim, started, B, D, BLOCK_D: tl.constexpr):
     """What BLOCK_B samples add to the sums over the batch of steps 5 and 7: partial [2, D] of this program."""
     for start in range(0, D, BLOCK_D):
         d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -95,8 +115,18 @@ def _column_sums(rank_score_ptr, partial_ptr, b, claim, started, B, D,
 
 
 @triton.jit
-def _pairs(neighbors_ptr, rank_score_ptr, pair_feature_ptr, pair_pull_ptr, b, winner, B, D,
-           K: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _pairs(
+    neighbors_ptr,
+    rank_score_ptr,
+    pair_feature_ptr,
+    pair_pull_ptr,
+    b,
+    winner,
+    B,
+    D,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """The winner's neighbors and their rank_score * local_novelty (step 6) for BLOCK_B samples."""
     row_ptr = rank_score_ptr + b[:, None] * D
     for i_start in range(0, K, BLOCK_K):
@@ -139,11 +169,34 @@ def _inverse_norm(x_ptr, b, B, N, stride_b, stride_n, BLOCK_B: tl.constexpr, BLO
 
 
 @triton.jit(do_not_specialize=["B"])
-def _competition_kernel(activation_ptr, neighbors_ptr, x_ptr, strength_ptr, partial_ptr, rank_score_ptr, coverage_ptr,
-                        winner_ptr, pair_feature_ptr, pair_pull_ptr, x_inverse_norm_ptr, need_ptr, temperature,
-                        B, D, N, stride_b, stride_d, x_stride_b, x_stride_n, K: tl.constexpr, BLOCK_B: tl.constexpr,
-                        BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                        STAGES: tl.constexpr):  # fmt: skip
+def _competition_kernel(
+    activation_ptr,
+    neighbors_ptr,
+    x_ptr,
+    strength_ptr,
+    partial_ptr,
+    rank_score_ptr,
+    coverage_ptr,
+    winner_ptr,
+    pair_feature_ptr,
+    pair_pull_ptr,
+    x_inverse_norm_ptr,
+    need_ptr,
+    temperature,
+    B,
+    D,
+    N,
+    stride_b,
+    stride_d,
+    x_stride_b,
+    x_stride_n,
+    K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     strength_ptr += program * D * BLOCK_B
     partial_ptr += program * D * 2
@@ -167,9 +220,23 @@ def _competition_kernel(activation_ptr, neighbors_ptr, x_ptr, strength_ptr, part
 
 
 @triton.jit(do_not_specialize=["B", "programs"])
-def _forces_kernel(partial_ptr, novelty_ptr, win_rate_ptr, winner_share_ptr, som_strength_ptr, B, D, programs,
-                   rescue_onset, pull_onset, COUPLED: tl.constexpr, HAS_RESCUE_ONSET: tl.constexpr,
-                   HAS_PULL_ONSET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _forces_kernel(
+    partial_ptr,
+    novelty_ptr,
+    win_rate_ptr,
+    winner_share_ptr,
+    som_strength_ptr,
+    B,
+    D,
+    programs,
+    rescue_onset,
+    pull_onset,
+    COUPLED: tl.constexpr,
+    HAS_RESCUE_ONSET: tl.constexpr,
+    HAS_PULL_ONSET: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Steps 5, 7, 10 (u) and 11 (v) of BLOCK_D features from the partial sums of all programs."""
     d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     total, novel = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
@@ -217,14 +284,50 @@ def competition(
     limit = {} if torch.version.hip else {"maxnreg": registers}  # the AMD compiler does not know the option
     strength, partial = floats(programs, D, BLOCK_B), floats(programs, 2, D)
     _competition_kernel[(programs,)](
-        activation, neighbors, x, strength, partial, rank_score, coverage, winner, pair_feature, pair_pull,
-        x_inverse_norm, need, temperature, B, D, N, *activation.stride(), *x.stride(), K, BLOCK_B, features, BLOCK_N,
-        min(BLOCK_K, 1 << (K - 1).bit_length()), STAGES, num_warps=warps, **limit,
-    )  # fmt: skip
+        activation,
+        neighbors,
+        x,
+        strength,
+        partial,
+        rank_score,
+        coverage,
+        winner,
+        pair_feature,
+        pair_pull,
+        x_inverse_norm,
+        need,
+        temperature,
+        B,
+        D,
+        N,
+        *activation.stride(),
+        *x.stride(),
+        K,
+        BLOCK_B,
+        features,
+        BLOCK_N,
+        min(BLOCK_K, 1 << (K - 1).bit_length()),
+        STAGES,
+        num_warps=warps,
+        **limit,
+    )
     BLOCK_P, features = FORCES
     _forces_kernel[(-(-D // features),)](
-        partial, novelty, win_rate, winner_share, som_strength, B, D, programs, rescue_onset, pull_onset,
-        forces == "coupled", rescue_onset > 0, pull_onset > 0, BLOCK_P, features,
-    )  # fmt: skip
+        partial,
+        novelty,
+        win_rate,
+        winner_share,
+        som_strength,
+        B,
+        D,
+        programs,
+        rescue_onset,
+        pull_onset,
+        forces == "coupled",
+        rescue_onset > 0,
+        pull_onset > 0,
+        BLOCK_P,
+        features,
+    )
     pairs = pair_feature, pair_pull
     return Competition(rank_score, novelty, win_rate, winner, *pairs, x_inverse_norm, need, winner_share, som_strength)

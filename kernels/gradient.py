@@ -10,9 +10,23 @@ MIN_TILES = 4  # a program with fewer is not worth the second launch
 
 
 @triton.jit(do_not_specialize=["B", "rows"])
-def _gradient_kernel(grad_output_ptr, mask_ptr, winner_ptr, masked_ptr, total_ptr, B, D, rows, stride_b, stride_d,
-                     HAS_MASK: tl.constexpr, HAS_WINNER: tl.constexpr, HAS_MASKED: tl.constexpr,
-                     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+def _gradient_kernel(
+    grad_output_ptr,
+    mask_ptr,
+    winner_ptr,
+    masked_ptr,
+    total_ptr,
+    B,
+    D,
+    rows,
+    stride_b,
+    stride_d,
+    HAS_MASK: tl.constexpr,
+    HAS_WINNER: tl.constexpr,
+    HAS_MASKED: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     d = tl.program_id(0).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]  # [1, BLOCK_D]
     split = tl.program_id(1).to(tl.int64)
     total = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
@@ -61,12 +75,37 @@ def gradient(
     S, rows = _splits(B, columns, BLOCK_B)
     partial = total if S == 1 else torch.empty(S, D, dtype=torch.float32, device=device)
     _gradient_kernel[columns, S](
-        grad_output, mask, winner, masked, partial, B, D, rows, *grad_output.stride(),
-        mask is not None, winner is not None, True, BLOCK_B, BLOCK_D,
-    )  # fmt: skip
+        grad_output,
+        mask,
+        winner,
+        masked,
+        partial,
+        B,
+        D,
+        rows,
+        *grad_output.stride(),
+        mask is not None,
+        winner is not None,
+        True,
+        BLOCK_B,
+        BLOCK_D,
+    )
     if S > 1:  # the sum of the partial sums, in one fixed order
         _gradient_kernel[columns, 1](
-            partial, None, None, None, total, S, D, -(-S // BLOCK_B) * BLOCK_B, D, 1,
-            False, False, False, BLOCK_B, BLOCK_D,
-        )  # fmt: skip
+            partial,
+            None,
+            None,
+            None,
+            total,
+            S,
+            D,
+            -(-S // BLOCK_B) * BLOCK_B,
+            D,
+            1,
+            False,
+            False,
+            False,
+            BLOCK_B,
+            BLOCK_D,
+        )
     return masked if out is None or packed else out.copy_(masked), total

@@ -23,8 +23,9 @@ def _square(row_ptr, r, R, N, stride_n, scale: tl.constexpr, BLOCK_R: tl.constex
 
 
 @triton.jit(do_not_specialize=["R"])
-def _inverse_norm_kernel(rows_ptr, inverse_norm_ptr, R, N, stride_r, stride_n,
-                         BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+def _inverse_norm_kernel(
+    rows_ptr, inverse_norm_ptr, R, N, stride_r, stride_n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
     r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R]
     row_ptr = rows_ptr + r[:, None] * stride_r
     square = _square(row_ptr, r, R, N, stride_n, 1.0, BLOCK_R, BLOCK_N)

@@ -60,8 +60,19 @@ def _write(neighbors_ptr, kept, row, R, place, K):
 
 
 @triton.jit
-def _products(row_ptr, column_ptr, row_scale, column_scale, N, stride_n, R: tl.constexpr, C: tl.constexpr,
-              SCALED: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
+def _products(
+    row_ptr,
+    column_ptr,
+    row_scale,
+    column_scale,
+    N,
+    stride_n,
+    R: tl.constexpr,
+    C: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
     """The products of R rows with C columns [R, C], and the squares of both [R] and [C]."""
     dot = tl.zeros([R, C], tl.float32)
     row_square, column_square = tl.zeros([R, BLOCK_N], tl.float32), tl.zeros([C, BLOCK_N], tl.float32)
@@ -108,9 +119,24 @@ def _cosine(weight_ptr, row, column, D, N, stride_d, stride_n, BLOCK_N: tl.const
 
 
 @triton.jit(do_not_specialize=["K", "recompute_every"])
-def _neighbors_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, N, K, stride_d, stride_n,
-                       recompute_every, REFRESH: tl.constexpr, KEPT: tl.constexpr, BLOCK_R: tl.constexpr,
-                       BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr, PRODUCT: tl.constexpr):  # fmt: skip
+def _neighbors_kernel(
+    weight_ptr,
+    neighbors_ptr,
+    step_ptr,
+    refreshed_at_ptr,
+    D,
+    N,
+    K,
+    stride_d,
+    stride_n,
+    recompute_every,
+    REFRESH: tl.constexpr,
+    KEPT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRODUCT: tl.constexpr,
+):
     if REFRESH:
         step = tl.load(step_ptr)
         # The low bits stay as they were until the last program has decided; those of -1 (never) equal no step.
@@ -134,8 +160,19 @@ def _neighbors_kernel(weight_ptr, neighbors_ptr, step_ptr, refreshed_at_ptr, D, 
 
 
 @triton.jit(do_not_specialize=["first", "R", "K"])
-def _nearest_kernel(similarity_ptr, neighbors_ptr, first, R, D, K, stride_r, stride_d, KEPT: tl.constexpr,
-                    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):  # fmt: skip
+def _nearest_kernel(
+    similarity_ptr,
+    neighbors_ptr,
+    first,
+    R,
+    D,
+    K,
+    stride_r,
+    stride_d,
+    KEPT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]  # [BLOCK_R, 1]
     row_ptr = similarity_ptr + row.to(tl.int64) * stride_r
     last = tl.full([BLOCK_R, 1], 2**63 - 1, tl.int64)
@@ -164,9 +201,24 @@ def _launch(
     (D, N), K = weight.shape, neighbors.shape[1]
     BLOCK_R, BLOCK_C, BLOCK_N, num_warps = FEW if D < FROM else MANY
     _neighbors_kernel[(-(-D // BLOCK_R),)](
-        weight, neighbors, step, refreshed_at, D, N, K, *weight.stride(), recompute_every,
-        step is not None, _kept(K), BLOCK_R, BLOCK_C, BLOCK_N, PRODUCT, num_warps=num_warps, **REGISTERS,
-    )  # fmt: skip
+        weight,
+        neighbors,
+        step,
+        refreshed_at,
+        D,
+        N,
+        K,
+        *weight.stride(),
+        recompute_every,
+        step is not None,
+        _kept(K),
+        BLOCK_R,
+        BLOCK_C,
+        BLOCK_N,
+        PRODUCT,
+        num_warps=num_warps,
+        **REGISTERS,
+    )
 
 
 def neighbors(weight: torch.Tensor, neighborhood_k: int) -> torch.Tensor:

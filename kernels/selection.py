@@ -46,9 +46,19 @@ def _number(packed):
 
 
 @triton.jit
-def _keys(activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d,
-          HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr):  # fmt: skip
-    """(A - c) / |x| of the samples b [1, P] and the columns d [COLUMNS, 1], all of which exist."""
+def _keys(
+    activation_ptr,
+    bias_ptr,
+    x_inverse_norm_ptr,
+    b,
+    d,
+    B,
+    stride_b,
+    stride_d,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):
+    """(A - c) / |x| of the samples b [1, P] and the columns d [COLUMNS, 1], which are columns there are."""
     key = tl.load(activation_ptr + b.to(tl.int64) * stride_b + d * stride_d, b < B, other=0.0).to(tl.float32)
     if HAS_BIAS:
         key -= tl.load(bias_ptr + d).to(tl.float32)
@@ -67,14 +77,29 @@ def _promising(most, need, b, worst, HAS_NEED: tl.constexpr):
 
 
 @triton.jit
-def _rank(packed, able, place, own, most, need, b, worst, run_ptr, B, runs, HAS_NEED: tl.constexpr,
-          RANKS: tl.constexpr, RUN: tl.constexpr):  # fmt: skip
-    """Of elements at `place` in the run `own`: how many of all runs are smaller, and whether they are still `able`.
+def _rank(
+    packed,
+    able,
+    place,
+    own,
+    most,
+    need,
+    b,
+    worst,
+    run_ptr,
+    B,
+    runs,
+    HAS_NEED: tl.constexpr,
+    RANKS: tl.constexpr,
+    RUN: tl.constexpr,
+):
+    """How many elements of all runs are smaller than these, which stand at `place` in the run `own`; and who is `able`.
 
     `most`, the largest rank still possible, falls with every run that is searched: an element that can no longer be
     chosen is not looked up further and has no rank.
     """
     rank = place + tl.zeros_like(packed).to(tl.int32)
+    most += tl.zeros_like(rank)
     run, going = 0, tl.max(able.to(tl.int32))
     while (run < runs) & (going > 0):
         if run != own:
@@ -131,11 +156,34 @@ def _scores(affinity, need_ptr, key, b, B, inside, HAS_NEED: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B", "r", "runs", "stride_b", "stride_d"])
-def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inverse_norm_ptr, need_ptr, run_ptr,
-                      row_ptr, share_ptr, rank_ptr, B, D, r, runs, stride_b, stride_d, scale, RULE: tl.constexpr,
-                      HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_NEED: tl.constexpr, SOFT: tl.constexpr,
-                      RANKS: tl.constexpr, KEPT: tl.constexpr, RUN: tl.constexpr, BLOCK: tl.constexpr,
-                      COLUMNS: tl.constexpr):  # fmt: skip
+def _selection_kernel(
+    activation_ptr,
+    bias_ptr,
+    x_inverse_norm_ptr,
+    weight_inverse_norm_ptr,
+    need_ptr,
+    run_ptr,
+    row_ptr,
+    share_ptr,
+    rank_ptr,
+    B,
+    D,
+    r,
+    runs,
+    stride_b,
+    stride_d,
+    scale,
+    RULE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_NEED: tl.constexpr,
+    SOFT: tl.constexpr,
+    RANKS: tl.constexpr,
+    KEPT: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     column = tl.arange(0, COLUMNS)[:, None]
     lane = tl.arange(0, BLOCK)[None, :]
     run_ptr += (tl.program_id(0).to(tl.int64) * COLUMNS + column) * runs * RUN
@@ -147,8 +195,9 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
             tl.debug_barrier()  # the runs of the columns before have been read
             for run in range(runs):
                 b = run * RUN + tl.arange(0, RUN)[None, :]
-                key = _keys(activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d,
-                            HAS_BIAS, HAS_NORM)  # fmt: skip
+                key = _keys(
+                    activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d, HAS_BIAS, HAS_NORM
+                )
                 tl.store(run_ptr + b, tl.sort(tl.where(b < B, _packed(key, b), LAST), 1))
             tl.debug_barrier()
         for block in range(0, tl.cdiv(B, BLOCK) if RULE != "rank" else runs * (RUN // BLOCK)):
@@ -164,8 +213,9 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
                 worst = tl.min(kept, 1, keep_dims=True)
                 able = inside if RANKS else inside & _promising(most, need, b, worst, HAS_NEED)
                 if tl.max(able.to(tl.int32)) > 0:
-                    rank, able = _rank(packed, able, place, own, most + tl.zeros_like(b), need, b, worst, run_ptr, B,
-                                       runs, HAS_NEED, RANKS, RUN)  # fmt: skip
+                    rank, able = _rank(
+                        packed, able, place, own, most, need, b, worst, run_ptr, B, runs, HAS_NEED, RANKS, RUN
+                    )
                     if RANKS:
                         tl.store(rank_ptr + b.to(tl.int64) * D + d, rank.to(tl.int64), able & there)
                     else:
@@ -174,8 +224,9 @@ def _selection_kernel(activation_ptr, bias_ptr, x_inverse_norm_ptr, weight_inver
                         kept = _keep(_scores(affinity, need_ptr, key, b, B, able, HAS_NEED), kept)
             else:
                 b = block * BLOCK + lane
-                key = _keys(activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d,
-                            HAS_BIAS, HAS_NORM)  # fmt: skip
+                key = _keys(
+                    activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d, HAS_BIAS, HAS_NORM
+                )
                 cosine = key * tl.load(weight_inverse_norm_ptr + d)
                 if RULE == "clamped_cosine":
                     cosine = tl.where(cosine < 0, 0.0, cosine)
@@ -191,11 +242,34 @@ def _launch(activation, bias, x_inverse_norm, weight_inverse_norm, need, rows, s
     places = programs * COLUMNS * runs * run_length if rule == "rank" else 0
     run = activation.new_empty(places, dtype=torch.int64)
     _selection_kernel[(programs,)](
-        activation, bias, x_inverse_norm, weight_inverse_norm, need, run, rows, shares, ranks, B, D, r, runs,
-        *activation.stride(), scale, rule, bias is not None, x_inverse_norm is not None, need is not None, soft,
-        ranks is not None, 1 << max(r - 1, 1).bit_length(), run_length, min(BLOCK, run_length), COLUMNS,
-        num_warps=WARPS, **REGISTERS,
-    )  # fmt: skip
+        activation,
+        bias,
+        x_inverse_norm,
+        weight_inverse_norm,
+        need,
+        run,
+        rows,
+        shares,
+        ranks,
+        B,
+        D,
+        r,
+        runs,
+        *activation.stride(),
+        scale,
+        rule,
+        bias is not None,
+        x_inverse_norm is not None,
+        need is not None,
+        soft,
+        ranks is not None,
+        1 << max(r - 1, 1).bit_length(),
+        run_length,
+        min(BLOCK, run_length),
+        COLUMNS,
+        num_warps=WARPS,
+        **REGISTERS,
+    )
 
 
 def _parts(B: int, D: int) -> list[slice]:

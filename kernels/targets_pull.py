@@ -27,9 +27,21 @@ def _inside(index, n):
 
 @triton.jit(do_not_specialize=["pairs", "chunk", "chunks"])
 def _pairs_kernel(
-    pair_feature_ptr, pair_pull_ptr, cursor_ptr, start_ptr, row_ptr, pull_ptr, pairs, chunk, chunks, D,
-    K: tl.constexpr, STREAM: tl.constexpr, TILE: tl.constexpr, COMPARE: tl.constexpr,
-):  # fmt: skip
+    pair_feature_ptr,
+    pair_pull_ptr,
+    cursor_ptr,
+    start_ptr,
+    row_ptr,
+    pull_ptr,
+    pairs,
+    chunk,
+    chunks,
+    D,
+    K: tl.constexpr,
+    STREAM: tl.constexpr,
+    TILE: tl.constexpr,
+    COMPARE: tl.constexpr,
+):
     """A stable counting sort of chunk t by feature: starts within the chunk [D + 1, chunks], and the grouped pairs.
 
     No other program touches its cursors, row t of [chunks, D]: barriers order all accesses, and sums by integer atomics
@@ -84,11 +96,33 @@ def _listed(position, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr
 
 @triton.jit(do_not_specialize=["B", "chunk", "chunks", "r"])
 def _pull_kernel(
-    destination_ptr, weight_ptr, som_strength_ptr, step_ptr, x_ptr, start_ptr, row_ptr, pull_ptr,
-    rescue_rows_ptr, rescue_weight_ptr, winner_share_ptr, som_lr_ptr, B, N, chunk, chunks, r,
-    stride_d, stride_n, weight_stride_d, weight_stride_n, x_stride_b, x_stride_n,
-    MAX_CHUNKS: tl.constexpr, GATHER: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    destination_ptr,
+    weight_ptr,
+    som_strength_ptr,
+    step_ptr,
+    x_ptr,
+    start_ptr,
+    row_ptr,
+    pull_ptr,
+    rescue_rows_ptr,
+    rescue_weight_ptr,
+    winner_share_ptr,
+    som_lr_ptr,
+    B,
+    N,
+    chunk,
+    chunks,
+    r,
+    stride_d,
+    stride_n,
+    weight_stride_d,
+    weight_stride_n,
+    x_stride_b,
+    x_stride_n,
+    MAX_CHUNKS: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     d = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     t, lane = tl.arange(0, MAX_CHUNKS), tl.arange(0, GATHER)
@@ -162,14 +196,52 @@ def _pull(
     row = torch.empty(B * k, dtype=torch.int64, device=x.device)
     weights = torch.empty(B * k, dtype=torch.float32, device=x.device)
     _pairs_kernel[(chunks,)](
-        pair_feature.contiguous(), pair_pull.contiguous(), cursor, start, row, weights, B * k, chunk, chunks, D,
-        k, STREAM, TILE, COMPARE, num_warps=8, num_stages=1, **REGISTERS)  # fmt: skip
+        pair_feature.contiguous(),
+        pair_pull.contiguous(),
+        cursor,
+        start,
+        row,
+        weights,
+        B * k,
+        chunk,
+        chunks,
+        D,
+        k,
+        STREAM,
+        TILE,
+        COMPARE,
+        num_warps=8,
+        num_stages=1,
+        **REGISTERS,
+    )
     BLOCK_N = min(MAX_BLOCK_N, 1 << (N - 1).bit_length())
     weight_stride = (0, 0) if weight is None else weight.stride()
     _pull_kernel[D, -(-N // BLOCK_N)](
-        destination, weight, som_strength, step, x, start, row, weights,
-        rescue_rows.contiguous(), rescue_weight.contiguous(), winner_share.contiguous(), som_lr, B, N, chunk, chunks, r,
-        *destination.stride(), *weight_stride, *x.stride(), MAX_CHUNKS, GATHER, BLOCK_N, num_warps=1)  # fmt: skip
+        destination,
+        weight,
+        som_strength,
+        step,
+        x,
+        start,
+        row,
+        weights,
+        rescue_rows.contiguous(),
+        rescue_weight.contiguous(),
+        winner_share.contiguous(),
+        som_lr,
+        B,
+        N,
+        chunk,
+        chunks,
+        r,
+        *destination.stride(),
+        *weight_stride,
+        *x.stride(),
+        MAX_CHUNKS,
+        GATHER,
+        BLOCK_N,
+        num_warps=1,
+    )
 
 
 def targets(pull: Pull) -> torch.Tensor:

@@ -1,45 +1,31 @@
-"""The CUDA C++ of the backend `cuda` (csrc/cuda): its launches' arithmetic, every way through its kernels on the host,
-and what nvcc makes of them. tests/test_stages.py holds the same kernels to the exactness contract."""
+"""The CUDA C++ of the backend `cuda` (csrc/cuda): its launches' arithmetic and every way through its kernels on the
+host, of the selection in test_cuda_selection.py. tests/test_stages.py holds the same kernels to the contract."""
 
 import ctypes
 import os
-import re
-import runpy
-import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import cuda_host
 from helpers.backends import DEVICE, stage
-from helpers.elf import SYSTEM, needs
+from helpers.cuda_cases import check_choices, on_gpu, on_host, over_forms, served
 from helpers.layers import batch, make
 from helpers.layouts import compiled_layout
-from helpers.stages import by_row, check_competition, vectors
+from helpers.stages import check_competition
 
 from bcl_fast import backends, cuda, cuda_structs, native, structures
 from bcl_fast import reference as ref
 from bcl_fast.testing import VARIANTS, columns, neighbors_of, relative_error
 
 ROOT = Path(__file__).resolve().parents[1]
-NVCC = shutil.which("nvcc")
 ONE_BLOCK, CLUSTER, MEMORY = range(3)
 IN_REGISTERS, EIGHT_AT_ONCE, ONE_BY_ONE = range(3)
 # Multiprocessors, shared bytes of a block, clusters at once.
 A100, H100 = (108, 163 << 10, 0), (132, 227 << 10, 15)
-SERVED = backends.why_not("cuda", "cuda" if torch.cuda.is_available() else "cpu") is None
-
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU; less shared memory leads here on the host")
-on_host = pytest.mark.skipif("BCL_FAST_CUDA" not in os.environ, reason="a GPU, or no C++ compiler")
-served = pytest.mark.skipif(not SERVED, reason="the CUDA library is not built")
-
-
-def over_forms(stage):
-    """Parametrize a test over every form of a stage that is compiled."""
-    names = [" ".join(map(str, form.values())) for form in cuda.FORMS[stage]]
-    return pytest.mark.parametrize("form", cuda.FORMS[stage], ids=names)
 
 
 @pytest.fixture
@@ -87,12 +73,11 @@ def test_a_cluster_may_hold_four_rows_where_a_block_holds_two():
 
 
 @on_host
-@over_forms("competition")
 @pytest.mark.parametrize("device", [A100, H100, (1, 48 << 10, 0)], ids=["A100", "H100", "small"])
-@pytest.mark.parametrize("D", [2, 31, 33, 777, 4097, 8193, 16385, 40000, 57000, 65537, 1 << 17, (1 << 20) + 1])
-def test_competition_plans_fit_and_cover(D, device, form):
-    for B in (1, 5, 1000, 1 << 20):
-        for k in (1, 8, 9):
+def test_competition_plans_fit_and_cover(device):
+    widths = (2, 31, 33, 777, 4097, 8193, 16385, 40000, 57000, 65537, 1 << 17, (1 << 20) + 1)
+    for D, form in product(widths, cuda.FORMS["competition"]):
+        for B, k in product((1, 5, 1000, 1 << 20), (1, 8, 9)):
             plan = cuda_host.plan("competition", B, D, k, *device, **form)
             assert plan.shared <= device[1] and plan.cluster <= (8 if device[2] else 1)
             assert plan.slice % 32 == 0 and plan.slice * plan.cluster >= D and (plan.cluster == 1 or plan.slice >= 32)
@@ -142,7 +127,7 @@ def check_damaged(activation, neighbors):
 
 
 @on_host
-@over_forms("competition")
+@over_forms("competition", cluster=0)
 @pytest.mark.parametrize(
     "where, rows, device",
     [
@@ -152,16 +137,25 @@ def check_damaged(activation, neighbors):
         pytest.param(ONE_BLOCK, 1, (1, 2900, 0), id="one-row"),
         pytest.param(CLUSTER, 4, (16, 2600, 1, 2), id="cluster-without-sums"),
         pytest.param(CLUSTER, 4, (8, 2815, 1), id="cluster"),
-        pytest.param(CLUSTER, 4, (8, 3600, 1), id="two-rows-or-cluster"),
+        pytest.param(ONE_BLOCK, 2, (8, 3600, 1), id="two-rows-though-clusters"),
         pytest.param(MEMORY, 4, (3, 2600, 0), id="memory"),
         pytest.param(MEMORY, 4, (16, 2600, 1, 0), id="no-room-for-a-cluster"),
     ],
 )
 def test_competition_wherever_the_strengths_lie(monkeypatch, host, where, rows, device, form):
+    check_competition_where(monkeypatch, host, where, rows, device, form)
+
+
+@on_host
+@over_forms("competition", cluster=1)
+def test_competition_in_a_cluster_where_a_block_holds_two_rows(monkeypatch, host, form):
+    """Elsewhere, and where one block holds four, `cluster` changes nothing."""
+    check_competition_where(monkeypatch, host, CLUSTER, 4, (8, 3600, 1), form)
+
+
+def check_competition_where(monkeypatch, host, where, rows, device, form):
     D = 161
     clusters = device[3] if len(device) > 3 else 1 << 30 if device[2] else 0
-    if where == CLUSTER and device[1] == 3600 and not form["cluster"]:
-        where, rows = ONE_BLOCK, 2
     monkeypatch.setitem(cuda.LAUNCH, "competition", form)
     host(*device)
     B, counts = (23, (3, 8, 9)) if where != CLUSTER else (5, (8, 9))  # every thread is a fiber
@@ -183,7 +177,7 @@ def test_competition_wherever_the_strengths_lie(monkeypatch, host, where, rows, 
 
 
 @served
-@over_forms("competition")
+@over_forms("competition", cluster=0)
 def test_competition_in_every_form(monkeypatch, form):
     monkeypatch.setitem(cuda.LAUNCH, "competition", form)
     for kind in ("random", "huge", "denormal"):
@@ -194,7 +188,7 @@ def test_competition_in_every_form(monkeypatch, form):
 
 
 @served
-@over_forms("competition")
+@over_forms("competition", cluster=0)
 @pytest.mark.parametrize("k", [1, 8, 9])
 def test_damaged_neighbors_in_every_form(monkeypatch, form, k):
     monkeypatch.setitem(cuda.LAUNCH, "competition", form)
@@ -287,141 +281,6 @@ def test_competition_of_very_many_features(monkeypatch, D, form):
 def test_competition_of_more_features_than_threads():
     for D in (1100, 4200):
         check_competition("cuda", columns("random", 5, D), neighbors_of(D, 8))
-
-
-def opened(monkeypatch, *arguments):
-    """The choices of the stage `selection`, how many stripes hold columns to be counted, and how many are sorted."""
-    made = []
-
-    def empty(*shape, **kinds):
-        made.append(torch.zeros(*shape, **kinds))
-        return made[-1]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", empty)
-        results = stage("selection", "cuda")(*arguments)
-    return *results, made[-1].view(torch.int32)[:2].tolist()
-
-
-@on_host
-@pytest.mark.parametrize("weighting", ["hard", "soft"])
-@pytest.mark.parametrize("r", [1, 5, 32])
-@pytest.mark.parametrize(
-    "kind, B, path",  # a path that some column must take
-    [
-        ("random", 40, None),
-        ("random", 1500, None),
-        ("heavy tails", 1500, "counted"),
-        ("outliers", 300, "sorted"),
-        ("quantized", 300, None),
-        ("hostile need", 300, "sorted"),
-        ("nan", 300, "sorted"),
-    ],
-)
-def test_selection_by_every_path(monkeypatch, kind, B, path, r, weighting):
-    D = 37
-    activation = columns("quantized" if kind == "quantized" else "random", B, D)
-    rinv, need, bias = vectors(2, B, B, D, dtype=torch.float32)
-    need = 1 / (5 + 2 * need)  # as if 5 to 7 features claimed each sample
-    if kind == "heavy tails":
-        activation = activation**5
-        monkeypatch.setitem(cuda.LAUNCH, "selection", {"ahead": 8, "bins": 512, "warps": 16, "round": 128})
-    if kind == "outliers":  # found by the sample of few rows: all others share one bin
-        activation[:: B // 3] *= 1e20
-    if kind == "hostile need":
-        need[3] = -1.0
-    if kind == "nan":
-        activation[torch.rand(B, D, generator=torch.Generator().manual_seed(1)) < 0.1] = torch.nan
-        activation[:, 5] = torch.nan
-    arguments = activation, bias, rinv, None, need, "rank", weighting, r
-    rows, shares, (to_count, to_sort) = opened(monkeypatch, *arguments)
-    expected_rows, expected_shares = by_row(*ref.selection(*arguments))
-    rows, shares = by_row(rows, shares)
-    assert rows.equal(expected_rows) and relative_error(shares, expected_shares) <= 1e-6
-    assert path is None or {"counted": to_count, "sorted": to_sort}[path] > 0
-    assert weighting == "hard" or to_count + to_sort > 0  # shares need ranks
-
-
-def check_choices(*arguments):
-    got, expected = (by_row(*choose(*arguments)) for choose in (stage("selection", "cuda"), ref.selection))
-    assert got[0].equal(expected[0])
-    scale = float(expected[1].nan_to_num().max())
-    torch.testing.assert_close(got[1], expected[1], rtol=0, atol=1e-6 * scale, equal_nan=True)
-
-
-@served
-@over_forms("selection")
-def test_selection_in_every_form(monkeypatch, form):
-    monkeypatch.setitem(cuda.LAUNCH, "selection", dict(reversed(form.items())))  # in any order
-    for kind, B, D in (("random", 700, 37), ("quantized", 300, 33), ("equal", 70, 3), ("huge", 1100, 2)):
-        rinv, need, bias = vectors(2, B, B, D, dtype=torch.float32)
-        for weighting in ("hard", "soft"):
-            check_choices(columns(kind, B, D), bias, rinv, None, need, "rank", weighting, 5)
-        check_choices(columns(kind, B, D) ** 3, None, rinv, None, None, "rank", "soft", 32)
-    check_choices(columns("random", 70001, 2), None, torch.ones(70001), None, None, "rank", "hard", 3)
-
-
-ODD_NEEDS = {
-    "nan": torch.tensor([0.5, torch.nan, 0.25]),
-    "negative": torch.tensor([0.5, -0.25, 0.25]),
-    "infinite": torch.tensor([0.5, torch.inf, 0.25]),
-    "equal": torch.tensor([0.3]),
-    "zero": torch.tensor([0.0, -0.0]),
-    "denormal": torch.tensor([1e-45, 3e-42, 1e-40]),
-    "far apart": torch.tensor([1e-45, 3e38, 1.0, 1.0000001]),
-    "falling": 1 / torch.arange(1, 91),
-    "rising": torch.linspace(0.5, 0.6, 90),
-}
-
-
-@served
-@pytest.mark.parametrize("need", ODD_NEEDS.values(), ids=ODD_NEEDS)
-def test_selection_by_any_needs(need):
-    B = 1500
-    activation = columns("random", B, 33)
-    need = need.repeat(-(-B // len(need)))[:B]
-    for weighting, r in (("hard", 1), ("hard", 5), ("soft", 5), ("hard", 32)):
-        check_choices(activation, None, torch.ones(B), None, need, "rank", weighting, r)
-
-
-@served
-def test_no_need_of_a_bin_is_taken_for_the_largest():
-    """A small need first in its bin must not end the visits: a larger one may follow."""
-    B = 200
-    activation = torch.linspace(-1, 1, B)[:, None].repeat(1, 3)
-    activation[3], activation[40] = 3.0, 2.0
-    need = torch.full((B,), 1e-30)  # far below: a bin goes from 0.99 to 0.87
-    need[:16], need[16:40], need[40] = 0.9, 0.88, 0.99
-    for r in (1, 2):
-        check_choices(activation, None, torch.ones(B), None, need, "rank", "hard", r)
-    assert stage("selection", "cuda")(activation, None, torch.ones(B), None, need, "rank", "hard", 1)[0].unique() == 40
-
-
-@served
-@pytest.mark.parametrize("B", [65535, 65536, 120000, 131072])
-def test_counts_of_keys_in_16_bits_do_not_overflow(B):
-    """All of a column in one bin; more than 16 bits count, above others that would seem better; NaN."""
-    place, activation = torch.arange(B), torch.full((B, 4), 0.3)
-    activation[:, 1] = torch.where(place < 30000, place / 30000 - 2, 0.3)
-    activation[29990:30000, 1] = -0.5
-    activation[::7, 2] = torch.nan
-    activation[:, 3] = columns("random", B, 1)[:, 0]
-    activation[B - 1, 3] = torch.nan
-    need = torch.where(place < 30000, 0.9, 0.4)
-    check_choices(activation, None, torch.ones(B), None, need, "rank", "hard", 5)
-    if B == 65535:  # the largest counts that 16 bits hold
-        check_choices(activation, None, torch.ones(B), None, None, "rank", "soft", 5)
-
-
-@on_host
-def test_selection_is_settled_by_bounds_alone_where_they_decide(monkeypatch):
-    """On a batch whose needs differ, most columns need no rank."""
-    B, D = 2000, 64
-    activation = columns("random", B, D)
-    need = 1 / (1 + 20 * torch.rand(B, generator=torch.Generator().manual_seed(0)))
-    rows, _, (stripes, to_sort) = opened(monkeypatch, activation, None, torch.ones(B), None, need, "rank", "hard", 5)
-    settled = [bool((chosen.diff() > 0).all()) for chosen in rows]  # in the order of the batch: no rank was needed
-    assert to_sort == 0 and stripes <= D // 32 and sum(settled) > D * 2 / 3
 
 
 @served
@@ -549,178 +408,3 @@ def test_no_race_within_a_block():
 def test_a_missing_barrier_would_be_found():
     code, output = sanitized("every_kernel_once", "-DBCL_WITHOUT_BARRIERS")
     assert code == 66 and "data race" in output, output[-3000:]
-
-
-# --- What nvcc makes of it --------------------------------------------------------------------------------------------
-
-
-# Those of setup.py; where a GPU is, its own alone, for a test should not take a minute there.
-ARCHITECTURES = ["80", "90", "100"]
-if torch.cuda.is_available():
-    ARCHITECTURES = ["{}{}".format(*torch.cuda.get_device_capability())]
-
-
-def build_script(patch, folder, architectures=None):
-    """What setup.py defines, in a folder that holds it."""
-    patch.chdir(folder)
-    patch.setattr("setuptools.setup", lambda **metadata: None)
-    patch.delenv("BCL_FAST_CUDA_ARCHITECTURES", raising=False)
-    if architectures:
-        patch.setenv("BCL_FAST_CUDA_ARCHITECTURES", " ".join(architectures))
-    return runpy.run_path("setup.py")
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """The library as setup.py builds it, unless it is there, and what ptxas said of its kernels."""
-    if NVCC is None:
-        pytest.skip("no nvcc")
-    with pytest.MonkeyPatch.context() as patch:
-        build = build_script(patch, ROOT, ARCHITECTURES)
-        target = ROOT / "build" / f"cuda-{build['build_name'](build['CUDA'])}.so"
-        log, partial = target.with_suffix(".log"), target.with_suffix(f".{os.getpid()}")
-        if not log.exists():
-            target.parent.mkdir(exist_ok=True)
-            words = [*build["nvcc_command"](build["CUDA"], partial), "-Xptxas", "-v"]
-            done = subprocess.run(words, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-3000:]
-            os.replace(partial, target)
-            log.write_text(done.stdout + done.stderr)
-    return target, log.read_text()
-
-
-def test_no_kernel_of_ours_spills(compiled):
-    pattern = r"Compiling entry function '(\S+)' for '(sm_\d+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    found = re.findall(pattern, compiled[1], re.S)
-    # CUB's own sort spills 24 bytes.
-    ours = {(name, sm): (int(spilled), int(used)) for name, sm, spilled, used in found if "3cub" not in name}
-    assert {sm for _, sm in ours} == {f"sm_{number}" for number in ARCHITECTURES}
-    for (name, sm), (spilled, used) in sorted(ours.items()):
-        print(f"{sm:7} {used:4} registers {name}")
-        assert spilled == 0, f"{name} spills {spilled} bytes on {sm}"
-    kernels = {match for name, _ in ours for match in re.findall(r"bcl\d+(\w+?_kernel)", name)}
-    sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
-    assert kernels == set(re.findall(r"\b(\w+_kernel)\(", sources))
-
-
-def test_the_built_library_loads_and_explains_errors(compiled):
-    library = ctypes.CDLL(str(compiled[0]))
-    library.bcl_cuda_error.restype = library.bcl_cuda_build.restype = ctypes.c_char_p
-    assert library.bcl_cuda_abi() == native.CUDA_ABI and library.bcl_cuda_on_host() == 0
-    assert b"driver" in library.bcl_cuda_error(35) and b"not compiled" in library.bcl_cuda_error(-1)
-    assert library.bcl_cuda_build().endswith(b"_for_" + "_".join(ARCHITECTURES).encode())
-
-
-@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
-def test_the_built_library_brings_cuda_s_runtime_along(compiled):
-    """It asks for what every Linux has: for nothing of CUDA, torch or Python."""
-    assert needs(compiled[0]) <= SYSTEM
-
-
-def disassembler(name):
-    """The tool of CUDA's toolkit, or the one that Triton brings; None where there is neither."""
-    if found := shutil.which(name):
-        return found
-    try:
-        from triton import knobs
-
-        return getattr(knobs.nvidia, name).path
-    except (ImportError, AttributeError, RuntimeError):
-        return None
-
-
-@pytest.fixture(scope="module")
-def instructions(compiled):
-    """{architecture: {kernel: its lines of SASS, (address, instruction)}}."""
-    tools = [disassembler(name) for name in ("cuobjdump", "nvdisasm")]
-    if None in tools:
-        pytest.skip("no cuobjdump or no nvdisasm")
-    paths = os.pathsep.join([os.path.dirname(tools[1]), os.environ["PATH"]])
-    found = {}
-    for sm in ARCHITECTURES:
-        words = [tools[0], "-sass", "-arch", f"sm_{sm}", str(compiled[0])]
-        listing = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"PATH": paths})
-        parts = (part.partition("\n") for part in listing.stdout.split("Function : ")[1:])
-        found[sm] = {name.strip(): re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", text) for name, _, text in parts}
-    return found
-
-
-def loads_in_flight(lines):
-    """The lengths of runs of loads from memory that no branch, barrier, or use of what one of them loads interrupts."""
-    joins = {target for _, line in lines for target in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", line)}
-    joins = {int(target, 16) for target in joins}
-    runs, awaited = [0], set()
-    for address, line in lines:
-        name, _, operands = re.sub(r"^@!?U?P\d+ +", "", line).partition(" ")
-        registers = [int(number) for number in re.findall(r"\bR(\d+)\b", operands)]
-        load = name.startswith("LDG.")
-        ends = name.startswith(("BRA", "BAR", "BSYNC", "CALL", "EXIT", "RET", "WARPSYNC"))
-        if ends or int(address, 16) in joins or awaited & set(registers[load:]):
-            runs.append(0)
-            awaited = set()
-        if load:
-            runs[-1] += 1
-            awaited |= set(range(registers[0], registers[0] + (4 if ".128" in name else 2 if ".64" in name else 1)))
-    return runs
-
-
-def test_loads_of_the_selection_are_in_flight_together(instructions):
-    """Values and norms of AHEAD samples in the two loops that read columns, of 8 where samples are visited."""
-    for sm, kernels in instructions.items():
-        chosen = {name: lines for name, lines in kernels.items() if "selection_kernel" in name}
-        assert len(chosen) == 2 * len(cuda.FORMS["selection"])
-        for name, lines in chosen.items():
-            ahead = int(re.search(r"ELb[01]ELi(\d+)E", name)[1])
-            last = max(i for i, (_, line) in enumerate(lines) if "BAR.SYNC" in line)  # then columns are settled
-            runs = sorted(loads_in_flight(lines[:last]), reverse=True)
-            print(f"sm_{sm:4} {name} {[n for n in runs if n > 1]}")
-            assert runs[1] >= 2 * ahead, (sm, name, runs)
-            assert sum(n >= 8 for n in runs) >= 2 + 4, (sm, name, runs)
-        (lines,) = (lines for name, lines in kernels.items() if "selection_counting" in name)
-        assert max(loads_in_flight(lines)) >= 16
-
-
-def test_tiles_of_the_competition_are_copied_asynchronously(instructions):
-    for kernels in instructions.values():
-        for name, lines in kernels.items():
-            if found := re.search(r"competition_kernelILi(\d)ELi(\d)", name):
-                copies = sum("LDGSTS" in line for _, line in lines)
-                assert copies == (0 if int(found[1]) == MEMORY else 2 * int(found[2])), name  # the first tile, the next
-
-
-def test_a_library_is_known_by_its_sources_not_by_times(tmp_path, monkeypatch):
-    from setuptools.dist import Distribution
-
-    for name in ("setup.py", "README.md", "bcl_fast/__init__.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    sources = shutil.copytree(ROOT / "csrc" / "cuda", tmp_path / "csrc" / "cuda")
-    monkeypatch.setattr(shutil, "which", lambda *_, **__: "nvcc")
-    built = []
-
-    def spawn(words):
-        (name,) = (word.partition("=")[2] for word in words if word.startswith("-DBCL_BUILD="))
-        Path(words[-1]).write_bytes(b"...bcl_cuda_build " + name.encode() + b"\0...")
-        built.append(name.partition("_for_")[2])
-
-    def build(target="build/_cuda.so", architectures=None):
-        script = build_script(monkeypatch, tmp_path, architectures)
-        command = script["BuildExt"](Distribution())
-        monkeypatch.setattr(command, "get_ext_fullpath", lambda name: target)
-        monkeypatch.setattr(command, "spawn", spawn)
-        command.force = False
-        command.build_with_nvcc(script["CUDA"])
-        return built.pop() if built else None
-
-    assert build(architectures=["90"]) == "90"
-    for path in sources.iterdir():
-        os.utime(path, (2e9, 2e9))  # as if written after it
-    assert build() is None and build(architectures=["90"]) is None
-    assert build(architectures=["80", "90"]) == "80_90"
-    shutil.copy("build/_cuda.so", "bcl_fast/_cuda.so")  # carried here, and nothing else
-    assert build("elsewhere/_cuda.so") is None and Path("elsewhere/_cuda.so").exists()
-    with (sources / "plan.h").open("a") as file:
-        file.write("// another\n")
-    assert build("elsewhere/_cuda.so") == "80_90_100"
-    (tmp_path / "setup.py").write_text((tmp_path / "setup.py").read_text().replace('"-fmad=false"', '"-fmad=true"'))
-    assert build("elsewhere/_cuda.so") == "80_90_100" and build("elsewhere/_cuda.so") is None

@@ -93,7 +93,7 @@ def archive(checkout, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(archive, tmp_path_factory):
-    """Of the source archive. What nvcc makes of the sources is in tests/test_cuda.py: it takes a minute."""
+    """Of the source archive. What nvcc makes of the sources is in tests/test_cuda_build.py: it takes a minute."""
     target = tmp_path_factory.mktemp("wheel")
     stand_in(target / "bin" / "nvcc", 'while [ "$1" != -o ]; do shift; done; : >"$2"')
     pip = sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", target, archive

@@ -44,9 +44,11 @@ def test_a_step_takes_at_most_eight_launches(B):
 class Computed(TorchDispatchMode):
     """Counts the torch operations that compute: each would be a launch of its own on a GPU."""
 
-    FREE = {"empty", "new_empty", "empty_like", "empty_strided", "view", "_unsafe_view", "reshape", "t", "transpose",
-            "detach", "as_strided", "alias", "_reshape_alias", "slice", "select", "expand", "unsqueeze", "permute",
-            "fill_"}  # fmt: skip  # by the tests themselves, which poison what comes uninitialized
+    FREE = set(
+        "empty new_empty empty_like empty_strided view _unsafe_view reshape t transpose detach as_strided alias "
+        "_reshape_alias slice select expand unsqueeze permute "
+        "fill_".split()  # by the tests themselves, which poison what comes uninitialized
+    )
 
     def __init__(self):
         super().__init__()
@@ -155,8 +157,9 @@ def far(tensor, stride):
 STRIDE = (1 << 30) + 3  # itself a 32-bit number: the third row is beyond 2^31
 
 
-@pytest.mark.parametrize("name", ["neighbors", "competition", "inverse_norm", "selection", "rank", "gradient",
-                                  "targets", "targets_pull_"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["neighbors", "competition", "inverse_norm", "selection", "rank", "gradient", "targets", "targets_pull_"]
+)
 def test_more_than_two_to_the_31_elements(name):
     size = Size(3, 4, 5)
     calls = stage_calls(size, like="reference")

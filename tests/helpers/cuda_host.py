@@ -11,8 +11,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "csrc" / "cuda", ROOT / "tests" / "host"
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
-FLAGS = ("-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-         "-Wno-unknown-pragmas")  # fmt: skip
+FLAGS = (
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+)
 SANITIZED = ("-O1", "-g", "-fsanitize=thread")
 
 
@@ -56,24 +65,47 @@ def _plan(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
 INT, LONG = ctypes.c_int, ctypes.c_int64
 PLANS = {
     "competition": _plan(
-        "CompetitionPlan", ("where", INT), ("rows", INT), ("near", INT), ("threads", INT), ("owned", INT),
-        ("cluster", LONG), ("slice", LONG), ("sums_shared", ctypes.c_bool), ("groups", LONG), ("shared", LONG),
-        ("results", LONG), ("partial", LONG), ("strengths", LONG), ("ids", LONG),
+        "CompetitionPlan",
+        ("where", INT),
+        ("rows", INT),
+        ("near", INT),
+        ("threads", INT),
+        ("owned", INT),
+        ("cluster", LONG),
+        ("slice", LONG),
+        ("sums_shared", ctypes.c_bool),
+        ("groups", LONG),
+        ("shared", LONG),
+        ("results", LONG),
+        ("partial", LONG),
+        ("strengths", LONG),
+        ("ids", LONG),
     ),
     "selection": _plan(
-        "SelectionPlan", ("blocks", LONG), ("shared", LONG), ("bins", LONG), ("order", LONG), ("counting", LONG),
-        ("sorting", LONG), ("lists", LONG), ("survivors", LONG), ("visits", LONG), ("sorts", LONG),
+        "SelectionPlan",
+        ("blocks", LONG),
+        ("shared", LONG),
+        ("bins", LONG),
+        ("order", LONG),
+        ("counting", LONG),
+        ("sorting", LONG),
+        ("lists", LONG),
+        ("survivors", LONG),
+        ("visits", LONG),
+        ("sorts", LONG),
     ),
     "rank": _plan("RankPlan", ("columns", LONG), ("keys", LONG)),
-}  # fmt: skip
+}
 
 
 @functools.cache
 def _planner(stage: str):
     function = getattr(ctypes.CDLL(os.environ["BCL_FAST_CUDA"]), f"bcl_host_{stage}_plan")
     function.argtypes = {
-        "competition": [LONG] * 6 + [INT] * 3, "selection": [LONG] * 4 + [INT] * 4, "rank": [LONG] * 2
-    }[stage]  # fmt: skip
+        "competition": [LONG] * 6 + [INT] * 3,
+        "selection": [LONG] * 4 + [INT] * 4,
+        "rank": [LONG] * 2,
+    }[stage]
     function.restype = PLANS[stage]
     return function
 
