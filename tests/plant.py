@@ -179,10 +179,10 @@ FAULTS = (
         "test_stages.py winner_of_equal_margins and triton",
     ),
     Fault(
-        "a tie left out in CUDA",
+        "a stop at a tie in CUDA",
         "csrc/cuda",
-        "below(bin + 1, lane) - 1) * need >= ",
-        "below(bin + 1, lane) - 1) * need > ",
+        "__all_sync(0xFFFFFFFFu, reach < ",
+        "__all_sync(0xFFFFFFFFu, reach <= ",
         "test_stages.py tie_at_the_boundary and cuda",
     ),
 )

@@ -8,10 +8,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.layers import batch, each_backend, make, same, state
+from helpers.graphs import pulls_on_the_device, stand_in  # noqa: F401 (fixtures of every test here)
+from helpers.layers import batch, make, same, state
 from torch import nn
 
-from bcl_fast import BCLLayer, backends, capture, counters, graphed
+from bcl_fast import BCLLayer, capture, graphed
 
 OPTIMIZERS = {
     "SGD": dict(lr=0.05),
@@ -21,58 +22,6 @@ OPTIMIZERS = {
     "Rprop": dict(lr=0.01),
     "Adadelta": dict(lr=0.5),
 }
-
-
-@pytest.fixture(autouse=True)
-def stand_in(monkeypatch):
-    """Models may lie on the CPU, counters on the host, and a graph is the function that it would have recorded.
-
-    As in a graph, what the function leaves goes to where it went at the capture: the loss and the gradients.
-    """
-
-    def record(device, function):
-        loss = function()
-        owner = function.__self__
-        gradients = {p: p.grad for p in owner._model.parameters()}
-
-        def replay():
-            loss.copy_(function())
-            for parameter, gradient in gradients.items():
-                if gradient is not None and parameter.grad is not gradient:
-                    gradient.copy_(parameter.grad)
-                    parameter.grad = None  # a graph sets nothing in Python
-
-        return replay, loss
-
-    monkeypatch.setattr(capture, "aside", lambda device, function: function())
-    monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(capture, "DEVICE_TYPE", "cpu")
-    monkeypatch.setattr(backends, "REFRESH", (*backends.REFRESH, "portable"))
-    stage = backends.stage.__wrapped__
-    monkeypatch.setattr(
-        backends, "stage", lambda name, backend: refresh_ if name == "refresh_" else stage(name, backend)
-    )
-
-
-def refresh_(weight, neighbors, step, refreshed_at, recompute_every):
-    """The refresh as `triton` has it, on a backend that can be run here."""
-    if int(step) % recompute_every == 0 and int(refreshed_at) != int(step):
-        neighbors.copy_(backends.stage("neighbors", "portable")(weight, neighbors.shape[1]))
-        refreshed_at.copy_(step)
-
-
-@pytest.fixture(autouse=True)
-def pulls_on_the_device(monkeypatch):
-    """`targets_pull_` of these backends also counts the step."""
-    from bcl_fast import portable
-
-    stock = portable.targets_pull_
-
-    def targets_pull_(weight, som_offset, som_lr, pull, step):
-        stock(weight, som_offset, som_lr, pull)
-        step.add_(1)
-
-    monkeypatch.setattr(portable, "targets_pull_", targets_pull_)
 
 
 def network(**options):
@@ -292,22 +241,22 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("called", [0, 1, 2])
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_change_that_the_graph_cannot_see_raises_at_the_next_step(what, called):
-    model, inputs = network(), examples()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
-    step = graphed(model, loss_function, optimizer, *inputs)
-    for _ in range(called):
-        step(*inputs)
-    if what == "optimizer's state" and not called:
-        return  # there is none yet, nothing is replaced
-    change, message = CHANGES[what]
-    change(model, optimizer)
-    before = numbers(model, optimizer)
-    with pytest.raises(RuntimeError, match=message + r".*: call bcl_fast\.graphed again"):
-        step(*inputs)
-    assert same(before, numbers(model, optimizer))
+def test_a_change_that_the_graph_cannot_see_raises_at_the_next_step(what):
+    for called in (0, 1, 2):
+        model, inputs = network(), examples()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+        step = graphed(model, loss_function, optimizer, *inputs)
+        for _ in range(called):
+            step(*inputs)
+        if what == "optimizer's state" and not called:
+            continue  # there is none yet, nothing is replaced
+        change, message = CHANGES[what]
+        change(model, optimizer)
+        before = numbers(model, optimizer)
+        with pytest.raises(RuntimeError, match=message + r".*: call bcl_fast\.graphed again"):
+            step(*inputs)
+        assert same(before, numbers(model, optimizer))
 
 
 class Counting(torch.optim.SGD):
@@ -427,53 +376,3 @@ def test_bad_inputs_change_nothing():
         with pytest.raises(error, match=message):
             step(*given)
     assert same(before, numbers(model, optimizer))
-
-
-# --- A capture of the user's own -------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def capturing(monkeypatch):
-    monkeypatch.setattr(counters, "capturing", lambda device: True)
-    return lambda now: monkeypatch.setattr(counters, "capturing", lambda device: now)
-
-
-def test_a_captured_backward_that_accumulates_nothing_raises(capturing):
-    """As torch.cuda.make_graphed_callables captures it: replays would train without any pull."""
-    layer, x = make("portable"), batch().requires_grad_()
-    for wanted in (x, layer.weight):
-        with pytest.raises(
-            RuntimeError, match="captured a backward .* replays would never pull .*make_graphed_callables"
-        ):
-            torch.autograd.grad(layer(x).square().sum(), wanted)
-    layer(x).square().sum().backward()
-    assert int(layer.step) == 1
-
-
-def test_one_of_backward_and_bound_step_in_a_graph_raises(capturing):
-    for first, then in ((True, False), (False, True)):
-        layer = make("portable")
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        layer.bind_optimizer(optimizer)
-        capturing(first)
-        layer(batch()).sum().backward()
-        capturing(then)
-        with pytest.raises(RuntimeError, match="must both be in one CUDA graph, or both outside"):
-            optimizer.step()
-
-
-def test_observing_a_capture_raises(capturing):
-    layer = make("portable")
-    with layer.observe(print), pytest.raises(RuntimeError, match=r"observe\(\) cannot look into a CUDA graph"):
-        layer(batch()).sum().backward()
-
-
-@each_backend
-def test_a_pull_reads_som_lr_where_it_lies(backend):
-    """In a graph the number that a schedule writes there later; in eager mode it is the same number."""
-    layer, other = make(backend, som_lr=0.1), make(backend, som_lr=0.1)
-    other._som_lr_cell.fill_(0.3)
-    layer.som_lr = 0.3
-    for each in (layer, other):
-        each(batch()).sum().backward()
-    assert layer.weight.equal(other.weight)

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers.layers import D, N, batch, each_backend, make, same, state
+from helpers.backends import ON_CPU
+from helpers.layers import D, N, batch, make, same, state
 from torch import nn
 
+from bcl_fast.backends import FASTEST
 from bcl_fast.layer import BCLLayer
 from bcl_fast.testing import VARIANTS
 
@@ -26,8 +28,9 @@ def train(layer, call, steps=6, **kinds):
     return x.grad
 
 
-@each_backend
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, compiler", [*((name, "aot_eager") for name in ON_CPU), (FASTEST["cpu"][0], "inductor")]
+)
 def test_training_is_bit_equal_across_the_refresh(backend, compiler):
     plain, other = make(backend, recompute_every=4), make(backend, recompute_every=4)
     compiled = torch.compile(other, fullgraph=True, backend=compiler)
@@ -35,16 +38,17 @@ def test_training_is_bit_equal_across_the_refresh(backend, compiler):
     assert same(state(plain), state(other)) and int(other.step) == 10
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_every_variant_compiles(options):
-    plain, other = make(**options), make(**options)
+@pytest.mark.parametrize("name", ["cosine-soft", "winner-take-all", "dense-rank", "pull-onset", "offset-coupled"])
+def test_variants_compile(name):
+    """What the graph sees of the options: a mask, how many samples are chosen, where the pull goes."""
+    plain, other = make(**VARIANTS[name]), make(**VARIANTS[name])
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
     assert train(plain, plain).equal(train(other, compiled))
     assert same(state(plain), state(other))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_dtypes(dtype, compiler):
     plain, other = make(dtype=dtype), make(dtype=dtype)
     compiled = torch.compile(other, fullgraph=True, backend=compiler)
@@ -52,11 +56,10 @@ def test_dtypes(dtype, compiler):
     assert same(state(plain), state(other))
 
 
-@each_backend
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_autocast(backend, compiler):
+def test_autocast(compiler):
     """The roundings of the product are inside an operator: a compiler leaves out those that it sees undone."""
-    plain, other = make(backend), make(backend)
+    plain, other = make(), make()
     compiled = torch.compile(other, fullgraph=True, backend=compiler)
     with torch.autocast("cpu", torch.bfloat16):
         assert train(plain, plain).equal(train(other, compiled))
@@ -105,10 +108,9 @@ def test_a_schedule_of_som_lr_recompiles_nothing():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_second_forward_per_backward_raises_before_anything_changes(compiler):
+def test_a_second_forward_per_backward_raises_before_anything_changes():
     layer = make()
-    compiled = torch.compile(layer, fullgraph=True, backend=compiler)
+    compiled = torch.compile(layer, fullgraph=True, backend="inductor")
     compiled(batch()).sum().backward()
     layer.zero_grad()
     before = state(layer)

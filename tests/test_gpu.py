@@ -43,19 +43,19 @@ def steps(layer, count=3, **kinds):
     return layer
 
 
-@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_the_first_step_is_that_of_the_reference(backend, options):
-    reference, layer = (on_gpu(name, som_lr=0.1, **options) for name in ("reference", backend))
-    assert layer.backend == backend
-    start = layer.weight.detach().clone()
-    for each in (reference, layer):
-        steps(each, 1)
-    for name in ("weight", "bias"):
-        got, expected = (getattr(each, name).grad for each in (layer, reference))
-        assert relative_error(got, expected) <= 1e-4
-    destination = "weight" if layer.som_offset is None else "som_offset"
-    moved = [getattr(each, destination) - (start if destination == "weight" else 0) for each in (layer, reference)]
-    assert relative_error(*moved) <= 1e-4 and int(layer.step) == 1
+def test_the_first_step_is_that_of_the_reference(backend):
+    for options in VARIANTS.values():
+        reference, layer = (on_gpu(name, som_lr=0.1, **options) for name in ("reference", backend))
+        assert layer.backend == backend
+        start = layer.weight.detach().clone()
+        for each in (reference, layer):
+            steps(each, 1)
+        for name in ("weight", "bias"):
+            got, expected = (getattr(each, name).grad for each in (layer, reference))
+            assert relative_error(got, expected) <= 1e-4, options
+        destination = "weight" if layer.som_offset is None else "som_offset"
+        moved = [getattr(each, destination) - (start if destination == "weight" else 0) for each in (layer, reference)]
+        assert relative_error(*moved) <= 1e-4 and int(layer.step) == 1, options
 
 
 def test_the_same_inputs_give_the_same_bits(backend):
@@ -79,15 +79,15 @@ def test_other_dtypes_train(dtype):
 
 
 @pytest.mark.parametrize("B, D, N", [(257, 129, 784), (1, 2, 1), (1, 64, 784), (128, 2, 1), (8192, 64, 13)])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_low_precision_product_is_summed_and_kept_in_float32(dtype, bias, B, D, N):
+def test_a_low_precision_product_is_summed_and_kept_in_float32(B, D, N):
     """It errs by the roundings of float32, a thousandth of those of its operands' own dtype."""
-    x, weight = torch.randn(N, 2 * B, device="cuda").T[::2], torch.randn(D, N, device="cuda")
-    c = torch.randn(D, device="cuda") if bias else None
-    product = torch.ops.bcl_fast.product(x, weight, c, dtype)
-    exact = nn.functional.linear(*(None if t is None else t.to(dtype).double() for t in (x, weight, c)))
-    assert product.dtype == torch.float32 and relative_error(product, exact) <= 1e-5
+    for dtype in (torch.bfloat16, torch.float16):
+        for bias in (False, True):
+            x, weight = torch.randn(N, 2 * B, device="cuda").T[::2], torch.randn(D, N, device="cuda")
+            c = torch.randn(D, device="cuda") if bias else None
+            product = torch.ops.bcl_fast.product(x, weight, c, dtype)
+            exact = nn.functional.linear(*(None if t is None else t.to(dtype).double() for t in (x, weight, c)))
+            assert product.dtype == torch.float32 and relative_error(product, exact) <= 1e-5
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

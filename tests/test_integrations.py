@@ -1,4 +1,4 @@
-"""BCLLayer under optimizer closures, transformers, accelerate and peft: the bits of the same loop in plain torch."""
+"""BCLLayer under transformers, accelerate and peft: the bits of the same loop in plain torch."""
 
 import copy
 
@@ -14,112 +14,13 @@ from helpers.training import (
     bind_wrapped,
     may_start_afresh,
     network,
-    optimizers,
     train,
-    windows,
 )
 from torch import nn
 from torch.nn import functional as F
 
 from bcl_fast.attach import attach_bcl
 from bcl_fast.layer import BCLLayer
-
-# --- Closures in plain torch ----------------------------------------------------------------------------------------
-
-
-def closure_of(model, optimizer, x, y):
-    def closure():
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        return loss
-
-    return closure
-
-
-@optimizers
-@pytest.mark.parametrize("call", ["positional", "keyword", "none", "keyword none"])
-def test_a_closure_pulls_before_its_own_update(optimizer, call):
-    model = network()
-    expected, optimizer = train(network(), optimizer, epochs=2), OPTIMIZERS[optimizer](model.parameters())
-    bind_all(model, optimizer)
-    for x, y in 2 * DATA:
-        closure = closure_of(model, optimizer, x, y)
-        if "none" in call:
-            closure()
-            optimizer.step(None) if call == "none" else optimizer.step(closure=None)
-        else:
-            loss = optimizer.step(closure) if call == "positional" else optimizer.step(closure=closure)
-            assert loss.requires_grad, "the closure's result must be returned"
-    assert same(state(model), expected)
-
-
-def test_backwards_before_a_closure_are_averaged_with_its_own():
-    model = network()
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    bind_all(model, optimizer)
-    for start in (0, 4):
-        window = DATA[start : start + 4]
-
-        def backward(x, y):
-            loss = F.cross_entropy(model(x), y) / 4
-            loss.backward()
-            return loss
-
-        for x, y in window[:-1]:
-            backward(x, y)
-        optimizer.step(lambda item=window[-1]: backward(*item))
-        optimizer.zero_grad()
-    assert same(state(model), train(network(), window=4))
-
-
-def test_a_closure_that_raises_pulls_nothing_twice():
-    model, other = network(), network()
-    optimizers = [OPTIMIZERS["sgd"](each.parameters()) for each in (model, other)]
-    for each, optimizer in zip((model, other), optimizers, strict=True):
-        bind_all(each, optimizer)
-
-    def fails():
-        closure_of(model, optimizers[0], *DATA[0])()
-        raise KeyError("closure")
-
-    with pytest.raises(KeyError, match="closure"):
-        optimizers[0].step(fails)
-    closure_of(other, optimizers[1], *DATA[0])()
-    for each, optimizer in zip((model, other), optimizers, strict=True):
-        optimizer.zero_grad()
-        F.cross_entropy(each(DATA[1][0]), DATA[1][1]).backward()
-        optimizer.step()
-    assert same(state(model), state(other))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_grad_scaler_in_a_loop_of_windows(fused):
-    """float16's loop: a step with an overflow leaves no trace but in `step`, which counts backwards."""
-
-    def make(model):
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, fused=fused)
-        bind_all(model, optimizer)
-        return model, optimizer
-
-    (scaled, optimizer), (model, reference) = make(network()), make(network())
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1000)
-    for i, (x, y) in enumerate(2 * DATA):
-        overflows = i in (3, 9)
-        loss = F.cross_entropy(scaled(x), y)
-        scaler.scale(loss * torch.inf if overflows else loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(scaled.parameters(), 1e6)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        if not overflows:
-            nn.utils.clip_grad_norm_(model.parameters(), 1e6)
-            reference.step()
-        reference.zero_grad()
-    assert scaler.get_scale() == 2.0 and same(state(scaled), state(model))
-
 
 # --- transformers ---------------------------------------------------------------------------------------------------
 
@@ -177,17 +78,17 @@ def saved(hf, path, steps=6, **options):
     return twin
 
 
-@pytest.mark.parametrize("som_space", ["weight", "offset"])
 @pytest.mark.parametrize("steps", [0, 4, 6], ids="{} steps".format)  # 4: a refresh is due
-def test_saved_and_loaded_pretrained_model_continues(hf, tmp_path, memory, recwarn, steps, som_space):
-    twin = saved(hf, tmp_path, steps, som_space=som_space)
-    model = hf.from_pretrained(tmp_path)
-    assert same(state(model.network), state(twin))
-    assert model.network.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
-    recwarn.clear()
-    assert same(train(model.network, "adamw"), train(twin, "adamw"))
-    assert not [str(w.message) for w in recwarn if "neighbors" in str(w.message) or "step" in str(w.message)]
-    assert model.network[1].backend == twin[1].backend
+def test_saved_and_loaded_pretrained_model_continues(hf, tmp_path, memory, recwarn, steps):
+    for som_space in ("weight", "offset"):
+        twin = saved(hf, tmp_path, steps, som_space=som_space)
+        model = hf.from_pretrained(tmp_path)
+        assert same(state(model.network), state(twin))
+        assert model.network.eval()(DATA[0][0]).equal(twin.eval()(DATA[0][0]))
+        recwarn.clear()
+        assert same(train(model.network, "adamw"), train(twin, "adamw"))
+        assert not [str(w.message) for w in recwarn if "neighbors" in str(w.message) or "step" in str(w.message)]
+        assert model.network[1].backend == twin[1].backend
 
 
 @may_start_afresh
@@ -275,9 +176,17 @@ def train_as_trainer_does(twin, bound, window, bf16=False, clip=None, epochs=2):
     return state(twin)
 
 
-@windows
-@pytest.mark.parametrize("bind", [None, "own", "callback"])
-@pytest.mark.parametrize("options", [{}, dict(bf16=True), dict(clip=0.05)], ids=str)
+@pytest.mark.parametrize(
+    "window, bind, options",
+    [
+        (1, None, {}),
+        (1, "own", {}),
+        (4, "callback", {}),
+        (4, None, dict(bf16=True)),
+        (4, "own", dict(clip=0.05)),
+        (1, "callback", dict(clip=0.05)),
+    ],
+)
 def test_trainer(hf, tmp_path, window, bind, options):
     model, twin = hf_pair(hf)
     hf_trainer(hf, model, tmp_path, bind, window=window, **options).train()
@@ -343,9 +252,17 @@ def accelerated(accelerate, model, bind, *, window=1, bf16=False, clip=None, dat
 binds = pytest.mark.parametrize("bind", [None, "before", "after"])
 
 
-@windows
-@binds
-@pytest.mark.parametrize("options", [{}, dict(bf16=True), dict(clip=0.05)], ids=str)
+@pytest.mark.parametrize(
+    "window, bind, options",
+    [
+        (1, None, {}),
+        (1, "before", {}),
+        (4, "after", {}),
+        (4, None, dict(bf16=True)),
+        (4, "before", dict(clip=0.05)),
+        (1, "after", dict(clip=0.05)),
+    ],
+)
 def test_accelerator(accelerate, window, bind, options):
     model, twin = network(), network()
     expected = train(twin, bound=bind is not None, window=window, epochs=2, **options)

@@ -188,16 +188,16 @@ def test_training_reads_no_counter_from_the_device(monkeypatch):
 
 
 @each_backend
-@pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=str)
-def test_forwards_of_one_backward_are_averaged_by_their_samples(backend, options):
-    layer = make(backend, som_lr=0.1, dtype=torch.float64, **options)
-    one, two = batch(5, 1, torch.float64), batch(20, 2, torch.float64)
-    start = layer.weight.detach().clone()
-    expected = 0.1 * (5 * increment(layer, one) + 20 * increment(layer, two)) / 25
-    (layer(one).square().sum() + layer(two).square().sum()).backward()
-    moved = layer.weight.detach() - start if layer.som_offset is None else layer.som_offset
-    torch.testing.assert_close(moved, expected)
-    assert int(layer.step) == 1
+def test_forwards_of_one_backward_are_averaged_by_their_samples(backend):
+    for options in ({}, dict(som_space="offset")):
+        layer = make(backend, som_lr=0.1, dtype=torch.float64, **options)
+        one, two = batch(5, 1, torch.float64), batch(20, 2, torch.float64)
+        start = layer.weight.detach().clone()
+        expected = 0.1 * (5 * increment(layer, one) + 20 * increment(layer, two)) / 25
+        (layer(one).square().sum() + layer(two).square().sum()).backward()
+        moved = layer.weight.detach() - start if layer.som_offset is None else layer.som_offset
+        torch.testing.assert_close(moved, expected)
+        assert int(layer.step) == 1
 
 
 @each_backend
@@ -342,43 +342,42 @@ def test_without_binding_every_backward_pulls_also_where_the_scaler_skips():
 
 
 @each_backend
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_is_bit_equal(backend, reentrant):
-    layers = [make(backend, recompute_every=2) for _ in range(2)]
-    inputs = [batch().requires_grad_() for _ in range(2)]
-    for _ in range(5):
-        layers[0](inputs[0]).square().sum().backward()
-        checkpoint(layers[1], inputs[1], use_reentrant=reentrant).square().sum().backward()
-    assert same(state(layers[0]), state(layers[1]))
-    assert layers[0].weight.grad.equal(layers[1].weight.grad) and inputs[0].grad.equal(inputs[1].grad)
-    assert layers[1]._pulls.idle
+def test_activation_checkpointing_is_bit_equal(backend):
+    for reentrant in (True, False):
+        layers = [make(backend, recompute_every=2) for _ in range(2)]
+        inputs = [batch().requires_grad_() for _ in range(2)]
+        for _ in range(5):
+            layers[0](inputs[0]).square().sum().backward()
+            checkpoint(layers[1], inputs[1], use_reentrant=reentrant).square().sum().backward()
+        assert same(state(layers[0]), state(layers[1]))
+        assert layers[0].weight.grad.equal(layers[1].weight.grad) and inputs[0].grad.equal(inputs[1].grad)
+        assert layers[1]._pulls.idle
 
 
 # --- Precision -------------------------------------------------------------------------------------------------------
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_low_precision_uses_the_float32_product_before_rounding(backend, dtype):
-    layer = make(backend, dtype=dtype)
-    x, weight, bias = batch(dtype=dtype), layer.weight.detach().float(), layer.bias.detach().float()
-    records = []
-    with layer.observe(records.append):
-        output = layer(x)
-        output.float().square().sum().backward()
-    exact = nn.functional.linear(x.float(), weight, bias)
-    assert output.dtype == dtype and output.equal(exact.to(dtype))
-    assert records[0].activation.equal(exact)
-    assert layer.weight.grad.dtype == dtype and layer.weight.dtype == dtype and int(layer.step) == 1
+def test_low_precision_uses_the_float32_product_before_rounding(backend):
+    for dtype in LOW:
+        layer = make(backend, dtype=dtype)
+        x, weight, bias = batch(dtype=dtype), layer.weight.detach().float(), layer.bias.detach().float()
+        records = []
+        with layer.observe(records.append):
+            output = layer(x)
+            output.float().square().sum().backward()
+        exact = nn.functional.linear(x.float(), weight, bias)
+        assert output.dtype == dtype and output.equal(exact.to(dtype))
+        assert records[0].activation.equal(exact)
+        assert layer.weight.grad.dtype == dtype and layer.weight.dtype == dtype and int(layer.step) == 1
 
 
-@each_backend
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("options", [{}, dict(som_space="offset")], ids=str)
-def test_the_pull_is_not_lost_in_low_precision(backend, dtype, options):
+def test_the_pull_is_not_lost_in_low_precision(dtype, options):
     """Over many steps the weights follow a float32 layer that gets the same pulls; rounding to nearest would not."""
-    low = make(backend, dtype=dtype, som_lr=1e-4, **options)
-    high = make(backend, som_lr=1e-4, **options)
+    low = make(dtype=dtype, som_lr=1e-4, **options)
+    high = make(som_lr=1e-4, **options)
     high.load_state_dict(low.state_dict())
     start = (high.weight if high.som_offset is None else high.som_offset).detach().clone()
     for _ in range(200):
@@ -392,20 +391,22 @@ def test_the_pull_is_not_lost_in_low_precision(backend, dtype, options):
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_autocast_keeps_statistics_and_pull_in_float32(backend, dtype):
-    layer, x = make(backend), batch().requires_grad_()
-    weight, records = layer.weight.detach().clone(), []
-    with layer.observe(records.append), torch.autocast("cpu", dtype):
-        output = layer(x)
-        output.float().square().sum().backward()  # also the hook runs inside autocast
-    assert output.dtype == dtype and layer.weight.grad.dtype == x.grad.dtype == torch.float32
-    (record,) = records
-    exact = nn.functional.linear(x.detach().to(dtype).float(), weight.to(dtype).float(), layer.bias.to(dtype).float())
-    assert record.activation.equal(exact) and output.equal(exact.to(dtype))
-    pulled = weight + layer.som_lr * ref.som_increment(weight, record.som_target, record.som_strength)
-    assert relative_error(layer.weight.detach(), pulled) <= 1e-5
-    assert record.neighbors.equal(ref.neighbors(weight, 3))
+def test_autocast_keeps_statistics_and_pull_in_float32(backend):
+    for dtype in LOW:
+        layer, x = make(backend), batch().requires_grad_()
+        weight, records = layer.weight.detach().clone(), []
+        with layer.observe(records.append), torch.autocast("cpu", dtype):
+            output = layer(x)
+            output.float().square().sum().backward()  # also the hook runs inside autocast
+        assert output.dtype == dtype and layer.weight.grad.dtype == x.grad.dtype == torch.float32
+        (record,) = records
+        exact = nn.functional.linear(
+            x.detach().to(dtype).float(), weight.to(dtype).float(), layer.bias.to(dtype).float()
+        )
+        assert record.activation.equal(exact) and output.equal(exact.to(dtype))
+        pulled = weight + layer.som_lr * ref.som_increment(weight, record.som_target, record.som_strength)
+        assert relative_error(layer.weight.detach(), pulled) <= 1e-5
+        assert record.neighbors.equal(ref.neighbors(weight, 3))
 
 
 def test_autocast_leaves_float64_alone():

@@ -26,6 +26,12 @@ def make(backend=None, seed=0, **options):
     return BCLLayer(N, D, backend=backend, **{"neighborhood_k": 3, **options})
 
 
+def square(**options):
+    """A layer of as many features as inputs, which may follow itself; its pull shows soon."""
+    torch.manual_seed(0)
+    return BCLLayer(N, N, **{"neighborhood_k": 3, "som_lr": 0.05, "recompute_every": 2, **options})
+
+
 def batch(B=17, seed=1, dtype=torch.float32):
     return torch.randn(B, N, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
