@@ -1,4 +1,4 @@
-"""How do others fare with a part of the work: torch's own sorts, two SOM packages, a vector quantiser's dead codes?"""
+"""How do others do a part of the work: torch's own sorts, two SOM packages, a vector quantizer with dead codes?"""
 
 import peers
 

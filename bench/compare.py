@@ -54,6 +54,11 @@ def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     return found
 
 
+def text(value: Any) -> str:
+    """A cell."""
+    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of cells in columns of one width."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -78,8 +83,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         parser.error(str(error))
     names = (*ABOUT, "ratio", "old", "new", "verdict")
-    lines = [[f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name] or "") for name in names]
-             for row in found]  # fmt: skip
+    lines = [[text(row[name]) for name in names] for row in found]
     print("\n".join(aligned([names, *lines])))
     told = {row["verdict"] for row in found}
     return int("worse" in told or options.either and "better" in told)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import aligned
+from compare import aligned, text
 
 from bcl_fast.environment import environment
 from bcl_fast.experiments.data import load
@@ -80,10 +80,6 @@ def measured(request, benchmark):
     return call
 
 
-def _text(value):
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
 def pytest_terminal_summary(terminalreporter, config):
     rows, write = config.stash[ROWS], terminalreporter.write_line
     for question in dict.fromkeys(row["question"] for row in rows):
@@ -96,7 +92,7 @@ def pytest_terminal_summary(terminalreporter, config):
         ]
         write("")
         write(question)
-        for line in aligned([columns, *([_text(row.get(key)) for key in columns] for row in own)]):
+        for line in aligned([columns, *([text(row.get(key)) for key in columns] for row in own)]):
             write(line)
     target = config.getoption("--save")
     if rows and target is not None:

@@ -1,7 +1,7 @@
-"""Peers: what one would otherwise take for a part of the work, on the same data at the same size.
+"""Peers: what one could take for a part of the work instead, on the same data at the same size.
 
 Those of other packages (extra [peers]: MiniSom, torchsom, vector-quantize-pytorch) take part where they are installed;
-DIFFERENCES says what each does otherwise than BCL.
+DIFFERENCES says how each differs from BCL.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def why_not(name: str) -> str | None:
 
 
 def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]:
-    """The choice of every column's samples by torch's own sorts beside every backend's: equal sets, then times."""
+    """The choice of every column's samples by torch's own sorts and by every backend: equal sets, then times."""
     arguments = stage_calls(size, device)["selection"]
     activation, bias, rinv, _, need, _, _, rescue_k = arguments
     key = (activation - bias) * rinv[:, None]
@@ -88,7 +88,7 @@ def sort_segments(key: Tensor) -> None:
 
 
 def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = None, **amount: Any) -> list[Row]:
-    """The ranks of whole columns [B, D] by torch's own sorts beside those of backends, None: of all that serve.
+    """The ranks of whole columns [B, D] by torch's own sorts and by backends, None: by all that serve.
 
     Equal ranks first, then times. CUB's sort alone, which is no rank yet, shows what can be reached.
     """
@@ -165,7 +165,7 @@ def pull(layer: BCLLayer, x: Tensor) -> None:
 
 
 def quality(units: Tensor, held_out: Tensor) -> dict[str, float]:
-    """How units [D, N] stand for samples [m, N]: mean distance and mean cosine of the best, and how many are a best."""
+    """How well units [D, N] represent samples [m, N]: mean distance and cosine of the best, and how many are a best."""
     nearest = torch.cdist(held_out, units).min(dim=1)
     cosine = torch.nn.functional.normalize(held_out) @ torch.nn.functional.normalize(units).T
     return {
@@ -176,7 +176,7 @@ def quality(units: Tensor, held_out: Tensor) -> dict[str, float]:
 
 
 def som_epoch(train: Tensor, held_out: Tensor, side: int = 8, batch_size: int = 128) -> list[Row]:
-    """One epoch over train [n, N] for side * side units: seconds, and how well they stand for held_out [m, N]."""
+    """One epoch over train [n, N] for side * side units: seconds, and how well they represent held_out [m, N]."""
     size = Size(batch_size, side * side, train.shape[1])
     ways: dict[str, Callable[..., Tensor]] = {
         "random samples": lambda train, side, batch_size: units_of(side, train),

@@ -225,11 +225,7 @@ def _memory(blocks: list[Block]) -> str:
 def _training(blocks: list[Block]) -> str:
     lines = []
     for row in (row for row in _rows(blocks) if row["ms"] is not None):
-        gaps = [
-            "" if row.get(f"{curve}_distance") is None or row["contestant"] == "reference"
-            else f"{row[f'{curve}_distance']:.4f} / {row[f'{curve}_spread']:.4f}"
-            for curve in ("loss", "wt_sim")
-        ]  # fmt: skip
+        gaps = [_gap(row, curve) for curve in ("loss", "wt_sim")]
         seconds = row["ms"] * row.get("steps", 1) / 1e3  # of an epoch ms are those of all its steps
         what = f"{row['steps']:,} steps" if row["question"] == "training" else "one epoch"
         lines.append([what, row["contestant"], row["data"], f"{seconds:.1f}", _ratio(row), *gaps])
@@ -242,6 +238,14 @@ def _training(blocks: list[Block]) -> str:
             picture = block.path.with_name(f"{block.path.stem}-training.png")
             text += _picture("Loss and similarity of the same training on every backend", picture)
     return text
+
+
+def _gap(row: Row, curve: str) -> str:
+    """How far a curve lies from the reference's; empty for that itself, and for plain training."""
+    distance = row.get(f"{curve}_distance")
+    return (
+        "" if distance is None or row["contestant"] == "reference" else f"{distance:.4f} / {row[f'{curve}_spread']:.4f}"
+    )
 
 
 def _scaling(blocks: list[Block]) -> str:
@@ -281,29 +285,35 @@ def _selection(blocks: list[Block]) -> str:
     return text + _table(["(B, D, N)", *names], lines)
 
 
-def _som(blocks: list[Block]) -> str:
-    lines = [
-        [row["contestant"], f"{row['ms'] / 1e3:.1f}", row["quantization_error"], row["best_cosine"],
-         f"{row['units_in_use']} of {row['D']}", row["difference"]]
-        if row["ms"] is not None else [row["contestant"], *[None] * 4, row["status"]]
+def _peers(blocks: list[Block], cells: Callable[[Row], list[Any]]) -> list[list[Any]]:
+    """A line for each peer: its four cells and what differs, or why it is absent."""
+    return [
+        [row["contestant"], *cells(row), row["difference"]]
+        if row["ms"] is not None
+        else [row["contestant"], *[None] * 4, row["status"]]
         for row in _rows(blocks)
-    ]  # fmt: skip
+    ]
+
+
+def _som(blocks: list[Block]) -> str:
+    def cells(row: Row) -> list[Any]:
+        in_use = f"{row['units_in_use']} of {row['D']}"
+        return [f"{row['ms'] / 1e3:.1f}", row["quantization_error"], row["best_cosine"], in_use]
+
     text = "**Peers: an epoch of a self-organizing map** of the same size on the same images, judged by held-out ones "
     text += "(mean distance to the nearest unit, mean cosine of the best, units that are a nearest):\n\n"
     headings = ["", "seconds", "quantization error", "best cosine", "units in use", "what differs"]
-    return text + _table(headings, lines)
+    return text + _table(headings, _peers(blocks, cells))
 
 
 def _revival(blocks: list[Block]) -> str:
-    lines = [
-        [row["contestant"], row["ms"], f"{row['revived']} of {row['dead']}", row["half_revived_after"],
-         row["quantization_error"], row["difference"]]
-        if row["ms"] is not None else [row["contestant"], *[None] * 4, row["status"]]
-        for row in _rows(blocks)
-    ]  # fmt: skip
+    def cells(row: Row) -> list[Any]:
+        revived = f"{row['revived']} of {row['dead']}"
+        return [row["ms"], revived, row["half_revived_after"], row["quantization_error"]]
+
     text = "**Peers: reviving dead units.** Half of the units start where they serve no image; after an epoch:\n\n"
     headings = ["", "ms per step", "revived", "half of them after steps", "quantization error", "what differs"]
-    return text + _table(headings, lines)
+    return text + _table(headings, _peers(blocks, cells))
 
 
 ANSWERS: dict[tuple[str, ...], Callable[[list[Block]], str]] = {

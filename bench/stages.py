@@ -1,4 +1,4 @@
-"""Stages one by one: held to the exactness contract at any size, and timed beside the roof."""
+"""Stages one by one: held to the exactness contract at any size, and timed against the roof."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole training steps: every implementation in turn, refresh included, against `nn.Linear` and the floor."""
+"""Training steps: every implementation in turn, refresh included, against `nn.Linear` and the floor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_equal(moved: dict[str, Tensor], size: Size, device: str = "cpu") -> No
     """AssertionError unless the first pull of every implementation is the reference's.
 
     Only for features that are not alike: a choice between almost equal ones is decided by the last bit of a sum. One
-    feature in a thousand may still choose otherwise, if its choice is as good.
+    feature in a thousand may still choose another sample, if that is as good.
     """
     scale = moved["reference"].abs().max()
     for name, move in moved.items():

@@ -14,7 +14,7 @@ from bcl_fast.backends import STAGES
 ROOT = Path(__file__).resolve().parents[1]
 BACKENDS = {"reference", "portable", "kernels", "cpu", "cuda"}
 
-# Module -> modules of ours it may import. A package stands for all of its modules.
+# Module -> modules of ours it may import. A package has one row for all of its modules.
 ALLOWED = {
     "__init__": {"attach", "capture", "layer", "spec"},
     "spec": set(),

@@ -57,9 +57,14 @@ def test_memory_shows_what_ran_out(tmp_path):
         return row("memory", name, size, peak_mb=10 + beyond, mb_beyond_linear=beyond, one_bd_and_one_dn_mb=3.0)
 
     small = Size(1, 8, 12)
-    rows = [peak("linear", SIZE, 0.0), peak("portable", SIZE, 4.4),
-            row("memory", "reference", SIZE, status=OUT_OF_MEMORY),
-            peak("linear", small, 0.0), peak("portable", small, 2.0), peak("reference", small, 8.0)]  # fmt: skip
+    rows = [
+        peak("linear", SIZE, 0.0),
+        peak("portable", SIZE, 4.4),
+        row("memory", "reference", SIZE, status=OUT_OF_MEMORY),
+        peak("linear", small, 0.0),
+        peak("portable", small, 2.0),
+        peak("reference", small, 8.0),
+    ]
     text = write(tmp_path, rows)
     assert "| (16, 8, 12) | 3 | out of memory | 4 |" in text and "| (1, 8, 12) | 3 | 8 | 2 |" in text
 
@@ -67,10 +72,12 @@ def test_memory_shows_what_ran_out(tmp_path):
 def test_training_shows_time_and_distance_beside_the_spread(tmp_path):
     labels = dict(data="digits", steps=2000, seeds=2, seconds=4.0, curves=CURVES)
     gaps = dict(loss_distance=0.01, loss_spread=0.1, wt_sim_distance=0.02, wt_sim_spread=0.2)
-    rows = [row("training", "linear", SIZE, ms=2.0, ratio_to_linear=1.0, **labels),
-            row("training", "reference", SIZE, ms=6.0, ratio_to_linear=3.0, **labels, **gaps),
-            row("training", "cpu", SIZE, ms=3.0, ratio_to_linear=1.5, **labels, **gaps),
-            row("epoch", "linear", SIZE, ms=500.0, ratio_to_linear=1.0, data="digits", batches=11)]  # fmt: skip
+    rows = [
+        row("training", "linear", SIZE, ms=2.0, ratio_to_linear=1.0, **labels),
+        row("training", "reference", SIZE, ms=6.0, ratio_to_linear=3.0, **labels, **gaps),
+        row("training", "cpu", SIZE, ms=3.0, ratio_to_linear=1.5, **labels, **gaps),
+        row("epoch", "linear", SIZE, ms=500.0, ratio_to_linear=1.0, data="digits", batches=11),
+    ]
     with pytest.raises(ValueError, match="no picture .*cpu-training.png"):
         write(tmp_path, rows)
     plots.save(plots.curves_picture(rows), tmp_path / "cpu-training.png")
@@ -99,11 +106,13 @@ def test_scaling_shows_exponents_and_how_it_ended(tmp_path):
 
 def test_peers_say_what_differs_or_why_they_are_absent(tmp_path):
     found = dict(quantization_error=1.5, best_cosine=0.75, units_in_use=7, difference="no grid")
-    rows = [row("som-epoch", "bcl", SIZE, ms=1500.0, **found),
-            row("som-epoch", "MiniSom", SIZE, status="not installed"),
-            row("revival", "bcl", SIZE, ms=2.0, dead=4, revived=3, half_revived_after=None, **found),
-            row("selection", "sort, scatter, topk", SIZE, ms=1.0, ratio_to_reference=0.5),
-            row("selection", "reference", SIZE, ms=2.0, ratio_to_reference=1.0)]  # fmt: skip
+    rows = [
+        row("som-epoch", "bcl", SIZE, ms=1500.0, **found),
+        row("som-epoch", "MiniSom", SIZE, status="not installed"),
+        row("revival", "bcl", SIZE, ms=2.0, dead=4, revived=3, half_revived_after=None, **found),
+        row("selection", "sort, scatter, topk", SIZE, ms=1.0, ratio_to_reference=0.5),
+        row("selection", "reference", SIZE, ms=2.0, ratio_to_reference=1.0),
+    ]
     text = write(tmp_path, rows)
     assert (
         "| bcl | 1.5 | 1.50 | 0.75 | 7 of 8 | no grid |" in text and "| MiniSom |  |  |  |  | not installed |" in text
@@ -115,10 +124,12 @@ def test_peers_say_what_differs_or_why_they_are_absent(tmp_path):
 def steps(**kinds):
     """A record's rows: `nn.Linear`, and `cpu` at 1.25 over 3 rounds and `portable` at 9 over 5."""
     about = dict(floor_ms=0.5, ms=1.0, **kinds)
-    return [row("step", "linear", SIZE, ratio_to_linear=1.0, **about),
-            row("step", "portable", SIZE, ratio_to_linear=9.0, rounds=5, **about),
-            row("step", "cpu", SIZE, ratio_to_linear=1.25, rounds=3, **about),
-            row("step", "triton", SIZE, status="no GPU here", **kinds)]  # fmt: skip
+    return [
+        row("step", "linear", SIZE, ratio_to_linear=1.0, **about),
+        row("step", "portable", SIZE, ratio_to_linear=9.0, rounds=5, **about),
+        row("step", "cpu", SIZE, ratio_to_linear=1.25, rounds=3, **about),
+        row("step", "triton", SIZE, status="no GPU here", **kinds),
+    ]
 
 
 def test_few_rounds_are_told(tmp_path):
@@ -138,9 +149,12 @@ def test_the_newest_of_each_device_counts_and_the_face_is_the_cpus(tmp_path):
     with pytest.raises(ValueError, match="no record of a bench"):
         results.section(tmp_path)
     here = environment() | {"devices": {"cpu": "a machine", "cuda:0": "an H100"}}
-    for name, date, rows in (("old", "2026-01-01", steps()), ("new", "2026-01-02", steps()),
-                             ("gpu", "2026-01-03", steps(device="cuda", threads=1)),
-                             ("two", "2026-01-03", steps(threads=2))):  # fmt: skip
+    for name, date, rows in (
+        ("old", "2026-01-01", steps()),
+        ("new", "2026-01-02", steps()),
+        ("gpu", "2026-01-03", steps(device="cuda", threads=1)),
+        ("two", "2026-01-03", steps(threads=2)),
+    ):
         for one in rows:
             one["ratio_to_linear"] = None if one["ms"] is None else float(len(name + date) + "ongptw".index(name[0]))
         text = write(tmp_path, rows, f"{name}.json", environment=here | {"date": date})
@@ -197,10 +211,18 @@ def test_compare_sees_worse_better_and_lost_ratios(tmp_path, monkeypatch, capsys
     def one(name, **values):
         return row("step", name, SIZE, **values)
 
-    old = [one("cpu", ratio_to_linear=1.0), one("portable", ratio_to_linear=2.0), one("compiled", ratio_to_linear=3.0),
-           one("reference", ratio_to_linear=9.0)]  # fmt: skip
-    new = [one("cpu", ratio_to_linear=1.2), one("portable", ratio_to_linear=2.1), one("compiled", ratio_to_linear=2.0),
-           one("reference", status="time-out")]  # fmt: skip
+    old = [
+        one("cpu", ratio_to_linear=1.0),
+        one("portable", ratio_to_linear=2.0),
+        one("compiled", ratio_to_linear=3.0),
+        one("reference", ratio_to_linear=9.0),
+    ]
+    new = [
+        one("cpu", ratio_to_linear=1.2),
+        one("portable", ratio_to_linear=2.1),
+        one("compiled", ratio_to_linear=2.0),
+        one("reference", status="time-out"),
+    ]
     found = {row["contestant"]: row["verdict"] for row in compare.compare(old, new)}
     assert found == {"cpu": "worse", "portable": "", "compiled": "better", "reference": "worse"}
     with pytest.raises(ValueError, match="rows in common"):

@@ -74,7 +74,7 @@ class Ceilings:
         }
 
     def step_ms(self, size: Size, precision: str = "fp32") -> float:
-        """The least milliseconds of a whole training step, its share of a refresh included."""
+        """The least milliseconds of a training step, its share of a refresh included."""
         floor = self.floor_ms(size, precision)
         return sum(floor[stage] for stage in STEP) + floor["neighbors"] / CONFIG.recompute_every
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-# Name -> float64 regret of the samples chosen end to end, at most: a sum rounded otherwise chooses otherwise.
+# Name -> float64 regret of the samples chosen end to end, at most: another rounding makes other choices.
 PRECISIONS = {"fp32": 1e-5, "tf32": 1e-3, "bf16": 1e-2}
 ROUNDING = {"fp32": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}  # of an operand, relative; float32 takes it as it is
 
@@ -24,5 +24,5 @@ def multiplying(precision: str) -> Iterator[None]:
 
 
 def forward(precision: str, device_type: str) -> AbstractContextManager[None]:
-    """Around each forward: bf16 is autocast's, entered anew for every step as training does."""
+    """Around each forward: bf16 is autocast's, entered again for every step as training does."""
     return torch.autocast(device_type, torch.bfloat16) if precision == "bf16" else nullcontext()

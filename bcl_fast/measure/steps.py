@@ -44,7 +44,7 @@ def race(
     seconds: float = 0.5,
     max_seconds: float = 10.0,
 ) -> dict[str, dict[str, Any]]:
-    """Time the steps of those that have begun, in turn, `linear` first: what a row of each has beside its labels.
+    """Time the steps of those that have begun, in turn, `linear` first: the columns of a row of each.
 
     `ms` is the median window plus the refresh, which was timed apart, shared out over CONFIG.recompute_every steps;
     `ratio_to_linear` is `timing.ratio`, with that share. Rounds and seconds are those of `timing.interleaved`.

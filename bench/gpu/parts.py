@@ -274,7 +274,7 @@ def steps(plan: Plan) -> Iterator[Unit]:
 
 
 def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row]:
-    """Eager and captured steps beside those of `nn.Linear`, after what they choose was found right."""
+    """Eager and captured steps over those of `nn.Linear`, after what they choose was found right."""
     require(backend, plan)
     amount = dict(rounds=plan.rounds, seconds=plan.seconds, max_seconds=3.0)
     for weights in ("init", "trained") if precision == "fp32" else ("init",):
@@ -339,7 +339,7 @@ def variants_(plan: Plan) -> Iterator[Unit]:
 
 
 def _variants(plan: Plan, backend: str, stage: str, size: Size) -> Iterator[Row]:
-    """What stands and every rival of it, held to the contract and then timed."""
+    """The launch sizes in use and every rival of them, held to the contract and then timed."""
     require(backend, plan)
     for weights in plan.weights:
         given = stage_calls(size, plan.device, "reference", weight_of(weights, size, plan))[stage]

@@ -100,7 +100,7 @@ def pruned(cache: Path) -> None:
 def relocated(cache: Path) -> Path:
     """The cache, usable where it now lies, or a copy where that cannot be written.
 
-    Beside each kernel stand the absolute paths of its files, and one that is missing makes all of it count as missing.
+    Each kernel has a list of its files by absolute paths; where one of them is missing, the kernel counts as missing.
     """
     if not os.access(cache, os.W_OK):
         cache = Path(shutil.copytree(cache, Path(tempfile.mkdtemp()) / "triton", copy_function=shutil.copyfile))

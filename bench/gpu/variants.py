@@ -1,4 +1,4 @@
-"""Variants: the launch sizes that stand, and their rivals, one changed at a time."""
+"""Variants: the launch sizes in use, and their rivals, one changed at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from bcl_fast import backends, cuda
 
+IN_USE = "in use"  # what a variant without changes is called
 # Stage of Triton -> constant of its file in kernels/ -> what to try instead.
 RIVALS: dict[str, dict[str, tuple[Any, ...]]] = {
     # Wide programs serve every size that is timed here; without a limit to the cache the usual ones do.
@@ -35,16 +36,16 @@ class Variant:
     changes: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.changes.items()) or "as it stands"
+        return ", ".join(f"{name} {value}" for name, value in self.changes.items()) or IN_USE
 
 
 def variants(backend: str, stage: str) -> list[Variant]:
-    """What stands, first, and every rival of it; for `cuda` these are all forms that are compiled."""
+    """What is in use, first, and every rival of it; for `cuda` these are all forms that are compiled."""
     if backend == "triton":
         changes = [{name: value} for name, values in RIVALS.get(stage, {}).items() for value in values]
     else:
-        standing = sizes(backend, stage)
-        changes = [form for form in cuda.FORMS[stage] if {**standing, **form} != standing]
+        used = sizes(backend, stage)
+        changes = [form for form in cuda.FORMS[stage] if {**used, **form} != used]
     return [Variant(backend, stage, change) for change in [{}, *changes]]
 
 

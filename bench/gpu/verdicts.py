@@ -13,11 +13,12 @@ from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.rows import OK, Row
 
 from .units import FAILED, TIMED_OUT
+from .variants import IN_USE
 
 BAD = (FAILED, TIMED_OUT)
 OF_FLOOR, OF_READ, OF_ARGSORT, OF_LINEAR = 1.5, 1.5, 5.0, 3.0  # the goals
 LAUNCH_BOUND = 10**6  # elements [B, D] below which a step is a matter of launches
-GRAPHED = "graphed"  # the mode of a user's whole step, with a loss and an optimizer
+GRAPHED = "graphed"  # the mode of a user's step, with a loss and an optimizer
 LONGEST = 5  # kernels that are shown of each step
 
 
@@ -68,11 +69,8 @@ def goals(rows: Sequence[Row], sizes: Sequence[Size]) -> Iterator[tuple[str, flo
     steps = of(rows, "steps", "mode", "ms")
     for size in sizes:
         for weights in ("init", "trained"):
-            own = [
-                row for row in steps
-                if size_of(row) == size and (row["weights"], row["precision"]) == (weights, "fp32")
-                and row["mode"] != GRAPHED
-            ]  # fmt: skip
+            own = [row for row in steps if size_of(row) == size and row["mode"] != GRAPHED]
+            own = [row for row in own if (row["weights"], row["precision"]) == (weights, "fp32")]
             if size.B * size.D >= LAUNCH_BOUND and own and ceilings:
                 best = min(row["ms"] for row in own)
                 yield f"step {size} {weights} fp32 / floor", best / ceilings.step_ms(size), OF_FLOOR
@@ -136,7 +134,7 @@ def _variants(rows: Sequence[Row]) -> Iterator[str]:
                 shown = ", ".join(
                     f"{name} {ms:.4f}" for name, ms in sorted(taken.items(), key=lambda item: item[1])[:3]
                 )
-                yield f"{unit} {weights}: as it stands {taken.get('as it stands', float('nan')):.4f}; best {shown}"
+                yield f"{unit} {weights}: {IN_USE} {taken.get(IN_USE, float('nan')):.4f}; best {shown}"
 
 
 def _steps(rows: Sequence[Row]) -> Iterator[str]:
@@ -153,7 +151,8 @@ def _steps(rows: Sequence[Row]) -> Iterator[str]:
 def _strayed(rows: Sequence[Row]) -> Iterator[str]:
     for row in of(rows, "steps", "regret"):
         if row["features"]:
-            yield f"{row['unit']} {row['weights']}: {row['features']} features otherwise, regret {row['regret']:.1e}"
+            chose = f"{row['features']} features chose other samples, regret {row['regret']:.1e}"
+            yield f"{row['unit']} {row['weights']}: {chose}"
 
 
 def _ranks(rows: Sequence[Row]) -> Iterator[str]:
