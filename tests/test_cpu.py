@@ -53,25 +53,6 @@ def test_selection_by_bounds_is_bit_equal(kind, dtype):
         check(columns(kind, B, D, dtype), None, weighting=weighting)
 
 
-def test_scores_of_different_needs_tie_at_the_bound_that_stops():
-    """need = 2^-j for the samples of the ranks 2^j - 1 .. 2^(j + 1) - 2, in another order in every column.
-
-    Of 53 samples five score more than 1.625, and those of the ranks 13, 26 and 52 just as much: 1.625 is also the bound
-    of all that follow the second of these. Every key has a bin of its own, so that bounds are the scores themselves.
-    """
-    B, D, generator = 53, 67, torch.Generator().manual_seed(11)
-    octave = (torch.arange(B) + 1.0).log2().floor()
-    shuffled = (octave + torch.rand(D, B, generator=generator)).argsort(dim=1)  # ranks move within their octaves
-    place = torch.randperm(B, generator=generator)  # the same samples have an octave in all columns
-    activation = torch.empty(B, D)
-    activation[place] = shuffled.T.float()
-    need = torch.empty(B)
-    need[place] = 2**-octave
-    for rescue_k in (6, 7):  # one or two of the three
-        check(activation, need, rescue_k)
-        check(activation, need, rescue_k, weighting="soft")
-
-
 @pytest.mark.parametrize(
     "need",
     [
@@ -311,9 +292,7 @@ rows, inverse = torch.ones(2, 33), torch.ones(2)
 struct = cpu_structs.InverseNorm(rows.data_ptr(), inverse.data_ptr(), stride=33, R=2, N=34)
 native.cpu().bcl_cpu_inverse_norm_f32(struct, 1)
 """
-CHOSEN = (
-    "bounds or tie or outliers or rescue_k or competition or similarities or threads or feature or interface or index"
-)
+CHOSEN = "bounds or outliers or rescue_k or competition or similarities or threads or feature or interface or index"
 
 
 @pytest.fixture(scope="module")
