@@ -9,10 +9,8 @@ import triton
 import triton.language as tl
 
 from ..structures import Competition
+from .bits import EPS, LARGEST, SCALE, clamp, ordered
 
-EPS = tl.constexpr(1e-8)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
-SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
 BLOCK_B = 8  # float32 are one sector of memory
 # Programs, the features of a tile, and warps. Every program holds BLOCK_B strengths of every feature, and together they
 # should stay in the level-2 cache, of which an H100 has 50 MB: where those of the usual programs take more than CACHE
@@ -24,19 +22,6 @@ STAGES = 3  # activations of two more tiles are in flight while one is laid out;
 BLOCK_N, BLOCK_K = 64, 8  # inputs, and neighbors of a winner, that are read together
 FORCES = 16, 64  # programs and features of a tile where their sums are added up
 REGISTERS, MORE_REGISTERS = 128, 255  # 512 threads fit a multiprocessor; where 128 would spill
-
-
-@triton.jit
-def _ordered(x):
-    """Integers in the order of the numbers: -0 equals +0, NaN is the largest, as argmax has it."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@triton.jit
-def _feature(index, D):
-    """The feature that a neighbor counts as: damaged state may hold any index, and one outside is clamped."""
-    return tl.minimum(tl.maximum(index, 0), D - 1)
 
 
 @triton.jit
@@ -85,7 +70,7 @@ def _rank_scores(
         strength = tl.load(strength_ptr + d * BLOCK_B + s, d < D, other=0.0)
         rival = tl.zeros([BLOCK_D, BLOCK_B], tl.int32)  # magnitudes order like their bits, NaN last
         for i in range(K):
-            j = _feature(tl.load(neighbors_ptr + d * K + i, d < D, other=0), D)
+            j = clamp(tl.load(neighbors_ptr + d * K + i, d < D, other=0), D)
             rival = tl.maximum(
                 rival, tl.load(strength_ptr + j * BLOCK_B + s, d < D, other=0.0).to(tl.int32, bitcast=True)
             )
@@ -93,7 +78,7 @@ def _rank_scores(
         rank_score = tl.where(inside, tl.sigmoid(margin * temperature), 0.0)
         tl.store(rank_score_ptr + b[None, :] * D + d, rank_score, inside)
         coverage += tl.sum(rank_score, 0)
-        order = tl.where(d < D, _ordered(margin), -0x80000000)
+        order = tl.where(d < D, ordered(margin), -0x80000000)
         here = tl.max(order, 0)  # [BLOCK_B]
         first = tl.min(tl.where(order == here[None, :], d, D), 0)  # the smallest index of equal margins
         winner = tl.where(here > best, first, winner)
@@ -132,12 +117,12 @@ def _pairs(
     for i_start in range(0, K, BLOCK_K):
         i = i_start + tl.arange(0, BLOCK_K)[None, :]
         inside = (b[:, None] < B) & (i < K)
-        feature = _feature(tl.load(neighbors_ptr + winner[:, None] * K + i, inside, other=0), D)  # [BLOCK_B, BLOCK_K]
+        feature = clamp(tl.load(neighbors_ptr + winner[:, None] * K + i, inside, other=0), D)  # [BLOCK_B, BLOCK_K]
         claimed = tl.zeros_like(feature).to(tl.float32)
         for q_start in range(0, K, BLOCK_K):
             q = q_start + tl.arange(0, BLOCK_K)[None, None, :]
             both = inside[:, :, None] & (q < K)
-            j = _feature(tl.load(neighbors_ptr + feature[:, :, None] * K + q, both, other=0), D)
+            j = clamp(tl.load(neighbors_ptr + feature[:, :, None] * K + q, both, other=0), D)
             claimed += tl.sum(tl.load(row_ptr[:, :, None] + j, both, other=0.0), 2)
         pull = tl.load(row_ptr + feature, inside, other=0.0) / (1 + claimed)
         tl.store(pair_feature_ptr + b[:, None] * K + i, feature, inside)

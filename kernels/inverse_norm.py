@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-8)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
-SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
+from .bits import EPS, LARGEST, SCALE
+
 BLOCK_R, BLOCK_N = 8, 256
 
 

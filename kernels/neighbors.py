@@ -4,9 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-8)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of the finite float32
-SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its range
+from .bits import EPS, LARGEST, SCALE, pack
+
 LOW = tl.constexpr(2**31 - 1)  # the bits of a key that hold the column, falling
 EMPTY = tl.constexpr(-(2**63))  # a key below every candidate's
 ARRIVAL = tl.constexpr(2**40)  # refreshed_at counts finished programs above the bits of a step
@@ -31,10 +30,7 @@ def _keys(similarity, row, column, D, last):
     """
     value = tl.where(similarity != similarity, -2.0, similarity)
     value = tl.minimum(tl.maximum(value, -LARGEST), LARGEST)  # as torch.nan_to_num: an infinity ties with LARGEST
-    value = tl.where(value == 0, 0.0, value)  # -0 equals +0
-    bits = value.to(tl.int32, bitcast=True)
-    rising = tl.where(bits < 0, bits ^ LOW, bits)  # an integer that orders as the float does
-    key = (rising.to(tl.int64) << 32) | (column ^ LOW)
+    key = pack(value, column ^ LOW)
     return tl.where((column < D) & (column != row) & (key < last), key, EMPTY)
 
 

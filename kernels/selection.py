@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-8)
-MAX_CHOSEN = 32  # samples of a feature chosen in registers; more are chosen by sorting
+from .bits import EPS, pack, unpack
+
+MAX_CHOSEN = 32  # so many samples are chosen in registers; beyond, scores are sorted
 PROGRAMS = 264  # each holds the sorted runs of its columns, in twice their memory: together less than one large [B, D]
 COLUMNS = 4  # half a sector of float32 of every row: more would spill where a run is sorted
 SHORT, RUN = 128, 1024  # elements of a run: SHORT where a single one holds the batch
@@ -28,21 +29,6 @@ SAMPLE = tl.constexpr(0x7FFFFFFF)  # the bits of a packed integer that name its 
 LAST = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # above every key
 UNKNOWN = tl.constexpr(0x7FFFFFFF00000000)  # keys that are NaN start here
 NOTHING = tl.constexpr(-0x8000000000000000)  # below every score, as are the few integers that follow it
-
-
-@triton.jit
-def _packed(x, low):
-    """Integers in the order of (x, low): -0 equals +0, NaN is above all numbers."""
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
-    ordered = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) | low
-
-
-@triton.jit
-def _number(packed):
-    """The number that was packed."""
-    ordered = (packed >> 32).to(tl.int32)
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -73,7 +59,7 @@ def _promising(most, need, b, worst, HAS_NEED: tl.constexpr):
     reach = most.to(tl.float32)
     if HAS_NEED:
         reach = tl.where(need > 0, reach * need, 0.0)
-    return _packed(reach, b ^ SAMPLE) > worst
+    return pack(reach, b ^ SAMPLE) > worst
 
 
 @triton.jit
@@ -137,11 +123,11 @@ def _write(row_ptr, share_ptr, kept, scale, d, there, r, SOFT: tl.constexpr):
     for i in range(r):
         best = tl.max(left, 1, keep_dims=True)
         tl.store(row_ptr + d * r + i, (best & SAMPLE) ^ SAMPLE, there)
-        total += tl.maximum(_number(best), 0.0) * scale
+        total += tl.maximum(unpack(best), 0.0) * scale
         left = tl.where(left == best, NOTHING, left)
     for i in range(r):
         best = tl.max(kept, 1, keep_dims=True)
-        share = tl.maximum(_number(best), 0.0) * scale / (total + EPS) if SOFT else tl.zeros_like(total) + scale
+        share = tl.maximum(unpack(best), 0.0) * scale / (total + EPS) if SOFT else tl.zeros_like(total) + scale
         tl.store(share_ptr + d * r + i, share, there)
         kept = tl.where(kept == best, NOTHING, kept)
 
@@ -152,7 +138,7 @@ def _scores(affinity, need_ptr, key, b, B, inside, HAS_NEED: tl.constexpr):
     if HAS_NEED:
         affinity *= tl.load(need_ptr + b, b < B, other=0.0)
     known = (key == key) & (affinity == affinity)
-    return tl.where(inside, _packed(tl.where(known, affinity, float("-inf")), b ^ SAMPLE), NOTHING)
+    return tl.where(inside, pack(tl.where(known, affinity, float("-inf")), b ^ SAMPLE), NOTHING)
 
 
 @triton.jit(do_not_specialize=["B", "r", "runs", "stride_b", "stride_d"])
@@ -198,7 +184,7 @@ def _selection_kernel(
                 key = _keys(
                     activation_ptr, bias_ptr, x_inverse_norm_ptr, b, d, B, stride_b, stride_d, HAS_BIAS, HAS_NORM
                 )
-                tl.store(run_ptr + b, tl.sort(tl.where(b < B, _packed(key, b), LAST), 1))
+                tl.store(run_ptr + b, tl.sort(tl.where(b < B, pack(key, b), LAST), 1))
             tl.debug_barrier()
         for block in range(0, tl.cdiv(B, BLOCK) if RULE != "rank" else runs * (RUN // BLOCK)):
             if RULE == "rank":  # from the top of every run: what comes later is less likely to be chosen

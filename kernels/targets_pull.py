@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 
 from ..structures import Pull
+from .bits import EPS, clamp
 
-EPS = tl.constexpr(1e-8)
 MAX_CHUNKS = 32  # programs that group the pairs; the pull reads one start of each per feature
 CHUNK_ROWS = 16  # fewest samples of a chunk
 STREAM = 4096  # features or pairs of a tile that is only streamed
@@ -17,12 +17,6 @@ MAX_BLOCK_N = 128  # one warp's width: a narrow block of a large x stays in the 
 # Without a limit ptxas spills a few bytes to fit one more program; the AMD compiler does not know the option.
 REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
 DENSE_ROWS = 16  # all of a larger batch rescues by a product: a gather would read x once for every feature
-
-
-@triton.jit
-def _inside(index, n):
-    """The index, kept in 0 .. n - 1: it comes from our own stages, but whatever it is, no other memory is touched."""
-    return tl.minimum(tl.maximum(index, 0), n - 1)
 
 
 @triton.jit(do_not_specialize=["pairs", "chunk", "chunks"])
@@ -56,7 +50,7 @@ def _pairs_kernel(
         tl.store(cursor_ptr + d + wide, 0, d + wide < D)
     tl.debug_barrier()
     for p in range(first, stop, STREAM):
-        feature = _inside(tl.load(pair_feature_ptr + p + wide, p + wide < stop, other=0), D)
+        feature = clamp(tl.load(pair_feature_ptr + p + wide, p + wide < stop, other=0), D)
         tl.atomic_add(cursor_ptr + feature, 1, p + wide < stop, sem="relaxed")
     tl.debug_barrier()
     before = 0
@@ -70,11 +64,11 @@ def _pairs_kernel(
     tl.debug_barrier()
     for p in range(first, stop, TILE):
         pair, mask = p + lane, p + lane < stop
-        feature = _inside(tl.load(pair_feature_ptr + pair, mask, other=0), D).to(tl.int32)
+        feature = clamp(tl.load(pair_feature_ptr + pair, mask, other=0), D).to(tl.int32)
         place = first + tl.load(cursor_ptr + feature, mask, other=0)
         for q in range(0, TILE, COMPARE):
             other = tl.load(pair_feature_ptr + p + q + few, p + q + few < stop, other=0)
-            other = _inside(other, D).to(tl.int32)
+            other = clamp(other, D).to(tl.int32)
             earlier = (other[:, None] == feature[None, :]) & (q + few[:, None] < lane[None, :])
             place += tl.sum(earlier.to(tl.int32), axis=0)
         tl.store(row_ptr + place, pair // K, mask)
@@ -91,7 +85,7 @@ def _listed(position, won, listed, end, jump, row_ptr, pull_ptr, rescue_rows_ptr
     is_won, is_rescued = position < won, (position >= won) & (position < listed)
     row = tl.load(row_ptr + place, is_won, other=0) + tl.load(rescue_rows_ptr + position, is_rescued, other=0)
     pull = tl.load(pull_ptr + place, is_won, other=0.0)
-    return _inside(row, B), pull + tl.load(rescue_weight_ptr + position, is_rescued, other=0.0)
+    return clamp(row, B), pull + tl.load(rescue_weight_ptr + position, is_rescued, other=0.0)
 
 
 @triton.jit(do_not_specialize=["B", "chunk", "chunks", "r"])
