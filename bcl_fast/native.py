@@ -29,7 +29,7 @@ def pointer(tensor: Any) -> int | None:
 
 
 def bad_neighbors(neighbors: Any, D: int) -> ValueError:
-    """For neighbors of another shape or dtype than the libraries read, whatever indices they hold: users load them."""
+    """The error for neighbors of a shape or dtype that the libraries do not read, as a user may have loaded them."""
     given = f"{neighbors.dtype} {list(neighbors.shape)}"
     return ValueError(f"neighbors must be torch.int64 [{D}, k] with D, k >= 1, got {given}")
 
@@ -39,7 +39,7 @@ def _flushes() -> bool:
     return sys.float_info.min * 0.5 == 0.0
 
 
-@functools.cache  # what a library does as it loads, it does once
+@functools.cache  # only the first load changes the process
 def _open(path: str) -> tuple[ctypes.CDLL, bool]:
     """A library, and whether it made this thread flush subnormal numbers to zero, which is then undone."""
     before = _flushes()

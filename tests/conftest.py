@@ -72,13 +72,13 @@ def poison_uninitialized_memory():
 
 @pytest.fixture
 def memory_as_it_comes(monkeypatch):
-    """For a test that counts launches: on a GPU to poison memory is one."""
+    """For a test that counts launches: on a GPU, poisoning memory is one."""
     monkeypatch.setattr(sys.modules[__name__], "POISON", False)
 
 
 @pytest.fixture(params=["largest", "zeros", "sevens"])
 def memory(request, monkeypatch):
-    """What uninitialized memory holds: nothing a step could be, what fresh pages hold, and what a step could be."""
+    """What uninitialized memory holds: a number that no step can be, zeros as fresh pages do, or what a step can be."""
     value = {"zeros": 0, "sevens": 7}.get(request.param)
     if value is not None:
         monkeypatch.setattr(sys.modules[__name__], "poison", lambda tensor: tensor.detach().fill_(value))

@@ -1,6 +1,6 @@
 """Every backend against the reference, stage by stage, by the exactness contract: one body, each backend a parameter.
 
-What the contract is stands in `bcl_fast.testing.check_stage`; here is what it is held over.
+The contract is `bcl_fast.testing.check_stage`; here is what it is held over.
 """
 
 import pytest

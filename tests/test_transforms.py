@@ -1,4 +1,4 @@
-"""What torch does with a module beside calling it: transforms, tracers, exporters, quantizers, readers of `weight`.
+"""What torch does with a module besides calling it: transforms, tracers, exporters, quantizers, readers of `weight`.
 
 In eval() a BCLLayer gives nn.Linear's numbers under all of them.
 """
@@ -167,14 +167,14 @@ class Quantized(torch.Tensor):
     """
 
     @staticmethod
-    def __new__(cls, whole, scale, says):
-        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=says, requires_grad=False)
+    def __new__(cls, integers, scale, says):
+        return torch.Tensor._make_wrapper_subclass(cls, integers.shape, dtype=says, requires_grad=False)
 
-    def __init__(self, whole, scale, says):
-        self.whole, self.scale, self.says = whole, scale, says
+    def __init__(self, integers, scale, says):
+        self.integers, self.scale, self.says = integers, scale, says
 
     def __tensor_flatten__(self):
-        return ["whole", "scale"], self.says
+        return ["integers", "scale"], self.says
 
     @staticmethod
     def __tensor_unflatten__(inner, says, size, stride):
@@ -183,12 +183,12 @@ class Quantized(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.detach.default:
-            return Quantized(args[0].whole, args[0].scale, args[0].says)
+            return Quantized(args[0].integers, args[0].scale, args[0].says)
         if function is torch.ops.aten._to_copy.default:
-            return Quantized(args[0].whole, args[0].scale.to(kwargs["dtype"]), args[0].says)
+            return Quantized(args[0].integers, args[0].scale.to(kwargs["dtype"]), args[0].says)
         if function not in (torch.ops.aten.t.default, torch.ops.aten.addmm.default, torch.ops.aten.mm.default):
             raise NotImplementedError(f"{function} of a quantized weight")
-        return function(*tree_map_only(Quantized, lambda q: q.whole * q.scale, args), **(kwargs or {}))
+        return function(*tree_map_only(Quantized, lambda q: q.integers * q.scale, args), **(kwargs or {}))
 
 
 def test_evaluation_with_a_quantized_weight_is_nn_linears():
@@ -197,19 +197,19 @@ def test_evaluation_with_a_quantized_weight_is_nn_linears():
             layer = evaluated(space)[0]
             weight = layer.weight.detach()
             scale = weight.abs().max() / 127
-            whole = (weight / scale).round().to(torch.int8)
-            layer.weight = nn.Parameter(Quantized(whole, scale, says), requires_grad=False)
-            stands = whole * scale if space == "weight" else whole * scale + layer.som_offset
+            integers = (weight / scale).round().to(torch.int8)
+            layer.weight = nn.Parameter(Quantized(integers, scale, says), requires_grad=False)
+            effective_weight = integers * scale if space == "weight" else integers * scale + layer.som_offset
             if space == "weight":
-                assert layer(batch()).equal(F.linear(batch(), stands, layer.bias))
-            torch.testing.assert_close(layer(batch()), F.linear(batch(), stands, layer.bias))
+                assert layer(batch()).equal(F.linear(batch(), effective_weight, layer.bias))
+            torch.testing.assert_close(layer(batch()), F.linear(batch(), effective_weight, layer.bias))
 
 
 def test_evaluation_with_a_quantized_weight_in_another_dtype_is_nn_linears():
     modules = evaluated()
     for module in modules:
-        whole = (module.weight.detach() * 100).to(torch.int8)
-        module.weight = nn.Parameter(Quantized(whole, torch.tensor(0.01), torch.float32), requires_grad=False)
+        integers = (module.weight.detach() * 100).to(torch.int8)
+        module.weight = nn.Parameter(Quantized(integers, torch.tensor(0.01), torch.float32), requires_grad=False)
         module.to(torch.bfloat16)
     outputs = [module(batch().bfloat16()) for module in modules]
     assert outputs[0].dtype == torch.bfloat16 and outputs[0].equal(outputs[1])
@@ -284,7 +284,7 @@ def test_fusing_a_batch_norm():
 
 
 def encoders(space, placed):
-    """An nn.TransformerEncoderLayer with two BCLLayers, and a plain twin with the weights that stand."""
+    """An nn.TransformerEncoderLayer with two BCLLayers, and a plain twin with the effective weights."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoderLayer(12, 2, 20, dropout=0.0, batch_first=True).eval()
     plain, handles = copy.deepcopy(encoder), []

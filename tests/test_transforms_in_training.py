@@ -69,7 +69,7 @@ def test_functional_call_on_its_own_parameters_trains():
 
 
 def test_a_model_traced_in_training_trains_as_untraced():
-    """Tools such as torchvision's feature extraction trace a model in both modes, so that an error would not do."""
+    """Tools such as torchvision's feature extraction trace a model in both modes: an error would stop them."""
     for space in ("weight", "offset"):
         models = [nn.Sequential(make(som_space=space), nn.Tanh()) for _ in range(2)]
         program = torch.fx.symbolic_trace(models[0])

@@ -19,7 +19,7 @@ ON_CPU = [name for name in backends.NAMES if backends.why_not(name, "cpu") is No
 
 
 def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12, stage=None):
-    """(backend, size) for every backend beside the reference that serves this dtype, with a stage of its own, here.
+    """(backend, size) for every backend but the reference that serves this dtype here and has a stage of its own.
 
     A slow one gets the sizes (B, D, N) of at most `most` elements [B, D].
     """
