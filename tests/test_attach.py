@@ -95,9 +95,10 @@ def test_a_subclass_without_its_own_forward_is_fine(kind):
         lambda module: prune.l1_unstructured(module, "bias", 0.5),
         lambda module: nn.utils.parametrize.register_parametrization(module, "bias", nn.Tanh()),
     ],
-    ids=["weight_norm", "spectral_norm", "orthogonal", "old weight_norm", "old spectral_norm", "prune", "prune bias",
-         "bias"],
-)  # fmt: skip
+    ids="weight_norm, spectral_norm, orthogonal, old weight_norm, old spectral_norm, prune, prune bias, bias".split(
+        ", "
+    ),
+)
 def test_a_parametrized_layer_is_refused(wrap):
     model = nn.Sequential(linear(), nn.ReLU())
     wrap(model[0])

@@ -139,9 +139,11 @@ MODULES = modules()
 PACKAGES = {name.rpartition(".")[0] for name in MODULES} - {""}
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_a_module_imports_only_what_is_below_it(name):
-    assert violations(MODULES[name].read_text(encoding="utf-8"), name, set(MODULES) | PACKAGES) == []
+def test_a_module_imports_only_what_is_below_it():
+    known = set(MODULES) | PACKAGES
+    texts = {name: path.read_text(encoding="utf-8") for name, path in MODULES.items()}
+    found = {name: violations(text, name, known) for name, text in texts.items()}
+    assert len(found) > 50 and {name: those for name, those in found.items() if those} == {}
 
 
 @pytest.mark.parametrize(

@@ -156,14 +156,22 @@ def hf_trainer(hf, model, path, bind, *, window, bf16=False, clip=0.0, epochs=2,
     return InOrder(
         model,
         transformers.TrainingArguments(
-            str(path), num_train_epochs=epochs, per_device_train_batch_size=SAMPLES[0], use_cpu=True, bf16=bf16,
-            gradient_accumulation_steps=window, max_grad_norm=clip, report_to=[], disable_tqdm=True,
-            logging_strategy="no", **{"save_strategy": "no", **arguments},
+            str(path),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=SAMPLES[0],
+            use_cpu=True,
+            bf16=bf16,
+            gradient_accumulation_steps=window,
+            max_grad_norm=clip,
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+            **{"save_strategy": "no", **arguments},
         ),
         train_dataset=samples,
         callbacks=[Binds()],
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)),
-    )  # fmt: skip
+    )
 
 
 def train_as_trainer_does(twin, bound, window, bf16=False, clip=None, epochs=2):

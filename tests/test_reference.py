@@ -193,8 +193,8 @@ def test_step_10_projections():
 
 def test_step_11_masks():
     novelty, rate = tensor([0.5, 1.0, 0.25]), tensor([0.5, 0.25, 1.0])
-    mask = [ref.gradient_mask(R.float(), novelty, rate, tensor([0, 2]), "decoupled", kind) for kind in
-            ("soft", "winner_take_all", "none")]  # fmt: skip
+    given = R.float(), novelty, rate, tensor([0, 2]), "decoupled"
+    mask = [ref.gradient_mask(*given, kind) for kind in ("soft", "winner_take_all", "none")]
     assert mask[0].equal(R.float())
     assert mask[1].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
     assert mask[2].tolist() == [[1.0] * 3] * 2

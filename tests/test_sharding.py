@@ -347,8 +347,12 @@ def frozen_offset(rank):
     return frozen(rank, som_space="offset")
 
 
-JOBS = {frozen: {}, without_som_lr: {}, frozen_winner_take_all: {"gradient_mask": "winner_take_all"},
-        frozen_offset: {"som_space": "offset"}}  # fmt: skip
+JOBS = {
+    frozen: {},
+    without_som_lr: {},
+    frozen_winner_take_all: {"gradient_mask": "winner_take_all"},
+    frozen_offset: {"som_space": "offset"},
+}
 
 
 @pytest.mark.parametrize("job", JOBS, ids=[job.__name__ for job in JOBS])
