@@ -83,8 +83,8 @@ def selection_times(size: Size, device: str = "cpu", **amount: Any) -> list[Row]
 
 def sort_segments(key: Tensor) -> None:
     """Sort each row of key [D, B] int32 by CUB alone; the result is dropped."""
-    memory = [tensor.data_ptr() for tensor in (key, *(torch.empty_like(key) for _ in range(3)))]
-    cuda.call("sort", key, tuple(key.shape), *memory, *key.shape)
+    buffers = key, *(torch.empty_like(key) for _ in range(3))
+    cuda.call("sort", key, tuple(key.shape), *(buffer.data_ptr() for buffer in buffers), *key.shape)
 
 
 def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = None, **amount: Any) -> list[Row]:
