@@ -83,22 +83,19 @@ def test_a_subclass_without_its_own_forward_is_fine(kind):
     assert model[0] is original and type(model[0]) is kind
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        parametrizations.weight_norm,
-        parametrizations.spectral_norm,
-        parametrizations.orthogonal,
-        nn.utils.weight_norm,
-        nn.utils.spectral_norm,
-        lambda module: prune.l1_unstructured(module, "weight", 0.5),
-        lambda module: prune.l1_unstructured(module, "bias", 0.5),
-        lambda module: nn.utils.parametrize.register_parametrization(module, "bias", nn.Tanh()),
-    ],
-    ids="weight_norm, spectral_norm, orthogonal, old weight_norm, old spectral_norm, prune, prune bias, bias".split(
-        ", "
-    ),
-)
+WRAPS = {
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "old weight_norm": nn.utils.weight_norm,
+    "old spectral_norm": nn.utils.spectral_norm,
+    "prune": lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    "prune bias": lambda module: prune.l1_unstructured(module, "bias", 0.5),
+    "bias": lambda module: nn.utils.parametrize.register_parametrization(module, "bias", nn.Tanh()),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS.values(), ids=WRAPS)
 def test_a_parametrized_layer_is_refused(wrap):
     model = nn.Sequential(linear(), nn.ReLU())
     wrap(model[0])
