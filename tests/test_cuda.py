@@ -123,7 +123,7 @@ def check_damaged(activation, neighbors):
         for near in (neighbors, inside)
     ]
     assert all(got.equal(same) for got, same in zip(*results, strict=True))
-    assert results[0][4].equal(ref.winner(ref.margin(activation.abs(), inside)))
+    assert results[0].winner.equal(ref.winner(ref.margin(activation.abs(), inside)))
 
 
 @on_host
@@ -169,8 +169,8 @@ def check_competition_where(monkeypatch, host, where, rows, device, form):
         activation[4, 3], activation[4, 9] = torch.inf, -torch.inf
         won = stage("competition", "cuda")(activation, neighbors, 5.0, activation, "decoupled", 0.0, 0.0)
         margin = ref.margin(activation.abs(), neighbors)
-        assert won[4].equal(ref.winner(margin))
-        torch.testing.assert_close(won[0], ref.rank_score(margin, 5.0), rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert won.winner.equal(ref.winner(margin))
+        torch.testing.assert_close(won.rank_score, ref.rank_score(margin, 5.0), rtol=1e-5, atol=1e-6, equal_nan=True)
         damaged = neighbors.clone()
         damaged[::3, 0], damaged[1::3, -1], damaged[::5, 1] = -1, 1 << 40, D
         check_damaged(activation[:2], damaged)
