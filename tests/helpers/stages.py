@@ -51,7 +51,3 @@ def pull_of(B, D, N, k, r, dtype, seed=0):
     shares = torch.rand(rows.shape, generator=generator, dtype=dtype)
     winner_share, som_strength = torch.rand(2, D, generator=generator, dtype=dtype)
     return Pull(x, neighbors_of(D, k)[winner], pair_pull, rows, shares, winner_share, som_strength)
-
-
-def doubled(pull):
-    return Pull(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in pull))
