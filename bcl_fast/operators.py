@@ -105,7 +105,7 @@ MIN_NORM = 1e-6  # of which EPS = 1e-8 is one percent
 
 
 def require_finite(**tensors: Tensor) -> None:
-    """Raise a ValueError that names the first tensor holding NaN or Inf (`check_finite` of SPEC 3)."""
+    """Raise a ValueError that names the first tensor holding NaN or Inf (`check_finite` of SPEC section 3)."""
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())

@@ -149,8 +149,8 @@ def weighted_affinity(affinity: Tensor, need: Tensor | None) -> Tensor:
     return affinity if need is None else affinity * need[:, None]
 
 
-def selection_score(key: Tensor, weight_inverse_norm: Tensor, need: Tensor | None, rule: str) -> Tensor:
-    """What the top-k compares: weighted_affinity, but for `rank` without dividing by B - 1 (SPEC section 4): [B, D].
+def selection_score(key: Tensor, weight_inverse_norm: Tensor | None, need: Tensor | None, rule: str) -> Tensor:
+    """What the top-k compares: weighted_affinity, for `rank` without the division by B - 1 (SPEC section 4): [B, D].
 
     A NaN key, or a score that is NaN, counts as -inf: such a sample is chosen only where too few others exist.
     """
@@ -191,7 +191,7 @@ def rescue_target(rescue_pull: Tensor, x: Tensor) -> Tensor:
 
 
 def winner_share(win_rate: Tensor, novelty: Tensor, forces: str, rescue_onset: float) -> Tensor:
-    """u, the winner target's share (step 10; `coupled` and `rescue_onset` of SPEC section 3): [D] -> [D]."""
+    """u, the winner target's share of the blend (step 10; forces and rescue_onset of SPEC section 3): [D] -> [D]."""
     share = win_rate * novelty if forces == "coupled" else win_rate
     return torch.where(win_rate < rescue_onset, share, 1.0) if rescue_onset else share
 

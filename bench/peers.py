@@ -6,7 +6,6 @@ DIFFERENCES says how each differs from BCL.
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import statistics
 import time
@@ -18,7 +17,7 @@ import torch
 from stages import ONE_FUNCTION, stage_calls
 from torch import Tensor
 
-from bcl_fast import BCLLayer, backends, native
+from bcl_fast import BCLLayer, backends, cuda
 from bcl_fast.measure.implementations import Size, batch, reasons, serving_stages
 from bcl_fast.measure.rows import Row, absent, row
 from bcl_fast.measure.timing import compared, ratio
@@ -104,10 +103,11 @@ def rank_times(size: Size, device: str = "cpu", names: Sequence[str] | None = No
     if "cuda" in calls:
         columns = key.T.contiguous().view(torch.int32)
         calls["CUB segmented sort"] = lambda: sort_segments(columns)
-    return [
-        row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6)
-        for name, (ms, _) in medians(calls, device, **amount).items()
-    ]
+    rows = []
+    for name, own in compared(calls, device, **amount)[0].items():
+        ms = statistics.median(own)
+        rows.append(row("ranks", name, size, device=device, ms=ms, gkeys_per_s=key.numel() / ms / 1e6, rounds=len(own)))
+    return rows
 
 
 # --- A SOM's epoch ----------------------------------------------------------------------------------------------------

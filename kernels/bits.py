@@ -12,7 +12,8 @@ SCALE = tl.constexpr(2.0**-96)  # brings the squares of any float32 into its ran
 @triton.jit
 def ordered(x):
     """float32 as int32 in the order of the numbers: -0 equals +0, NaN is the largest, as argmax has it."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    # Not x + 0.0: fused with the product that x may be, it leaves one that underflows -0.
+    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     return tl.where(x != x, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
 
 

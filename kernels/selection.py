@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .bits import EPS, pack, unpack
 
-MAX_CHOSEN = 32  # so many samples are chosen in registers; beyond, scores are sorted
+MAX_CHOSEN = 32  # samples of a feature chosen in registers; more are chosen by sorting
 PROGRAMS = 264  # each holds the sorted runs of its columns, in twice their memory: together less than one large [B, D]
 COLUMNS = 4  # half a sector of float32 of every row: more would spill where a run is sorted
 SHORT, RUN = 128, 1024  # elements of a run: SHORT where a single one holds the batch

@@ -1,6 +1,7 @@
 """Which backends there are, which stages each serves, and which of them serves a layer."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,24 @@ def test_on_a_gpu_the_cuda_library_serves_where_it_was_built(monkeypatch):
             warnings.simplefilter("error")  # which of the two is faster is not known
             assert backends.resolve_backend(True, None, "cuda") == expected
     backends._fastest.cache_clear()
+
+
+def test_on_rocm_triton_serves_and_the_cuda_library_does_not(monkeypatch):
+    """ROCm's torch calls its devices `cuda`; the library loads there, for it brings NVIDIA's runtime along."""
+    monkeypatch.setattr("bcl_fast.native.cuda", lambda: SimpleNamespace(bcl_cuda_on_host=lambda: 0))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)  # Triton, wherever these tests run
+    assert backends.fastest("cuda") == "cuda" and "sm_90" in backends.tried("cuda")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert backends.fastest("cuda") == "triton" and "gfx942" in backends.tried("cuda")
+    assert backends.why_not("cuda", "cuda") == "its CUDA C++ library is for NVIDIA's GPUs, and this torch for AMD's"
+
+
+def test_where_nothing_is_faster_the_general_backend_serves_without_a_word(monkeypatch):
+    for device in ("mps", "xpu", "meta"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert backends.resolve_backend(True, None, device) == backends.fastest(device) == backends.GENERAL
+    assert {backends.tried(device) for device in ("mps", "xpu", "npu")} == {"never run"}
 
 
 def test_within_cuda_sizes_decide_per_stage(monkeypatch):

@@ -178,13 +178,6 @@ def test_sweep_prints_the_grid_and_its_control(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"runs", "sweep.csv", "sweep.json", "sweep.png"}
 
 
-def test_missing_extra_names_the_install_command():
-    blocked = "import sys; sys.modules['rich'] = None; import runpy; sys.argv = ['bcl_fast', 'doctor']; "
-    blocked += "runpy.run_module('bcl_fast', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", blocked], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and 'pip install "bcl-fast[demo]"' in done.stderr and "Traceback" not in done.stderr
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("axis", ["D", "B"])
 def test_bench_scale_writes_rows_floors_and_a_picture(axis, tmp_path):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from stages import stage_calls
 
 from bcl_fast import reference as ref
 from bcl_fast.measure.implementations import Size
-from bcl_fast.measure.stages import stage_calls
 from bcl_fast.structures import Competition, Pull
 from bcl_fast.testing import check_stage, octave_needs
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.elf import SYSTEM, needs
 
 from bcl_fast import cuda, native
 
@@ -72,6 +73,12 @@ def test_the_built_library_loads_and_explains_errors(compiled):
     assert library.bcl_cuda_abi() == native.CUDA_ABI and library.bcl_cuda_on_host() == 0
     assert b"driver" in library.bcl_cuda_error(35) and b"not compiled" in library.bcl_cuda_error(-1)
     assert library.bcl_cuda_build().endswith(b"_for_" + "_".join(ARCHITECTURES).encode())
+
+
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf")
+def test_the_built_library_brings_cuda_s_runtime_along(compiled):
+    """It asks for what every Linux has: for nothing of CUDA, torch or Python."""
+    assert needs(compiled[0]) <= SYSTEM
 
 
 def disassembler(name):

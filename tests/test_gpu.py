@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers.layers import batch, make, same, state
 from stages import check_stages
-from test_layer import batch, make, same, state
 from torch import nn
 
 from bcl_fast import BCLLayer, backends, graphed

@@ -11,9 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from backends import INTERPRETED
 from gpu import parts, plans, prebuilt, tools, variants, verdicts
 from gpu.units import Record, Refused, Unit, run, run_all
+from helpers.backends import INTERPRETED
 
 from bcl_fast import cuda
 from bcl_fast.measure.floor import Ceilings

@@ -260,7 +260,7 @@ SECOND = {
 
 @pytest.mark.parametrize("how", SECOND)
 def test_second_derivatives_raise_in_training_and_are_nn_linears_in_eval(how):
-    """They were zeros, in silence, wherever the way back did not pass the gradient of the output."""
+    """They would be zeros, in silence, wherever the second backward does not pass through the output's gradient."""
     for options in ({}, dict(som_space="offset")):
         layer = square(**options)
         with pytest.raises(RuntimeError, match=r"no second derivative in training.*eval\(\)"):

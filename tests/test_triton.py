@@ -13,6 +13,7 @@ from helpers.interpreter import Launches, Place, Traffic
 from helpers.layers import N, batch, check_one_step, make, same, state
 from helpers.operators import forward, statistics_arguments
 from helpers.stages import check_selection, needs, pull_of
+from stages import check_stages, stage_calls
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

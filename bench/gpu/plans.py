@@ -52,8 +52,8 @@ GPU = Plan(
     tests={
         "layer": ("tests/test_gpu.py", "-k", "not contract"),  # which has a part of its own
         "stages": ("tests/test_stages.py", "-k", "triton or cuda"),
-        # Without those that compile it again and look at what came of it, which needs no GPU.
-        "cuda": ("tests/test_cuda.py", "-k", "not spills and not built_library and not in_flight and not asynchronous"),
+        # Without those that compile it again and look at what came of it, for which nobody needs a GPU.
+        "cuda": ("tests/test_cuda.py", "tests/test_cuda_selection.py"),
     },
     benches={
         "steps": ("bench/bench_step.py::test_step[(1024, 4096, 784)]",),
