@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import operators, owners, private
 from .backends import GENERAL
-from .structures import Observed, Statistics
+from .structures import UNOBSERVED, Observed, PendingPull, Statistics
 
 
 class _Once(torch.autograd.Function):
@@ -25,15 +25,6 @@ class _Once(torch.autograd.Function):
             "BCLLayer has no second derivative in training, where its mask is a choice: call eval() for gradients of "
             "gradients"
         )
-
-
-class _Saved(NamedTuple):
-    """What a forward keeps for its backward."""
-
-    x: Tensor  # [B, N]
-    weight: Tensor | None  # [D, N], where x needs a gradient
-    observed: Observed
-    statistics: Statistics
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -73,17 +64,24 @@ class MaskedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, activation, neighbors, *statistics = ctx.saved_tensors  # once: checkpoint gives them away
-        saved = _Saved(x, weight, Observed(activation, neighbors), Statistics(*statistics))
+        observed = UNOBSERVED if activation is None else Observed(activation, neighbors)
+        saved = x, weight, observed, Statistics(*statistics)
         if ctx.compiled or not torch.is_grad_enabled():
-            return MaskedLinear._gradients(ctx, grad_output, saved)
+            return MaskedLinear._gradients(ctx, grad_output, *saved)
         with torch.no_grad():
-            gradients = MaskedLinear._gradients(ctx, grad_output, saved)
+            gradients = MaskedLinear._gradients(ctx, grad_output, *saved)
         origins = grad_output, x, ctx.weight
         return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
 
     @staticmethod
-    def _gradients(ctx: Any, grad_output: Tensor, saved: _Saved) -> tuple[Tensor | None, ...]:
-        x, weight, observed, statistics = saved
+    def _gradients(
+        ctx: Any,
+        grad_output: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        observed: Observed,
+        statistics: Statistics,
+    ) -> tuple[Tensor | None, ...]:
         ticket = statistics.ticket
         if ctx.ticket is not None and ticket is not ctx.ticket:
             owners.require_still(ticket, ctx.ticket, ctx.moves)
@@ -101,13 +99,11 @@ class MaskedLinear(torch.autograd.Function):
             ctx.compiled,
             reuse,
             GENERAL if batched else ctx.backend,
-            ticket,
-            *observed,
-            *statistics.pull(x),
+            PendingPull(ticket, observed, statistics.pull(x)),
         )
         with operators.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
             weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)
-        bias_gradient = bias_gradient.to(ctx.weight_dtype) if ctx.needs_input_grad[2] else None
-        others = len(ctx.needs_input_grad) - 3
-        return x_gradient, weight_gradient, bias_gradient, *[None] * others
+        _, _, needs_bias, *others = ctx.needs_input_grad
+        bias_gradient = bias_gradient.to(ctx.weight_dtype) if needs_bias else None
+        return x_gradient, weight_gradient, bias_gradient, *[None] * len(others)

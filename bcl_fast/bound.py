@@ -106,7 +106,7 @@ class Bound:
         """Merge the increment of a pull into the kept mean, by numbers of samples."""
         weight = layer.weight
         options = layer._config.target_projection, layer._backend
-        increment = operators.call("som_increment", weight, layer.som_offset, *options, *pull)
+        increment = operators.call("som_increment", weight, layer.som_offset, *options, pull)
         captured = counters.capturing(weight.device)
         kept = self.kept or _Kept(torch.zeros_like(increment), 0, captured)
         self._require_same_side(kept, captured)

@@ -6,6 +6,8 @@ uses; results do not depend on how many.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from ctypes import Structure
 
 import torch
@@ -35,9 +37,14 @@ def instruction_set() -> str:
     return native.cpu().bcl_cpu_isa().decode()
 
 
+@functools.cache
+def _function(stage: str, dtype: torch.dtype) -> Callable[[Structure, int], int]:
+    return getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")
+
+
 def _call(stage: str, dtype: torch.dtype, arguments: Structure) -> int:
     """Run a stage: 0, or which of its indices the library refused."""
-    status = getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")(arguments, torch.get_num_threads())
+    status = _function(stage, dtype)(arguments, torch.get_num_threads())
     if status == NO_MEMORY:
         raise MemoryError(f"no memory for the stage {stage}")
     if status == BAD_SIZE:
@@ -62,7 +69,7 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     k = min(neighborhood_k, D - 1)
     near = torch.empty(R, k, dtype=torch.int64)
     pointers, stride = (similarity.data_ptr(), near.data_ptr()), similarity.stride(0)
-    struct = cpu_structs.Neighbors(*pointers, stride=stride, rows=R, D=D, first=first, k=k)
+    struct = cpu_structs.Neighbors(*pointers, stride, R, D, first, k)
     _call("neighbors", similarity.dtype, struct)
     return near
 
@@ -97,22 +104,10 @@ def competition(
     rank_score, novelty, win_rate, winner = floats(B, D), floats(D), floats(D), indices(B)
     per_pair, per_sample, per_feature = (indices(B, k), floats(B, k)), (floats(B), floats(B)), (floats(D), floats(D))
     found = Competition(rank_score, novelty, win_rate, winner, *per_pair, *per_sample, *per_feature)
-    struct = cpu_structs.Competition(
-        activation.data_ptr(),
-        neighbors.data_ptr(),
-        x.data_ptr(),
-        *[tensor.data_ptr() for tensor in found],
-        activation_stride=activation.stride(0),
-        x_stride=x.stride(0),
-        B=B,
-        D=D,
-        N=x.shape[1],
-        k=k,
-        temperature=temperature,
-        rescue_onset=rescue_onset,
-        pull_onset=pull_onset,
-        coupled=forces == "coupled",
-    )
+    pointers = [tensor.data_ptr() for tensor in (activation, neighbors, x, *found)]
+    sizes = activation.stride(0), x.stride(0), B, D, x.shape[1], k
+    options = temperature, rescue_onset, pull_onset, forces == "coupled"
+    struct = cpu_structs.Competition(*pointers, *sizes, *options)
     _call("competition", activation.dtype, struct)
     return found
 
@@ -122,7 +117,7 @@ def inverse_norm(rows: Tensor) -> Tensor:
     rows = _rows(rows)
     R, N = rows.shape
     inverse = rows.new_empty(R)
-    struct = cpu_structs.InverseNorm(rows.data_ptr(), inverse.data_ptr(), stride=rows.stride(0), R=R, N=N)
+    struct = cpu_structs.InverseNorm(rows.data_ptr(), inverse.data_ptr(), rows.stride(0), R, N)
     _call("inverse_norm", rows.dtype, struct)
     return inverse
 
@@ -144,18 +139,9 @@ def selection(
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     given = (bias, x_inverse_norm, weight_inverse_norm, need)
     vectors = [None if vector is None else vector.contiguous() for vector in given]
-    struct = cpu_structs.Selection(
-        activation.data_ptr(),
-        *map(native.pointer, vectors),
-        rows.data_ptr(),
-        shares.data_ptr(),
-        stride=activation.stride(0),
-        B=B,
-        D=D,
-        r=r,
-        rule=RULES[affinity_rule],
-        soft=rescue_weighting == "soft",
-    )
+    pointers = activation.data_ptr(), *map(native.pointer, vectors), rows.data_ptr(), shares.data_ptr()
+    sizes, options = (activation.stride(0), B, D, r), (RULES[affinity_rule], rescue_weighting == "soft")
+    struct = cpu_structs.Selection(*pointers, *sizes, *options)
     _call("selection", activation.dtype, struct)
     return rows, shares
 
@@ -170,20 +156,9 @@ def _targets(
     others = [tensor.contiguous() for tensor in others]
     k, r = pull.pair_feature.shape[1], pull.rescue_rows.shape[1] if rescued else 0
     weight, offset, som_lr = pulled or (None, None, 0.0)
-    struct = cpu_structs.Targets(
-        x.data_ptr(),
-        *[tensor.data_ptr() for tensor in others],
-        weight=native.pointer(weight),
-        offset=native.pointer(offset),
-        destination=destination.data_ptr(),
-        x_stride=x.stride(0),
-        B=B,
-        D=D,
-        N=N,
-        k=k,
-        r=r,
-        som_lr=som_lr,
-    )
+    pulling = native.pointer(weight), native.pointer(offset), destination.data_ptr()
+    pointers = [tensor.data_ptr() for tensor in (x, *others)]
+    struct = cpu_structs.Targets(*pointers, *pulling, x.stride(0), B, D, N, k, r, som_lr)
     refused = _call("targets", x.dtype, struct)
     if refused == BAD_PAIR_FEATURE:
         raise _outside("pair_feature", pull.pair_feature, D)
@@ -243,7 +218,7 @@ def _masked(
     masked = out if out is not None and out.is_contiguous() else torch.empty_like(mask)
     total = mask.new_empty(D)
     pointers = grad_output.data_ptr(), mask.data_ptr(), masked.data_ptr(), total.data_ptr()
-    _call("gradient", mask.dtype, cpu_structs.Gradient(*pointers, stride=grad_output.stride(0), B=B, D=D))
+    _call("gradient", mask.dtype, cpu_structs.Gradient(*pointers, grad_output.stride(0), B, D))
     return masked if out is None or out is masked else out.copy_(masked), total
 
 
@@ -252,5 +227,5 @@ def rank(key: Tensor) -> Tensor:
     key = _rows(key)
     B, D = key.shape
     ranks = torch.empty(B, D, dtype=torch.int64)
-    _call("rank", key.dtype, cpu_structs.Rank(key.data_ptr(), ranks.data_ptr(), stride=key.stride(0), B=B, D=D))
+    _call("rank", key.dtype, cpu_structs.Rank(key.data_ptr(), ranks.data_ptr(), key.stride(0), B, D))
     return ranks

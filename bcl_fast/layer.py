@@ -18,7 +18,7 @@ from .checks import check_input, check_weight, no_global_sync, ranks
 from .pulls import LOW_PRECISION, Pulls
 from .spec import BCLConfig, check_number
 from .state import Written
-from .structures import Observed, Statistics
+from .structures import UNOBSERVED, Observed
 from .transforms import called_not_read, scriptable, traced_by_fx
 
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
@@ -258,7 +258,8 @@ class BCLLayer(nn.Linear):
         if input.numel() == 0:
             self._pulls.received = True
             return self._linear(input, weight, bias, offset)
-        x, dtype = input.reshape(-1, self.in_features), operators.product_dtype(weight)
+        x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
+        dtype = operators.product_dtype(weight)
         with operators.no_autocast(input.device.type):
             with torch.no_grad():
                 shifted = None if offset is None else weight + offset
@@ -268,7 +269,7 @@ class BCLLayer(nn.Linear):
                 else:
                     activation = operators.call("product", x, effective_weight, bias, dtype)
                 statistics = self._statistics(x, effective_weight, bias, activation, compiling)
-                observed = Observed(activation.clone(), self.neighbors.clone()) if self._observers else Observed()
+                observed = Observed(activation.clone(), self.neighbors.clone()) if self._observers else UNOBSERVED
             options = dtype, self._config.gradient_mask, self._backend, moves
             output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *observed, *statistics)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
@@ -292,8 +293,8 @@ class BCLLayer(nn.Linear):
 
     def _statistics(
         self, x: Tensor, effective_weight: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
-    ) -> Statistics:
-        """Steps 1 to 11 of one forward, by the operator `statistics_`: x [B, N], activation [B, D]."""
+    ) -> tuple[Tensor, ...]:
+        """Steps 1 to 11 of one forward, by the operator `statistics_`: the fields of `Statistics`."""
         buffers, written = self._buffers, self._written
         neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
         if not compiling and not written.still(neighbors, step, refreshed_at):
@@ -301,10 +302,10 @@ class BCLLayer(nn.Linear):
             neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
             written = self._written
         given = x, effective_weight, bias, activation, neighbors, step, refreshed_at, self._pulls.ticket, self._backend
-        found = operators.call("statistics_", *given, *self._options)
+        found = operators.call("statistics_", *given, self._options)
         if not compiling:
             written.neighbors_version = neighbors._version  # a refresh is our own
-        return Statistics(*found)
+        return found
 
     def _check_training(self, weight: Tensor, offset: Tensor | None, compiling: bool) -> int:
         """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""

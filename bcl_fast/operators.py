@@ -7,7 +7,6 @@ increment alone. Their schemas are written from the fields of `BCLConfig` and of
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +27,7 @@ if "_library" in globals():  # importlib.reload: torch has one library of this n
 _library = torch.library.Library("bcl_fast", "DEF")
 _functions: dict[str, Callable[..., Any]] = {}
 PLAIN = (Tensor, torch.nn.Parameter)
+_AS_IT_IS = nullcontext()
 
 
 def _tensors(names: Iterable[str]) -> str:
@@ -41,25 +41,30 @@ _OPTIONS = ", ".join(f"{field.type} {field.name}" for field in STATISTICS_FIELDS
 
 
 def _operator(
-    schema: str, host: bool = False, before: Callable[..., None] | None = None
+    schema: str,
+    packed: Callable[..., Any] | None = None,
+    host: bool = False,
+    before: Callable[..., None] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register the function below as the operator of this schema, computed outside any autocast.
 
-    `host`: it also does something on the host, so that torch.compile must keep it out of the CUDA graphs it makes.
-    `before` is called first, with the same arguments, where the operator is called through torch's dispatcher.
+    Through torch's dispatcher a structure comes field by field: `packed` makes the function's last argument of the
+    fields. `host`: it also does something on the host, so that torch.compile must keep it out of the CUDA graphs it
+    makes. `before` is called first, with the same arguments, where it is called through the dispatcher.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        name = function.__name__
-        _functions[name] = functools.partial(_call, function)
+        name, leading = function.__name__, function.__code__.co_argcount - 1
+        _functions[name] = function
         _library.define(name + schema, tags=(torch.Tag.cudagraph_unsafe,) if host else ())
 
-        def dispatched(*arguments: Any) -> Any:
+        def dispatched(*fields: Any) -> Any:
+            arguments = fields if packed is None else (*fields[:leading], packed(*fields[leading:]))
             if before is not None:
                 before(*arguments)
             return _call(function, *arguments)
 
-        _library.impl(name, dispatched if before else _functions[name], "CompositeExplicitAutograd")
+        _library.impl(name, dispatched, "CompositeExplicitAutograd")
         return function
 
     return register
@@ -85,15 +90,24 @@ def call(name: str, *arguments: Any) -> Any:
 
     The dispatcher costs 10 us; a compiler, and tensors that are more than numbers, must go through it.
     """
-    bypass = can_bypass_dispatcher(arguments[0])
-    return (_functions[name] if bypass else getattr(torch.ops.bcl_fast, name))(*arguments)
+    if can_bypass_dispatcher(arguments[0]):
+        return _call(_functions[name], *arguments)
+    return getattr(torch.ops.bcl_fast, name)(*_fields(arguments))
+
+
+def _fields(arguments: tuple[Any, ...]) -> list[Any]:
+    """Arguments with the fields of every structure in its place."""
+    flat: list[Any] = []
+    for argument in arguments:
+        flat += _fields(argument) if isinstance(argument, tuple) else [argument]
+    return flat
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[None]:
     """Outside any autocast; entering one costs 10 us, so only where there is one."""
     if device_type != "meta" and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,6 +213,7 @@ def _called_by_compiled_code(
 @_operator(
     "(Tensor x, Tensor weight, Tensor? bias, Tensor activation, Tensor(a!) neighbors, Tensor step,"
     f" Tensor(b!) refreshed_at, Tensor ticket, str backend, {_OPTIONS}) -> {_STATISTICS}",
+    packed=StatisticsOptions,
     host=True,
     before=_called_by_compiled_code,
 )
@@ -212,15 +227,14 @@ def statistics_(
     refreshed_at: Tensor,
     ticket: Tensor,
     backend: str,
-    *options: Any,
+    config: StatisticsOptions,
 ) -> Statistics:
     """Steps 1 to 11 of a forward: x [B, N], weight [D, N] (W + O in offset space), activation [B, D] float32 or 64.
 
-    `options` are the fields of `BCLConfig.statistics`. Writes neighbors [D, k] and refreshed_at where the refresh is
+    Writes neighbors [D, k] and refreshed_at where the refresh is
     due. That is part of this operator because a compiler must then run it in the forward: one without a lasting effect
     it may move to the backward.
     """
-    config = StatisticsOptions(*options)
     if config.check_finite:
         require_finite(x=x, weight=weight, activation=activation)
         require_norms(x)
@@ -285,6 +299,7 @@ def statistics__fake(
 @_operator(
     "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, ScalarType dtype, bool compiled, bool reuse,"
     f" str backend, Tensor ticket, {_OBSERVED}, {_PULL}) -> (Tensor, Tensor)",
+    packed=PendingPull.of,
     host=True,
 )
 def masked_gradient(
@@ -296,22 +311,19 @@ def masked_gradient(
     compiled: bool,
     reuse: bool,
     backend: str,
-    ticket: Tensor,
-    observed_activation: Tensor | None,
-    observed_neighbors: Tensor | None,
-    *pull: Tensor,
+    pending: PendingPull,
 ) -> tuple[Tensor, Tensor]:
     """Step 12 before its products: grad_output * G [B, D] in `dtype`, and the bias gradient [D] in that of statistics.
 
     With `reuse` the product takes the place of a mask of its dtype, which nobody reads again. No schema says so: only
     who calls this function without the dispatcher may ask for it.
 
-    Also hands what the pull of this forward needs to the layer that the ticket names. That is part of this operator
+    Also hands `pending`, the pull of this forward, to the layer that its ticket names. That is part of this operator
     because it must happen once per backward, also in a compiled one.
     """
-    owner = owner_of(ticket)
+    owner = owner_of(pending.ticket)
     if owner is not None:
-        owner.receive(PendingPull(ticket, Pull(*pull), Observed(observed_activation, observed_neighbors)), compiled)
+        owner.receive(pending, compiled)
     soft = gradient_mask == "soft"
     masked, bias_gradient = backends.stage("gradient", backend)(
         grad_output,
@@ -334,6 +346,7 @@ def masked_gradient_fake(
 @_operator(
     "(Tensor(a!) weight, Tensor(b!)? som_offset, Tensor(c!) step, Tensor som_lr, str target_projection, str backend,"
     f" {_PULL}) -> ()",
+    packed=Pull,
     host=True,
 )
 def targets_pull_(
@@ -343,7 +356,7 @@ def targets_pull_(
     som_lr: Tensor,
     target_projection: str,
     backend: str,
-    *pull: Tensor,
+    pull: Pull,
 ) -> None:
     """Steps 9a to 13: the pull, in place on weight [D, N] or, where there is one, on som_offset; step advances by one.
 
@@ -352,13 +365,13 @@ def targets_pull_(
     """
     destination = weight if som_offset is None else som_offset
     if target_projection != "none":
-        destination.addcmul_(_increment(weight, som_offset, target_projection, backend, Pull(*pull)), som_lr)
+        destination.addcmul_(som_increment(weight, som_offset, target_projection, backend, pull), som_lr)
         counters.advance_(step, backend)
     elif backend in backends.REFRESH:
-        backends.stage("targets_pull_", backend)(weight, som_offset, som_lr, Pull(*pull), step)  # one launch does both
+        backends.stage("targets_pull_", backend)(weight, som_offset, som_lr, pull, step)  # one launch does both
         torch.autograd.graph.increment_version(step)
     else:
-        backends.stage("targets_pull_", backend)(weight, som_offset, som_lr, Pull(*pull))
+        backends.stage("targets_pull_", backend)(weight, som_offset, som_lr, pull)
         counters.advance_(step, backend)
     torch.autograd.graph.increment_version(destination)  # autograd must see what was written past it
 
@@ -368,15 +381,11 @@ def targets_pull__fake(weight: Tensor, som_offset: Tensor | None, step: Tensor, 
     return None
 
 
-@_operator(f"(Tensor weight, Tensor? som_offset, str target_projection, str backend, {_PULL}) -> Tensor")
+@_operator(f"(Tensor weight, Tensor? som_offset, str target_projection, str backend, {_PULL}) -> Tensor", packed=Pull)
 def som_increment(
-    weight: Tensor, som_offset: Tensor | None, target_projection: str, backend: str, *pull: Tensor
+    weight: Tensor, som_offset: Tensor | None, target_projection: str, backend: str, pull: Pull
 ) -> Tensor:
     """v (target - W) [D, N] in the dtype of the statistics: a pull to be averaged or rounded before it is applied."""
-    return _increment(weight, som_offset, target_projection, backend, Pull(*pull))
-
-
-def _increment(weight: Tensor, som_offset: Tensor | None, target_projection: str, backend: str, pull: Pull) -> Tensor:
     effective_weight = _float(weight if som_offset is None else weight + som_offset)
     target = backends.stage("targets", backend)(pull._replace(x=pull.x.to(effective_weight.dtype)))
     return project_(target, target_projection).sub_(effective_weight).mul_(pull.som_strength[:, None])

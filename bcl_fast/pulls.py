@@ -272,7 +272,7 @@ class Pulls:
             self._warn_once("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift")
         if pulls_now and not self.bound.active and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
             options = layer._som_lr_cell, layer._config.target_projection, layer._backend
-            operators.call("targets_pull_", weight, offset, step, *options, *last.pull)
+            operators.call("targets_pull_", weight, offset, step, *options, last.pull)
             self._moves.add()
         else:
             if pulls_now:

@@ -60,9 +60,17 @@ class Observed(NamedTuple):
     neighbors: Tensor | None = None  # [D, k]
 
 
+UNOBSERVED = Observed()
+
+
 class PendingPull(NamedTuple):
     """A pull that waits for its backward, and for the optimizer's step where one is bound."""
 
     ticket: Tensor
-    pull: Pull
     observed: Observed
+    pull: Pull
+
+    @classmethod
+    def of(cls, ticket: Tensor, activation: Tensor | None, neighbors: Tensor | None, *pull: Tensor) -> PendingPull:
+        """That of these fields, one by one."""
+        return cls(ticket, Observed(activation, neighbors), Pull(*pull))

@@ -38,7 +38,7 @@ def choices(
     statistics = layer._statistics
 
     def watched(*arguments: Tensor) -> Statistics:
-        found.append(statistics(*arguments))
+        found.append(Statistics(*statistics(*arguments)))
         return found[-1]
 
     layer._statistics = watched

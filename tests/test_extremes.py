@@ -93,7 +93,7 @@ def chosen_for(backend, x, weight, temperature, affinity):
     tensors = x, weight, None, x @ weight.T, neighbors_of(weight.shape[0], 4), *counters
     tensors = [None if t is None else t.to(DEVICE[backend]) for t in tensors]
     config = BCLConfig(temperature=temperature, affinity=affinity)
-    found = operators.call("statistics_", *tensors, backend, *config.statistics)
+    found = operators.call("statistics_", *tensors, backend, config.statistics)
     return found.winner.cpu(), found.pair_feature.cpu(), found.rescue_rows.cpu().sort(dim=1).values
 
 
