@@ -7,20 +7,18 @@ from __future__ import annotations
 
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
 
-
-def _fields(names: str, kind: type) -> list[tuple[str, type]]:
-    return [(name, kind) for name in names.split()]
+from .cpu_structs import fields
 
 
 class Competition(Structure):
     """Steps 2 to 8, and what follows from them for a sample or a feature."""
 
     _fields_ = [
-        *_fields("activation neighbors x", c_void_p),
-        *_fields("rank_score winner pair_feature pair_pull winner_share som_strength", c_void_p),
-        *_fields("stride_b stride_d x_stride_b x_stride_n B D N k", c_int64),
-        *_fields("temperature rescue_onset pull_onset", c_float),
-        *_fields("coupled near threads cluster", c_int),
+        *fields("activation neighbors x", c_void_p),
+        *fields("rank_score winner pair_feature pair_pull winner_share som_strength", c_void_p),
+        *fields("stride_b stride_d x_stride_b x_stride_n B D N k", c_int64),
+        *fields("temperature rescue_onset pull_onset", c_float),
+        *fields("coupled near threads cluster", c_int),
     ]
 
 
@@ -28,22 +26,22 @@ class Selection(Structure):
     """Step 9b by rank."""
 
     _fields_ = [
-        *_fields("activation bias x_inverse_norm need rows shares", c_void_p),
-        *_fields("stride_b stride_d B D r", c_int64),
-        *_fields("soft ahead bins warps round", c_int),
+        *fields("activation bias x_inverse_norm need rows shares", c_void_p),
+        *fields("stride_b stride_d B D r", c_int64),
+        *fields("soft ahead bins warps round", c_int),
     ]
 
 
 class Rank(Structure):
     """The ranks of step 9b."""
 
-    _fields_ = [*_fields("key rank", c_void_p), *_fields("stride_b stride_d B D", c_int64), ("kind", c_int)]
+    _fields_ = [*fields("key rank", c_void_p), *fields("stride_b stride_d B D", c_int64), ("kind", c_int)]
 
 
 class Sort(Structure):
     """CUB's sort alone, to measure ranks against."""
 
-    _fields_ = [*_fields("key other_key sample other_sample", c_void_p), *_fields("segments length", c_int64)]
+    _fields_ = [*fields("key other_key sample other_sample", c_void_p), *fields("segments length", c_int64)]
 
 
 STRUCTS: dict[str, type[Structure]] = {

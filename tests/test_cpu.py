@@ -3,7 +3,6 @@
 What every backend must do is in tests/test_stages.py; here is what is particular to this one.
 """
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.layouts import check_layout
 
 from bcl_fast import cpu, cpu_structs, native
 from bcl_fast import reference as ref
@@ -174,30 +174,13 @@ def test_the_interface_refuses_sizes_that_no_input_has(stage):
 
 @pytest.mark.parametrize("struct", cpu_structs.STRUCTS.values(), ids=lambda struct: struct.__name__)
 def test_structs_are_laid_out_as_the_library_has_them(struct):
-    layout = getattr(native.cpu(), f"bcl_cpu_layout_{struct.__name__}")
-    layout.restype = ctypes.POINTER(cpu_structs.Field)
-    *fields, end = compiled(layout())
-    mirrored = [(name, getattr(struct, name)) for name, _ in struct._fields_]
-    assert fields == [(name, field.offset, field.size) for name, field in mirrored]
-    assert end[1] == ctypes.sizeof(struct)
-    for (name, offset, size), following in zip(fields, [*fields[1:], end], strict=True):
-        room = following[1] - offset - size  # a field that both lists forget would leave a hole
-        assert room == 0 or following is end and room < 8, name
+    check_layout(struct, getattr(native.cpu(), f"bcl_cpu_layout_{struct.__name__}"))
 
 
 def test_what_travels_by_name_is_in_the_order_of_the_structs():
     fields = {name: [field for field, _ in struct._fields_] for name, struct in cpu_structs.STRUCTS.items()}
     assert fields["competition"][3:13] == list(Competition._fields)
     assert fields["targets"][:7] == list(Pull._fields)
-
-
-def compiled(rows):
-    """The rows of a layout up to the one without a name."""
-    found = []
-    while not found or found[-1][0] is not None:
-        row = rows[len(found)]
-        found.append((row.name.decode() if row.name else None, row.offset, row.size))
-    return found
 
 
 def test_nobody_is_near_a_single_feature():

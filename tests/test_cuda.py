@@ -1,7 +1,6 @@
 """The CUDA C++ of the backend `cuda` (csrc/cuda): its launches' arithmetic and every way through its kernels on the
 host, of the selection in test_cuda_selection.py. tests/test_stages.py holds the same kernels to the contract."""
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from helpers import cuda_host
 from helpers.backends import DEVICE, stage
 from helpers.cuda_cases import check_choices, on_gpu, on_host, over_forms, served
 from helpers.layers import batch, make
-from helpers.layouts import compiled_layout
+from helpers.layouts import check_layout
 from helpers.stages import check_competition
 
 from bcl_fast import backends, cuda, cuda_structs, native, structures
@@ -328,12 +327,7 @@ def test_other_inputs_are_triton_s(monkeypatch):
 @served
 @pytest.mark.parametrize("struct", cuda_structs.STRUCTS.values(), ids=lambda struct: struct.__name__)
 def test_structs_are_laid_out_as_the_library_has_them(struct):
-    fields, size = compiled_layout(getattr(native.cuda(), f"bcl_cuda_layout_{struct.__name__}"))
-    mirrored = [(name, getattr(struct, name)) for name, _ in struct._fields_]
-    assert fields == [(name, field.offset, field.size) for name, field in mirrored] and size == ctypes.sizeof(struct)
-    ends = [offset + field_size for _, offset, field_size in fields]
-    starts = [*(offset for _, offset, _ in fields[1:]), size]
-    assert ends[:-1] == starts[:-1] and starts[-1] - ends[-1] < 8  # a field that both lists forget would leave a hole
+    check_layout(struct, getattr(native.cuda(), f"bcl_cuda_layout_{struct.__name__}"))
 
 
 def test_results_of_the_competition_are_named_alike():

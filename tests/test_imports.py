@@ -24,7 +24,7 @@ ALLOWED = {
     "structures": set(),
     "kernels": {"structures", "kernels.bits"},
     "cpu_structs": set(),
-    "cuda_structs": set(),
+    "cuda_structs": {"cpu_structs"},
     "native": {"cpu_structs", "cuda_structs"},
     "norms": {"spec"},
     "losses": {"norms"},

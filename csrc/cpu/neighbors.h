@@ -1,7 +1,6 @@
 // Neighbors (step 1): the most similar others of each feature.
 #pragma once
-#include "parallel.h"
-#include "simd.h"
+#include "sort.h"
 
 namespace bcl {
 namespace {
@@ -23,13 +22,7 @@ KERNEL void neighbors_of(const Real* similarity, int64_t D, int64_t own, int64_t
         if (j == own) return;
         const Real value = known(similarity[j]);
         if (have == k && !(value > kept[k - 1])) return;
-        int64_t at = have < k ? have++ : k - 1;
-        for (; at > 0 && kept[at - 1] < value; at--) {
-            kept[at] = kept[at - 1];
-            near[at] = near[at - 1];
-        }
-        kept[at] = value;
-        near[at] = j;
+        insert(value, j, k, have, kept, near);
     };
     int64_t j = 0;
     for (; j < D && have < k; j++) offer(j);

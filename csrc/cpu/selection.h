@@ -53,24 +53,15 @@ void best_scores(Real* score, int64_t n, int64_t r, int64_t* rows, Column<Real>&
     if (r <= FEW) {
         Real kept[FEW];
         int64_t have = 0;
-        auto insert = [&](int64_t b, Real value) {
-            int64_t at = have < r ? have++ : r - 1;
-            for (; at > 0 && kept[at - 1] < value; at--) {
-                kept[at] = kept[at - 1];
-                rows[at] = rows[at - 1];
-            }
-            kept[at] = value;
-            rows[at] = b;
-        };
         const Real least = -__builtin_inff();
         int64_t b = 0;
-        for (; b < n && have < r; b++) insert(b, score[b] != score[b] ? least : score[b]);
+        for (; b < n && have < r; b++) insert(score[b] != score[b] ? least : score[b], b, r, have, kept, rows);
         for (; b + L <= n; b += L)
             if (S::any(S::load(score + b) > kept[r - 1]))
                 for (int i = 0; i < L; i++)
-                    if (score[b + i] > kept[r - 1]) insert(b + i, score[b + i]);
+                    if (score[b + i] > kept[r - 1]) insert(score[b + i], b + i, r, have, kept, rows);
         for (; b < n; b++)
-            if (score[b] > kept[r - 1]) insert(b, score[b]);
+            if (score[b] > kept[r - 1]) insert(score[b], b, r, have, kept, rows);
         return;
     }
     for (int64_t b = 0; b < n; b++) {

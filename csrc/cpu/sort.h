@@ -18,6 +18,19 @@ INLINE typename Bits<Real>::Unsigned ordered(Real x) {
     return u & sign ? ~u : u | sign;
 }
 
+// Puts a value and its index among the best `most` so far, of which there are `have`: larger first, equal ones as they
+// came. Where all places are taken, the last one goes.
+template <class Real>
+INLINE void insert(Real value, int64_t index, int64_t most, int64_t& have, Real* kept, int64_t* indices) {
+    int64_t at = have < most ? have++ : most - 1;
+    for (; at > 0 && kept[at - 1] < value; at--) {
+        kept[at] = kept[at - 1];
+        indices[at] = indices[at - 1];
+    }
+    kept[at] = value;
+    indices[at] = index;
+}
+
 // Stable radix sort of n keys with their samples, ascending. The result lies where the returned flag says: 0 or 1.
 template <class U>
 int radix_sort(U* (&key)[2], int32_t* (&sample)[2], int64_t n) {

@@ -16,3 +16,13 @@ def compiled_layout(function) -> tuple[list[tuple[str, int, int]], int]:
     while (row := rows[len(fields)]).name is not None:
         fields.append((row.name.decode(), row.offset, row.size))
     return fields, row.offset
+
+
+def check_layout(struct, function) -> None:
+    """The mirrored struct has the library's fields, in its order, at its offsets and of its sizes, and no other."""
+    fields, size = compiled_layout(function)
+    mirrored = [(name, getattr(struct, name)) for name, _ in struct._fields_]
+    assert fields == [(name, field.offset, field.size) for name, field in mirrored] and size == ctypes.sizeof(struct)
+    ends = [offset + field_size for _, offset, field_size in fields]
+    starts = [*(offset for _, offset, _ in fields[1:]), size]
+    assert ends[:-1] == starts[:-1] and starts[-1] - ends[-1] < 8  # a field that both lists forget would leave a hole
