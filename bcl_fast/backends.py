@@ -68,10 +68,15 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
     if backend == "cpu":
         from . import cpu
 
-        return cpu.missing() if device_type == "cpu" else "it serves CPU tensors only"
-    if backend in ON_GPU:
-        return _why_not_triton(device_type, dtype) or (_why_not_cuda(device_type) if backend == "cuda" else None)
-    return None
+        return cpu.missing(device_type)
+    if backend not in ON_GPU:
+        return None
+    reason = _why_not_triton(device_type, dtype)
+    if reason is None and backend == "cuda":
+        from . import cuda
+
+        return cuda.missing(device_type)
+    return reason
 
 
 def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
@@ -81,12 +86,6 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cuda" and not (device_type == "cpu" and interpreted):
         return "it serves CUDA tensors only (with TRITON_INTERPRET=1 Triton's interpreter runs it on the CPU, slowly)"
     return "it computes in float32, and a float64 weight asks for float64" if dtype == torch.float64 else None
-
-
-def _why_not_cuda(device_type: str) -> str | None:
-    from . import cuda
-
-    return cuda.missing(device_type)
 
 
 def cpu_library() -> str:

@@ -23,8 +23,10 @@ NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the l
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
-def missing() -> str | None:
-    """None where the library serves, else why it does not."""
+def missing(device_type: str = "cpu") -> str | None:
+    """None where the library serves tensors of this type of device, else why it does not."""
+    if device_type != "cpu":
+        return "it serves CPU tensors only"
     try:
         native.cpu()
     except ImportError as error:

@@ -181,7 +181,7 @@ def selection(
     rescue_weighting: str,
     rescue_k: int,
 ) -> tuple[Tensor, Tensor]:
-    """Stage `selection` (step 9b) for the rule `rank` and 1 to 64 samples a feature."""
+    """Stage `selection` (step 9b) for the rule `rank` and 1 to MAX_RESCUE_K samples a feature."""
     (B, D), r = activation.shape, min(rescue_k, activation.shape[0])
     rows, shares = activation.new_empty(D, r, dtype=torch.int64), activation.new_empty(D, r)
     vectors = [None if vector is None else vector.contiguous() for vector in (bias, x_inverse_norm, need)]

@@ -231,9 +231,8 @@ def statistics_(
 ) -> Statistics:
     """Steps 1 to 11 of a forward: x [B, N], weight [D, N] (W + O in offset space), activation [B, D] float32 or 64.
 
-    Writes neighbors [D, k] and refreshed_at where the refresh is
-    due. That is part of this operator because a compiler must then run it in the forward: one without a lasting effect
-    it may move to the backward.
+    Writes neighbors [D, k] and refreshed_at where the refresh is due. That is part of this operator because a compiler
+    must then run it in the forward: one without a lasting effect it may move to the backward.
     """
     if config.check_finite:
         require_finite(x=x, weight=weight, activation=activation)

@@ -109,7 +109,7 @@ def test_within_cuda_sizes_decide_per_stage(monkeypatch):
 
 
 def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):
-    monkeypatch.setattr(cpu, "missing", lambda: "its C++ library was not built")
+    monkeypatch.setattr(cpu, "missing", lambda device_type: "its C++ library was not built")
     backends._fastest.cache_clear()
     with pytest.warns(UserWarning, match="'portable' serves, slower than 'cpu' would: its C.. library was not built"):
         assert BCLLayer(4, 3).backend == "portable"
