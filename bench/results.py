@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bcl_fast.measure.implementations import NAMES
 from bcl_fast.measure.rows import Row, spelled
-from bcl_fast.measure.timing import MIN_ROUNDS
+from bcl_fast.measure.timing import ENOUGH, MIN_ROUNDS, PRECISION, ROUNDS
 from bcl_fast.records import DamagedFile, read_record, replacing, trusting
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -28,9 +28,12 @@ INTRODUCTION = f"""\
 Written by `python bench/results.py` from the records beside this page. What the layer learns is on
 [another page](replication.md).
 
-A ratio is the median over rounds, in each of which everybody is timed for at least 0.2 s, one right after the other;
-one of fewer than {MIN_ROUNDS} rounds has their number in brackets, and the records have the quartiles. Where a record
-does not know its rounds, a ratio of stages is one of medians over windows of 0.05 s.
+A ratio is the median over rounds, in each of which everybody is timed for at least 0.2 s, one right after the other.
+There are {ENOUGH} rounds and, until its standard error is at most {PRECISION:.0%}, up to {ROUNDS}; fewer where a call
+takes long, and a median of fewer than {MIN_ROUNDS} has their number in brackets. The records have the quartiles.
+Meanwhile the process keeps what it frees (glibc's malloc): else the kernel clears large tensors at every call, which
+can double the time of what is bound by memory, and differs from process to process. Records without rounds are older:
+there it did, and a ratio of stages is one of medians over windows of 0.05 s.
 
 ```sh
 pytest bench/ --save cpu.json                          # all but scaling; with --quick in half a minute
@@ -70,15 +73,18 @@ def updated(text: str, folder: Path) -> str:
 
 
 def face(folder: Path) -> str:
-    """Markdown: a training step on a CPU over one of `nn.Linear`, on the fewest threads that were measured."""
-    rows = [row for block in newest(folder) if block.question == "step" for row in block.rows]
-    rows = [row for row in rows if row["device"] == "cpu" and row["weights"] == "init" and row["ms"] is not None]
-    if not rows:
+    """Markdown: training steps over those of `nn.Linear` on the CPU measured last, on the fewest threads there."""
+    blocks = [block for block in newest(folder) if block.question == "step" and block.rows[0]["device"] == "cpu"]
+    if not blocks:
         raise ValueError(f"no steps on a CPU in the records of {folder}")
-    rows = [row for row in rows if row["threads"] == min(row["threads"] for row in rows)]
+    machine = max(blocks, key=lambda block: block.record["environment"]["date"]).machine
+    block = min((block for block in blocks if block.machine == machine), key=lambda block: block.threads)
+    rows = [row for row in block.rows if row["weights"] == "init" and row["ms"] is not None]
     names = [name for name in _measured(rows, "ms") if name != "linear"]
     lines = [[_size(own["linear"]), *(_ratio(own.get(name)) for name in names)] for own in _together(rows, *"BDN")]
-    return _table(["(B, D, N)", *names], lines)
+    threads = "one thread" if block.threads == 1 else f"{block.threads} threads"
+    text = f"A training step over one of `nn.Linear`, on {threads}; `compiled` is `torch.compile` of the reference.\n"
+    return f"{text}Measured on {block.machine}.\n\n" + _table(["(B, D, N)", *names], lines)
 
 
 def newest(folder: Path) -> list[Block]:

@@ -160,7 +160,13 @@ def test_the_newest_of_each_device_counts_and_the_face_is_the_cpus(tmp_path):
         text = write(tmp_path, rows, f"{name}.json", environment=here | {"date": date})
     assert "Measured on a machine" in text and "Measured on an H100" in text and "old.json" not in text
     assert "| (16, 8, 12) | init | 1 | 14.00 | 14.00 (3) |" in text and "| 13.00 |" not in text
-    assert results.face(tmp_path).endswith("| (16, 8, 12) | 14.00 | 14.00 (3) |")
+    face = results.face(tmp_path)
+    assert face.endswith("| (16, 8, 12) | 14.00 | 14.00 (3) |")
+    assert "on one thread; " in face and "on a machine (" in face
+    elsewhere = here | {"devices": {"cpu": "another"}, "date": "2026-01-04"}
+    other = [one | {"B": 17} for one in steps(threads=4)]
+    assert "Measured on another" in write(tmp_path, other, "other.json", environment=elsewhere)
+    assert "on another (" in (face := results.face(tmp_path)) and "on 4 threads;" in face and "(16, 8" not in face
 
 
 # --- The commands -----------------------------------------------------------------------------------------------------
