@@ -12,6 +12,7 @@ from bcl_fast.environment import environment
 from bcl_fast.experiments.data import load
 from bcl_fast.measure.floor import ceilings
 from bcl_fast.measure.implementations import Size
+from bcl_fast.measure.timing import keep_memory
 from bcl_fast.records import write_record
 
 ROWS = pytest.StashKey[list]()
@@ -27,6 +28,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(config.getoption("--threads"))
+    keep_memory()
     config.stash[ROWS] = []
 
 
@@ -44,9 +46,9 @@ def quick(pytestconfig):
 
 
 @pytest.fixture(scope="session")
-def amount(quick):
-    """How long the clocks of `measure` run: as they are, with --quick once."""
-    return dict(rounds=1, seconds=0) if quick else {}
+def amount(quick, device):
+    """How long the clocks of `measure` run: with --quick once, on a GPU, which nobody shares, few rounds."""
+    return dict(rounds=1, seconds=0) if quick else dict(rounds=7) if device == "cuda" else {}
 
 
 @pytest.fixture(scope="session")

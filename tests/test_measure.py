@@ -1,5 +1,9 @@
 """What measures: floors by formula, the contract noticed broken, ratios within rounds, processes of their own."""
 
+import itertools
+import platform
+import statistics
+import subprocess
 import sys
 
 import peers
@@ -275,6 +279,58 @@ def test_windows_are_interleaved_and_the_slow_leave_early(now):
     windows = timing.interleaved(calls, 7, 0.5, 2.9)  # three times that before the fifth round
     assert windows == {"first": [250] * 6, "quick": [500] * 6, "slow": [4000] * 3}  # not of a round of its own
     assert "".join(name[0] for name in order) == 3 * "ffqs" + 3 * "ffq"
+
+
+def test_rounds_go_on_until_a_ratio_is_known(now):
+    """What jumps by a tenth takes more rounds than what is steady, what jumps by half takes all."""
+
+    def call(jump):
+        turns = itertools.cycle([1 - jump / 2, 1 + jump / 2])
+
+        def step():
+            now[0] += next(turns)
+
+        return step
+
+    jumps = {"first": 0, "steady": 0.01, "moves": 0.1, "jumps": 0.5}
+    windows = timing.interleaved({name: call(jump) for name, jump in jumps.items()}, 40, 0, 60)
+    rounds = {name: len(own) for name, own in windows.items()}
+    assert rounds["steady"] == 15 < rounds["moves"] < 30 and rounds["jumps"] == rounds["first"] == 40
+
+
+def test_the_standard_error_is_that_of_a_median():
+    rounds = torch.exp(0.1 * torch.randn(2000, 25, generator=torch.Generator().manual_seed(0))).tolist()
+    medians = [timing.ratio("r", own, [1.0] * 25)["r"] for own in rounds]
+    told = [timing.standard_error(own, [1.0] * 25) for own in rounds]
+    assert statistics.fmean(told) == pytest.approx(statistics.pstdev(medians), rel=0.1)
+
+
+PAGES_OF_A_CLONE = """
+import resource, torch
+from bcl_fast.measure.timing import keep_memory
+
+def pages(cleared=lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt):
+    tensor.clone()
+    before = cleared()
+    tensor.clone()
+    return cleared() - before
+
+tensor = torch.ones(1 << 24)  # 64 MB, which malloc gives back to the system when it is freed
+print(pages(), keep_memory(), pages())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="its malloc alone can be told")
+def test_memory_that_is_kept_is_not_cleared_again():
+    """In a process of its own: malloc can be told once."""
+    told = subprocess.run([sys.executable, "-c", PAGES_OF_A_CLONE], capture_output=True, text=True, check=True)
+    before, kept, after = told.stdout.split()
+    assert int(before) >= 32 and kept == "True" and int(after) < 10  # of 2 MB each, at least
+
+
+def test_another_malloc_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(timing.ctypes, "CDLL", lambda name: object())
+    assert timing.keep_memory() is False
 
 
 @pytest.mark.parametrize(

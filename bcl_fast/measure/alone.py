@@ -20,6 +20,7 @@ import torch
 from .implementations import Size, build
 from .rows import OK, OUT_OF_MEMORY, TIMED_OUT
 from .steps import begin, race
+from .timing import keep_memory
 
 SHARE = 0.9  # of the free memory that the process may take: beyond, the system would end whatever it likes
 # What is freed goes back at once: else the peak would depend on how malloc cuts its heap.
@@ -100,6 +101,7 @@ def _run(name: str, size: Size, device: str) -> Callable[[], None]:
 
 
 def _time(name: str, size: Size, device: str) -> dict[str, float]:
+    keep_memory()
     running = {who: build(who, size, device=device) for who in dict.fromkeys(("linear", name))}
     refreshes, _ = begin(running, device)
     return race(running, refreshes, device, max_seconds=3.0)[name]

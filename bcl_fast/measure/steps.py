@@ -42,7 +42,7 @@ def race(
     device: str = "cpu",
     rounds: int = ROUNDS,
     seconds: float = 0.5,
-    max_seconds: float = 10.0,
+    max_seconds: float = 200.0,
 ) -> dict[str, dict[str, Any]]:
     """Time the steps of those that have begun, in turn, `linear` first: the columns of a row of each.
 

@@ -1,11 +1,13 @@
 """Timing: windows in rounds, and ratios formed within a round. On a GPU the device's own time, by CUDA events.
 
 A machine changes its speed from minute to minute, but hardly between two windows that follow each other: what is
-compared is timed in the same round, and a ratio is the median over rounds.
+compared is timed in the same round, a ratio is the median over rounds, and there are rounds until it is known.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,9 +20,26 @@ from ..capture import aside, record
 Call = Callable[[], Any]
 LAUNCH_BOUND = 1.0  # ms: a shorter call may have waited for its launches, so it is timed as a CUDA graph
 MAX_QUEUED = 1000  # launches of a window that the host may run ahead of the device
-ROUNDS, SECONDS = 7, 0.2  # of a comparison, and of each window
+ROUNDS, SECONDS = 40, 0.2  # of a comparison at most, and of each window
+ENOUGH = 15  # rounds, if they agree
+PRECISION = 0.02  # the standard error at which they do
 MIN_ROUNDS = 5  # a median of fewer says so
 PATIENCE = 3  # times the seconds that a call may take, until it has MIN_ROUNDS
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+
+
+def keep_memory() -> bool:
+    """From now on this process keeps what it frees; False where malloc is not glibc's, and nothing changes.
+
+    Else a large tensor is mapped anew at every call, and the kernel clears it page by page: a clone of 64 MB takes 44
+    ms instead of 6. Whether that happens to tensors of up to 32 MB depends on what the process has freed before, so
+    that two processes disagree on the same call.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return mallopt(M_MMAP_MAX, 0) == 1 and mallopt(M_TRIM_THRESHOLD, -1) == 1
 
 
 class Taken(NamedTuple):
@@ -69,7 +88,8 @@ def interleaved(
     """Milliseconds of every call in windows of about `seconds`, one of each in a round: A B C A B C ...
 
     The first call is what the others are compared with, and takes part as long as one of them does. They leave when
-    they have taken more than `max_seconds`, or PATIENCE times that before they have MIN_ROUNDS.
+    the median of their ratios to it is known to PRECISION, from ENOUGH rounds or more, and when they have taken more
+    than `max_seconds`, or PATIENCE times that before they have MIN_ROUNDS.
     """
     return _rounds(calls, rounds, max_seconds, lambda call: window(call, seconds, device))
 
@@ -82,7 +102,10 @@ def _rounds(
     first, *others = calls
 
     def goes_on(name: str) -> bool:
-        return spent[name] <= max_seconds * (1 if len(windows[name]) >= MIN_ROUNDS else PATIENCE)
+        taken = len(windows[name])
+        if spent[name] > max_seconds * (1 if taken >= MIN_ROUNDS else PATIENCE):
+            return False
+        return taken < ENOUGH or standard_error(windows[name], windows[first]) > PRECISION
 
     for _ in range(rounds):
         running = [name for name in others or [first] if goes_on(name)]
@@ -98,9 +121,19 @@ def ratio(name: str, windows: Sequence[float], base: Sequence[float], more: floa
 
     `more` is added to every ratio.
     """
-    paired = [ms / other + more for ms, other in zip(windows, base, strict=False)]
-    low, middle, high = statistics.quantiles(paired * 2 if len(paired) == 1 else paired, method="inclusive")
+    low, middle, high = _quartiles(windows, base, more)
     return {name: middle, f"{name}_low": low, f"{name}_high": high}
+
+
+def standard_error(windows: Sequence[float], base: Sequence[float]) -> float:
+    """Of the median of `ratio`, as a share of it: sqrt(pi / 2 n) deviations, of which quartiles are 1.349 apart."""
+    low, middle, high = _quartiles(windows, base)
+    return math.sqrt(math.pi / 2 / len(windows)) * (high - low) / 1.349 / middle
+
+
+def _quartiles(windows: Sequence[float], base: Sequence[float], more: float = 0.0) -> list[float]:
+    paired = [ms / other + more for ms, other in zip(windows, base, strict=False)]
+    return statistics.quantiles(paired * 2 if len(paired) == 1 else paired, method="inclusive")
 
 
 def captured(call: Call, warm: int = 3) -> Call:
@@ -155,7 +188,7 @@ def compared(
     device: str = "cpu",
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
-    max_seconds: float = 3.0,
+    max_seconds: float = 30.0,
 ) -> tuple[dict[str, list[float]], dict[str, bool]]:
     """The windows of `interleaved` after a call of each that is not timed, on a GPU with a cold cache; and of each
     whether it was captured.
