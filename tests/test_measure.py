@@ -350,6 +350,15 @@ def test_a_single_call_is_its_own_median_only_where_it_took_all_the_time(now):
     assert timing.median_ms(call, repeats=2, max_seconds=60) == 2500  # of 2 and 3: the first is left out
 
 
+def test_a_ceiling_is_what_nothing_disturbed(now):
+    durations = itertools.chain([0.125, 0.5, 0.25], itertools.repeat(0.75))
+
+    def call():
+        now[0] += next(durations)
+
+    assert timing.fastest_ms(call) == 250  # the first, which loads what is loaded on first use, is left out
+
+
 @pytest.mark.parametrize("ms, most", [(0.02, 60_000), (100, 12), (30_000, 1)])
 def test_a_window_on_a_gpu_is_as_long_as_it_was_asked_for(monkeypatch, ms, most):
     """A call returns before the device has begun: without waiting a second's window queues all that a second can."""
