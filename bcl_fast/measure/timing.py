@@ -33,7 +33,8 @@ def keep_memory() -> bool:
 
     Else a large tensor is mapped anew at every call, and the kernel clears it page by page: a clone of 64 MB takes 44
     ms instead of 6. Whether that happens to tensors of up to 32 MB depends on what the process has freed before, so
-    that two processes disagree on the same call.
+    that two processes disagree on the same call. Kept memory may have gaps that fit no tensor, until about ten calls
+    have been made.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
