@@ -74,14 +74,17 @@ def updated(text: str, folder: Path) -> str:
 
 def face(folder: Path) -> str:
     """Markdown: training steps over those of `nn.Linear` on the CPU measured last, on the fewest threads there."""
-    blocks = [block for block in newest(folder) if block.question == "step" and block.rows[0]["device"] == "cpu"]
+    blocks = []
+    for block in newest(folder):
+        rows = [row for row in block.rows if (row["device"], row.get("weights")) == ("cpu", "init") and row["ms"]]
+        if rows and block.question == "step":
+            blocks.append(block._replace(rows=rows))
     if not blocks:
         raise ValueError(f"no steps on a CPU in the records of {folder}")
     machine = max(blocks, key=lambda block: block.record["environment"]["date"]).machine
     block = min((block for block in blocks if block.machine == machine), key=lambda block: block.threads)
-    rows = [row for row in block.rows if row["weights"] == "init" and row["ms"] is not None]
-    names = [name for name in _measured(rows, "ms") if name != "linear"]
-    lines = [[_size(own["linear"]), *(_ratio(own.get(name)) for name in names)] for own in _together(rows, *"BDN")]
+    names, groups = [name for name in _measured(block.rows, "ms") if name != "linear"], _together(block.rows, *"BDN")
+    lines = [[_size(own["linear"]), *(_ratio(own.get(name)) for name in names)] for own in groups]
     threads = "one thread" if block.threads == 1 else f"{block.threads} threads"
     text = f"A training step over one of `nn.Linear`, on {threads}; `compiled` is `torch.compile` of the reference.\n"
     return f"{text}Measured on {block.machine}.\n\n" + _table(["(B, D, N)", *names], lines)

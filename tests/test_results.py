@@ -167,6 +167,9 @@ def test_the_newest_of_each_device_counts_and_the_face_is_the_cpus(tmp_path):
     other = [one | {"B": 17} for one in steps(threads=4)]
     assert "Measured on another" in write(tmp_path, other, "other.json", environment=elsewhere)
     assert "on another (" in (face := results.face(tmp_path)) and "on 4 threads;" in face and "(16, 8" not in face
+    latest = here | {"devices": {"cpu": "a third"}, "date": "2026-01-05"}  # which has no row of the face
+    assert "Measured on a third" in write(tmp_path, steps(weights="trained"), "third.json", environment=latest)
+    assert results.face(tmp_path) == face
 
 
 # --- The commands -----------------------------------------------------------------------------------------------------
