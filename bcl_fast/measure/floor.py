@@ -8,7 +8,7 @@ import torch
 
 from .implementations import CONFIG, Size
 from .precisions import PRECISIONS, multiplying
-from .timing import captured, fastest_ms, median_ms, window
+from .timing import captured, fastest_ms, taken, window
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _of_gpu() -> Ceilings:
     small = torch.cuda.get_device_properties("cuda").L2_cache_size * 2 // 5 // 8  # both copies are 0.4 of the cache
     source = torch.rand(large, device="cuda")
     target, a, b = torch.empty_like(source), *torch.rand(2, side, side, device="cuda")
-    copy_gbs = 8 * large / median_ms(lambda: target.copy_(source), "cuda") / 1e6
+    copy_gbs = 8 * large / taken(lambda: target.copy_(source), "cuda").ms / 1e6
     one, other = source[:small], target[:small]
     many = captured(lambda: [other.copy_(one) for _ in range(repeats)])  # one by one they wait for their launches
     cache_gbs = 8 * small * repeats / window(many, 0.1, "cuda") / 1e6
@@ -109,5 +109,5 @@ def _of_gpu() -> Ceilings:
         if precision == "bf16":
             a, b = a.bfloat16(), b.bfloat16()
         with multiplying(precision):
-            rates[precision] = 2 * side**3 / median_ms(lambda a=a, b=b: a @ b, "cuda") / 1e9
+            rates[precision] = 2 * side**3 / taken(lambda a=a, b=b: a @ b, "cuda").ms / 1e9
     return Ceilings(copy_gbs, cache_gbs, rates["fp32"], rates["tf32"], rates["bf16"])

@@ -179,11 +179,6 @@ def _cold(call: Call, seconds: float = 0.1) -> float:
     return do_bench(call, rep=max(1, int(1000 * seconds)), return_mode="median")
 
 
-def median_ms(call: Call, device: str = "cpu", repeats: int = 5, max_seconds: float = 3.0) -> float:
-    """The milliseconds of `taken`."""
-    return taken(call, device, repeats, max_seconds).ms
-
-
 def fastest_ms(call: Call, seconds: float = 1.0) -> float:
     """The milliseconds of the fastest of the calls that fill `seconds` on a CPU, after one: the least disturbed."""
     call()
