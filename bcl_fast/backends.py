@@ -7,10 +7,9 @@ the first time that something asks for one.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
+import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,10 +49,10 @@ def stage(name: str, backend: str) -> Callable[..., Any]:
             return triton
         from . import cuda
 
-        if name not in cuda.WHY_NOT:
+        if name not in cuda.DECLINES:
             return triton
-        own = _function("cuda", name)
-        return lambda *arguments: (triton if cuda.why_not(name, arguments) else own)(*arguments)
+        own, declines = _function("cuda", name), cuda.DECLINES[name]
+        return lambda *arguments: (triton if declines(*arguments) else own)(*arguments)
     return _function(backend, name)
 
 
@@ -61,31 +60,14 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module("." + module, __package__), name)
 
 
+def why_not_stage(name: str, backend: str, arguments: Sequence[Any]) -> str | None:
+    """None where a backend's own code serves a call of a stage with these arguments, else the reason."""
+    return _function(backend, "why_not")(name, arguments)
+
+
 def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
     """None where a backend can serve weights of this dtype on this type of device ("cpu", ...), else the reason."""
-    if device_type == "meta":
-        return "meta tensors hold no numbers"
-    if backend == "cpu":
-        from . import cpu
-
-        return cpu.missing(device_type)
-    if backend not in ON_GPU:
-        return None
-    reason = _why_not_triton(device_type, dtype)
-    if reason is None and backend == "cuda":
-        from . import cuda
-
-        return cuda.missing(device_type)
-    return reason
-
-
-def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type != "cuda" and not (device_type == "cpu" and interpreted):
-        return "it serves CUDA tensors only (with TRITON_INTERPRET=1 Triton's interpreter runs it on the CPU, slowly)"
-    return "it computes in float32, and a float64 weight asks for float64" if dtype == torch.float64 else None
+    return _function(backend, "missing")(device_type, dtype)
 
 
 def cpu_library() -> str:
@@ -99,7 +81,7 @@ def cuda_library() -> str:
     """Whether the CUDA C++ library of the backend `cuda` is there, or why it is not."""
     from . import cuda
 
-    return cuda.missing("cuda") or "built"
+    return cuda.library("cuda") or "built"
 
 
 def availability(device_type: str) -> dict[str, str | None]:

@@ -7,15 +7,16 @@ uses; results do not depend on how many.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import Structure
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import cpu_structs, native
 from .norms import with_norms
-from .structures import Competition, Pull
+from .structures import Competition, Pull, leading
 
 PANEL = 1 << 19  # similarities held at once by the neighbor search
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
@@ -23,8 +24,8 @@ NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the l
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 
 
-def missing(device_type: str = "cpu") -> str | None:
-    """None where the library serves tensors of this type of device, else why it does not."""
+def missing(device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> str | None:
+    """None where this backend serves weights of this dtype on this type of device, else the reason."""
     if device_type != "cpu":
         return "it serves CPU tensors only"
     try:
@@ -34,6 +35,16 @@ def missing(device_type: str = "cpu") -> str | None:
     return None
 
 
+def why_not(stage: str, arguments: Sequence[Any]) -> str | None:
+    """None where this backend serves a call of a stage with these arguments, else the reason."""
+    first = leading(arguments)
+    return _inexpressible(first.dtype) or missing(first.device.type)
+
+
+def _inexpressible(dtype: torch.dtype) -> str | None:
+    return None if dtype in SUFFIX else f"it computes in float32 and float64, not in {dtype}"
+
+
 def instruction_set() -> str:
     """Which copy of the kernels this processor takes: avx512, avx2 or baseline."""
     return native.cpu().bcl_cpu_isa().decode()
@@ -41,6 +52,8 @@ def instruction_set() -> str:
 
 @functools.cache
 def _function(stage: str, dtype: torch.dtype) -> Callable[[Structure, int], int]:
+    if reason := _inexpressible(dtype):
+        raise TypeError(f"backend='cpu' cannot run the stage {stage}: {reason}")
     return getattr(native.cpu(), f"bcl_cpu_{stage}_{SUFFIX[dtype]}")
 
 

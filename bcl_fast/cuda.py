@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import native, private
+from . import native, private, triton
 from .cuda_structs import STRUCTS
-from .structures import Competition
+from .structures import Competition, leading
 
 KINDS = {torch.int64: 0, torch.int32: 1, torch.float32: 2}  # of ranks
 
@@ -46,8 +46,16 @@ FORMS: dict[str, tuple[dict[str, int], ...]] = {
 }
 
 
-def missing(device_type: str) -> str | None:
-    """None where the library serves tensors of this type of device, else why it does not."""
+def missing(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where this backend serves weights of this dtype on this type of device, else the reason.
+
+    It needs Triton, which has the other stages.
+    """
+    return triton.missing(device_type, dtype) or library(device_type)
+
+
+def library(device_type: str) -> str | None:
+    """None where there is a library for tensors of this type of device, else why there is none."""
     if device_type == "cuda" and torch.version.hip is not None:
         return "its CUDA C++ library is for NVIDIA's GPUs, and this torch for AMD's"
     try:
@@ -65,9 +73,14 @@ MIN_SIZE = {"competition": (1, 2), "selection": (1, 2), "rank": (1, 2)}
 MAX_RESCUE_K = 32  # samples of a feature that the selection's kernels keep at hand
 
 
-def why_not(stage: str, arguments: tuple[Any, ...]) -> str | None:
-    """None where this library serves a call of a stage with these arguments, else the reason."""
-    return WHY_NOT[stage](*arguments)
+def why_not(stage: str, arguments: Sequence[Any]) -> str | None:
+    """None where this library serves a call of a stage with these arguments, else the reason; then Triton does."""
+    if stage not in DECLINES:
+        return "the stage is Triton's"
+    first = leading(arguments)
+    if first.dtype != torch.float32:
+        return f"it computes in float32, not in {first.dtype}"
+    return missing(first.device.type) or DECLINES[stage](*arguments)
 
 
 def _too_small(stage: str, matrix: Tensor) -> str | None:
@@ -77,11 +90,11 @@ def _too_small(stage: str, matrix: Tensor) -> str | None:
     )
 
 
-def _why_not_competition(activation: Tensor, *_: Any) -> str | None:
+def _declines_competition(activation: Tensor, *_: Any) -> str | None:
     return _too_small("competition", activation)
 
 
-def _why_not_selection(
+def _declines_selection(
     activation: Tensor,
     bias: Tensor | None,
     x_inverse_norm: Tensor,
@@ -98,14 +111,15 @@ def _why_not_selection(
     return _too_small("selection", activation)
 
 
-def _why_not_rank(key: Tensor, *_: Any) -> str | None:
+def _declines_rank(key: Tensor, *_: Any) -> str | None:
     return _too_small("rank", key)
 
 
-WHY_NOT: dict[str, Callable[..., str | None]] = {
-    "competition": _why_not_competition,
-    "selection": _why_not_selection,
-    "rank": _why_not_rank,
+# Stage -> why its C++ leaves a call to Triton, or None; asked at every call, by its arguments.
+DECLINES: dict[str, Callable[..., str | None]] = {
+    "competition": _declines_competition,
+    "selection": _declines_selection,
+    "rank": _declines_rank,
 }
 
 

@@ -8,19 +8,32 @@ are sums of a few rows of X.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .norms import with_norms
 from .spec import EPS
-from .structures import Competition, Pull
+from .structures import Competition, Pull, leading
 
 # Elements of one working tile: on a CPU half a level-2 cache of float32, on an accelerator enough to fill it.
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 25
 
 # Where torch is built with FBGEMM it sorts flat integers of at least this many elements by radix.
 RADIX_SORT, RADIX_MIN = "fbgemm" in torch.backends.quantized.supported_engines, 1 << 15
+
+
+def missing(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where this backend serves weights of this dtype on this type of device, else the reason."""
+    return "meta tensors hold no numbers" if device_type == "meta" else None
+
+
+def why_not(stage: str, arguments: Sequence[Any]) -> str | None:
+    """None where this backend serves a call of a stage with these arguments, else the reason."""
+    return missing(leading(arguments).device.type)
 
 
 def _tiles(rows: int, columns: int, device: torch.device) -> list[tuple[int, int]]:

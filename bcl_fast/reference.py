@@ -7,14 +7,26 @@ given, so that float64 works. The last section composes the steps into the stage
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .norms import power_of_two, shortened
 from .spec import EPS, BCLConfig
-from .structures import Competition, Pull
+from .structures import Competition, Pull, leading
+
+
+def missing(device_type: str, dtype: torch.dtype = torch.float32) -> str | None:
+    """None where this backend serves weights of this dtype on this type of device, else the reason."""
+    return "meta tensors hold no numbers" if device_type == "meta" else None
+
+
+def why_not(stage: str, arguments: Sequence[Any]) -> str | None:
+    """None where this backend serves a call of a stage with these arguments, else the reason."""
+    return missing(leading(arguments).device.type)
 
 
 def inverse_norm(rows: Tensor) -> Tensor:

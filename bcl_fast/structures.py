@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -51,6 +52,11 @@ class Statistics(NamedTuple):
         """The pull of the forward whose input was x [B, N]."""
         rescue = self.rescue_rows, self.rescue_weight
         return Pull(x, self.pair_feature, self.pair_pull, *rescue, self.winner_share, self.som_strength)
+
+
+def leading(arguments: Sequence[Any]) -> Tensor:
+    """The first tensor of a stage's arguments: its device and dtype say who can serve the call."""
+    return arguments[0].x if isinstance(arguments[0], Pull) else arguments[0]
 
 
 class Observed(NamedTuple):

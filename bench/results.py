@@ -197,7 +197,7 @@ def _steps(blocks: list[Block]) -> str:
 
 
 def _stages(blocks: list[Block]) -> str:
-    rows = [row for row in _rows(blocks) if row.get("stage") not in (None, "products")]
+    rows = [row for row in _rows(blocks) if row.get("stage") not in (None, "products") and row["ms"]]
     largest = max(row["B"] * row["D"] for row in rows if row["question"] == "stages")
     sizes = [_size(row) for row in rows if row["question"] == "stages" and row["B"] * row["D"] == largest]
     rows = [row for row in rows if row["question"] != "stages" or _size(row) == sizes[0]]
@@ -205,7 +205,7 @@ def _stages(blocks: list[Block]) -> str:
     lines = []
     for own in _together(rows, "question", "stage", "B", "D", "N", "threads"):
         best = min((row for row in own.values()), key=lambda row: row["ms"])
-        ratios = [_ratio(own[name]) for name in names]
+        ratios = [_ratio(own.get(name)) for name in names]
         rate = f"{best['tflops'] * 1e3:.0f} GFLOP/s" if best["tflops"] else f"{best['gbs']:.2f} GB/s"
         lines.append([f"`{best['stage']}`", _size(best), *ratios, rate, f"{best['fraction_of_roof']:.0%}"])
     text = "**Stages**, each over an `nn.Linear` step of that size; the rate (of what the stage cannot do without) and "

@@ -104,7 +104,8 @@ def stage_times(
 ) -> list[Row]:
     """Check every backend, then time every stage of it on the numbers of one training step: a row for each.
 
-    Each stage is timed in rounds of its own, of an `nn.Linear` step and every backend; `ratio_to_linear` and
+    Each stage is timed in rounds of its own, of an `nn.Linear` step and every backend with its own code for the call,
+    without which a row says why; `ratio_to_linear` and
     `ratio_to_reference` are `timing.ratio`. The row of `linear`, over all rounds, is the stage `products`. `gbs` counts
     the bytes that the stage cannot do without, `fraction_of_roof` says which share of its floor's speed it reaches.
     `amount` goes to `timing.compared`.
@@ -124,10 +125,13 @@ def stage_times(
 
     rows, of_linear = [], []
     for stage in stages:
-        calls = {name: partial(backends.stage(stage, name), *given[stage]) for name in serving}
+        others = {name: backends.why_not_stage(stage, name, given[stage]) for name in serving}
+        others = {name: reason for name, reason in others.items() if reason}
+        calls = {name: partial(backends.stage(stage, name), *given[stage]) for name in serving if name not in others}
         windows, captured = compared({"linear": linear, **calls}, device, **amount)
         of_linear += windows["linear"]
-        for name in serving:
+        rows += absent(question, size, others, device=device, stage=stage)
+        for name in calls:
             ratios = ratio("ratio_to_linear", windows[name], windows["linear"])
             ratios |= ratio("ratio_to_reference", windows[name], windows["reference"])
             rows.append(timed(stage, name, windows[name], captured[name], **ratios))

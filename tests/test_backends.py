@@ -6,18 +6,52 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.operators import B, D
+from stages import stage_calls
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from bcl_fast import BCLLayer, backends, cpu, cuda
+from bcl_fast.measure.implementations import Size
 
 
 def test_every_backend_serves_every_stage():
     for name in backends.STAGES:
         for backend in set(backends.NAMES) - {"cuda"}:
             assert backends.stage(name, backend).__name__ == name
-        own = name in cuda.WHY_NOT
+        own = name in cuda.DECLINES
         assert own or backends.stage(name, "cuda") is backends.stage(name, "triton")
         assert not own or callable(getattr(cuda, name))
     assert all(backends.stage("refresh_", backend).__name__ == "refresh_" for backend in backends.REFRESH)
+
+
+def test_every_backend_says_which_calls_it_serves(monkeypatch):
+    """That it keeps the contract there is test_stages' subject."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(cuda, "library", lambda device_type: None)
+    calls = stage_calls(Size(13, 7, 5), like="reference")
+    calls["targets"] = calls["targets_pull_"][3:]
+    assert calls.keys() == backends.STAGES.keys()
+
+    def reasons(name, **to):
+        moved = tree_map_only(
+            Tensor, lambda tensor: tensor.to(**to) if tensor.is_floating_point() else tensor, calls[name]
+        )
+        return {backend: backends.why_not_stage(name, backend, moved) for backend in backends.NAMES}
+
+    for name in calls:
+        triton_s = None if name in cuda.DECLINES else "the stage is Triton's"
+        assert reasons(name) == dict.fromkeys(backends.NAMES) | {"cuda": triton_s}
+        double = reasons(name, dtype=torch.float64)
+        assert double["reference"] is double["portable"] is double["cpu"] is None
+        assert double["triton"].startswith("it computes in float32")
+        assert double["cuda"] == (triton_s or "it computes in float32, not in torch.float64")
+        assert reasons(name, dtype=torch.half)["cpu"] == "it computes in float32 and float64, not in torch.float16"
+        nowhere = reasons(name, device="meta")
+        assert nowhere["reference"] == nowhere["portable"] == "meta tensors hold no numbers" and all(nowhere.values())
+    by_cosine = [*calls["selection"][:5], "cosine", "hard", 5]
+    assert backends.why_not_stage("selection", "cuda", by_cosine) == "it selects by rank alone, not by cosine"
+    with pytest.raises(TypeError, match="cannot run the stage rank: it computes in .* not in torch.float16"):
+        cpu.rank(torch.ones(3, 2, dtype=torch.half))
 
 
 def test_resolve_backend():
@@ -46,7 +80,8 @@ def test_backends_say_why_not(monkeypatch):
     assert reasons["reference"] is None and reasons["portable"] is None
     assert reasons["triton"].startswith("it serves CUDA tensors only (with TRITON_INTERPRET=1")
     assert reasons["cuda"] == reasons["triton"]  # most of its stages are Triton's
-    assert all(backends.availability("meta").values())
+    nowhere = backends.availability("meta")
+    assert all(nowhere.values()) and nowhere["reference"] == nowhere["portable"] == "meta tensors hold no numbers"
     elsewhere = backends.availability("cuda")
     assert elsewhere["cpu"] == "it serves CPU tensors only"
     assert elsewhere["portable"] is None and elsewhere["triton"] is None
@@ -72,7 +107,7 @@ def test_float64_on_a_gpu_is_not_served_by_triton_and_says_so():
 
 def test_on_a_gpu_the_cuda_library_serves_where_it_was_built(monkeypatch):
     for built, expected in ((None, "cuda"), ("no nvcc was there", "triton")):
-        monkeypatch.setattr(cuda, "missing", lambda device_type, built=built: built)
+        monkeypatch.setattr(cuda, "missing", lambda *_, built=built: built)
         backends._fastest.cache_clear()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # which of the two is faster is not known
@@ -109,7 +144,7 @@ def test_within_cuda_sizes_decide_per_stage(monkeypatch):
 
 
 def test_a_missing_library_is_told_once_and_portable_serves(monkeypatch):
-    monkeypatch.setattr(cpu, "missing", lambda device_type: "its C++ library was not built")
+    monkeypatch.setattr(cpu, "missing", lambda *_: "its C++ library was not built")
     backends._fastest.cache_clear()
     with pytest.warns(UserWarning, match="'portable' serves, slower than 'cpu' would: its C.. library was not built"):
         assert BCLLayer(4, 3).backend == "portable"

@@ -12,7 +12,7 @@ import pytest
 from bcl_fast.backends import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
-BACKENDS = {"reference", "portable", "kernels", "cpu", "cuda"}
+BACKENDS = {"reference", "portable", "kernels", "cpu", "triton", "cuda"}
 
 # Module -> modules of ours it may import. A package has one row for all of its modules.
 ALLOWED = {
@@ -32,7 +32,8 @@ ALLOWED = {
     "reference": {"spec", "norms", "structures"},
     "portable": {"spec", "norms", "structures"},
     "cpu": {"norms", "native", "cpu_structs", "structures"},
-    "cuda": {"cuda_structs", "native", "private", "structures"},
+    "triton": {"structures"},
+    "cuda": {"cuda_structs", "native", "private", "structures", "triton"},
     "backends": {"spec"},
     "counters": {"backends"},
     "private": set(),
@@ -61,7 +62,7 @@ ALLOWED_IN_FUNCTIONS = {"backends": BACKENDS}
 # Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
 ONLY_IN = {
     "matplotlib": {"experiments.plots"},
-    "importlib": {"__init__", "environment", "backends"},
+    "importlib": {"__init__", "environment", "backends", "triton"},
 }
 DRAWING = {"experiments.plots", "experiments.report"}
 # What only a checkout has, with the modules of bench/ by their own names.

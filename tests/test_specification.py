@@ -70,7 +70,7 @@ def test_what_the_table_names_is_there(stage):
         assert not row[heading] or (ROOT / row[heading]).is_file(), row[heading]
     triton = (ROOT / row["Triton"]).read_text(encoding="utf-8")
     assert row["Triton"] == f"kernels/{backends.STAGES[stage]}.py" and f"\ndef {stage}(" in triton
-    assert bool(row["CUDA C++"]) == (stage in cuda.WHY_NOT)
+    assert bool(row["CUDA C++"]) == (stage in cuda.DECLINES)
     assert f'"{stage}"' in (ROOT / row["test"]).read_text(encoding="utf-8")
     assert row["bench"]
 

@@ -29,7 +29,7 @@ def candidates(dtype=torch.float32, sizes=(None,), most=1 << 12, stage=None):
         for size in sizes
         if name != "reference" and backends.why_not(name, device, dtype) is None
         if name not in SLOW or size is None or size[0] * size[1] <= most
-        if name != "cuda" or stage is None or stage in cuda.WHY_NOT
+        if name != "cuda" or stage is None or stage in cuda.DECLINES
     ]
 
 
