@@ -164,6 +164,9 @@ CALLS: dict[str, dict[str, Call]] = {
 }
 
 
+# What selection-rank-soft is more than: that one takes as many registers on every target, within one of them. Their
+# forms of many samples take ten seconds each, so that they are compiled for one target and once.
+LESS = {("selection", "rank"), ("selection", "rank-bare")}
 EVERY_CALL = [(stage, call) for stage, calls in CALLS.items() for call in calls]
 
 
@@ -268,17 +271,18 @@ def compile_all(targets: Sequence[str]) -> list[dict[str, Any]]:
     """One row for each kernel, form in which it is launched, and target.
 
     What is written into the code makes a form for every target; of other types of arguments, and as Triton specializes
-    it for their values, sm_90 stands for all.
+    it for their values, sm_90 stands for all; and for the calls of LESS.
     """
     rows, known, forms = [], set(), set()
     for sizes, (stage, call) in itertools.product(SIZES, EVERY_CALL):
-        for launch, general in itertools.product(launches(stage, call, sizes), (True, False)):
+        less = (stage, call) in LESS
+        for launch, general in itertools.product(launches(stage, call, sizes), (True,) if less else (True, False)):
             new = source(launch, general)
             if (launch.name, str(new)) in known:
                 continue
             known.add((launch.name, str(new)))
             form = launch.name, str(new.constants), str(new.options)
-            everywhere = general and form not in forms
+            everywhere = general and not less and form not in forms
             forms.add(form)
             for target in targets if everywhere else {"sm_90"}.intersection(targets):
                 row = dict(kernel=launch.name, target=target, call=f"{stage}-{call}", sizes=str(sizes), source=str(new))

@@ -100,7 +100,7 @@ def test_an_interrupted_job_leaves_no_file(tmp_path, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 def test_interrupt_ends_a_sweep_at_once_and_the_same_command_goes_on(tmp_path):
     """Ctrl-C as a terminal sends it, to the group of processes: one cell is done, the others are for later."""
-    words = ["sweep", "--som-lr", "0.01", "--rescue-k", "1", "--seeds", "2", "--steps", "2500", "--workers", "1"]
+    words = ["sweep", "--som-lr", "0.01", "--rescue-k", "1", "--seeds", "2", "--steps", "1000", "--workers", "1"]
     command = [sys.executable, "-m", "bcl_fast", *words, "--out", str(tmp_path)]
     # What a shell starts in the background ignores Ctrl-C, and so would its children: not this one.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -30,7 +30,7 @@ from bcl_fast.measure.implementations import Implementation, Size, batch, build,
 from bcl_fast.measure.precisions import PRECISIONS, multiplying
 from bcl_fast.measure.rows import OUT_OF_MEMORY, Row
 from bcl_fast.measure.steps import begin, race
-from bcl_fast.measure.timing import captured, interleaved, ratio, taken, window
+from bcl_fast.measure.timing import MIN_ROUNDS, captured, interleaved, ratio, taken, window
 from bcl_fast.testing import check_stage, expected
 
 from . import prebuilt, tools, variants, verdicts
@@ -290,7 +290,7 @@ def ranks(plan: Plan) -> Iterator[Unit]:
 def _ranks(plan: Plan, size: Size) -> Iterable[Row]:
     for backend in plan.backends:
         require(backend, plan)
-    return peers.rank_times(size, plan.device, plan.backends)
+    return peers.rank_times(size, plan.device, plan.backends, rounds=max(plan.rounds, MIN_ROUNDS), seconds=plan.seconds)
 
 
 SLOW = 2000.0  # ms of a step: a larger one would take what time there is
