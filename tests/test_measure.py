@@ -223,6 +223,14 @@ def test_stage_rows_have_ratios_and_a_roof():
             assert row["ratio_to_reference"] == 1
 
 
+def test_a_call_that_a_backend_hands_to_another_is_not_timed_twice(monkeypatch):
+    monkeypatch.setattr(portable, "why_not", lambda stage, arguments: "another's" if stage == "rank" else None)
+    found = stages.stage_times(SIZE, ROOF, ("inverse_norm", "rank"), rounds=1, seconds=0)
+    (told,) = (row for row in found if row["contestant"] == "portable" and row["stage"] == "rank")
+    assert told["ms"] is None and told["status"] == "another's"
+    assert all(row["ms"] for row in found if row is not told and row.get("stage"))
+
+
 def test_precisions_are_undone():
     before = torch.get_float32_matmul_precision()
     with precisions.multiplying("tf32"):

@@ -46,7 +46,10 @@ def test_stages_have_the_largest_size_and_the_fastest_gbs(tmp_path):
     ]
     rows += [stage("linear", SIZE, 4.0, "products"), stage("cpu", SIZE, 2.0, "neighbors", "neighbors")]
     rows += [stage("reference", SIZE, 2.0, "neighbors", "neighbors"), row("stages", "cuda", SIZE, status="no GPU")]
+    largest = Size(16, 32, 12)
+    rows += [stage("reference", largest, 4.0, "gradient"), row("stages", "cpu", largest, stage="gradient", status="no")]
     text = write(tmp_path, rows)
+    assert "| `gradient` | (16, 32, 12) | 1.00 |  | 2.50 GB/s | 12% |" in text
     assert "| `rank` | (16, 32, 12) | 2.00 | 0.25 | 10.00 GB/s | 50% |" in text
     assert "| `neighbors` | (16, 8, 12) | 0.50 | 0.50 | 5.00 GB/s | 25% |" in text
     assert "| (16, 8, 12) |" not in text.replace("| `neighbors` | (16, 8, 12) |", "") and "products" not in text
