@@ -164,8 +164,8 @@ CALLS: dict[str, dict[str, Call]] = {
 }
 
 
-# What selection-rank-soft is more than: that one takes as many registers on every target, within one of them. Their
-# forms of many samples take ten seconds each, so that they are compiled for one target and once.
+# rank-soft does everything that these two do, and takes as many registers on every target (on gfx942 one fewer than
+# rank-bare). Their forms for many samples take up to 13 s each to compile: one target compiles them, once.
 LESS = {("selection", "rank"), ("selection", "rank-bare")}
 EVERY_CALL = [(stage, call) for stage, calls in CALLS.items() for call in calls]
 
