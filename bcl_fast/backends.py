@@ -49,9 +49,10 @@ def stage(name: str, backend: str) -> Callable[..., Any]:
             return triton
         from . import cuda
 
-        if name not in cuda.DECLINES:
+        declines = cuda.DECLINES.get(name)
+        if declines is None:
             return triton
-        own, declines = _function("cuda", name), cuda.DECLINES[name]
+        own = _function("cuda", name)
         return lambda *arguments: (triton if declines(*arguments) else own)(*arguments)
     return _function(backend, name)
 

@@ -125,8 +125,7 @@ def stage_times(
 
     rows, of_linear = [], []
     for stage in stages:
-        others = {name: backends.why_not_stage(stage, name, given[stage]) for name in serving}
-        others = {name: reason for name, reason in others.items() if reason}
+        others = {name: why for name in serving if (why := backends.why_not_stage(stage, name, given[stage]))}
         calls = {name: partial(backends.stage(stage, name), *given[stage]) for name in serving if name not in others}
         windows, captured = compared({"linear": linear, **calls}, device, **amount)
         of_linear += windows["linear"]

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers.cubin import resources
 from helpers.interpreter import Launch, Launches
 
 from bcl_fast.structures import Pull
@@ -237,12 +238,10 @@ def usage(compiled: Any, target: Target) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report).groups())
+        ((registers, spills),) = resources(triton.knobs.nvidia.cuobjdump.path, file.name).values()
     return dict(
         registers=registers,
-        spills=stack + local,  # spills show as stack
+        spills=spills,
         shared=shared,
         tensor_cores=len(re.findall(r"mma\S*tf32", compiled.asm["ptx"])),
         multiply_adds=len(re.findall(r"\bfma\.rn\.f32", compiled.asm["ptx"])),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.cubin import resources
 from helpers.elf import SYSTEM, needs
 
 from bcl_fast import cuda, native
@@ -58,17 +59,13 @@ def test_no_kernel_of_ours_spills(compiled):
     """What is spilled lies on the stack, where our kernels keep nothing else."""
     if (tool := disassembler("cuobjdump")) is None:
         pytest.skip("no cuobjdump")
-    listing = subprocess.run([tool, "-res-usage", str(compiled)], capture_output=True, text=True, check=True).stdout
-    found = {}
-    for sm, part in re.findall(r"arch = (sm_\d+)(.*?)(?=\narch = |\Z)", listing, re.S):
-        for name, *numbers in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", part):
-            found[name, sm] = [int(number) for number in numbers]
-    ours = {key: numbers for key, numbers in found.items() if "3cub" not in key[0]}  # CUB's own sort spills 24 bytes
-    assert {sm for _, sm in ours} == {f"sm_{number}" for number in ARCHITECTURES}
-    for (name, sm), (used, stack, local) in sorted(ours.items()):
+    # CUB's own sort spills 24 bytes.
+    ours = {key: numbers for key, numbers in resources(tool, compiled).items() if "3cub" not in key[1]}
+    assert {sm for sm, _ in ours} == {f"sm_{number}" for number in ARCHITECTURES}
+    for (sm, name), (used, spilled) in sorted(ours.items()):
         print(f"{sm:7} {used:4} registers {name}")
-        assert stack + local == 0, f"{name} has {stack + local} bytes outside of registers on {sm}"
-    kernels = {match for name, _ in ours for match in re.findall(r"bcl\d+(\w+?_kernel)", name)}
+        assert spilled == 0, f"{name} has {spilled} bytes outside of registers on {sm}"
+    kernels = {match for _, name in ours for match in re.findall(r"bcl\d+(\w+?_kernel)", name)}
     sources = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
     assert kernels == set(re.findall(r"\b(\w+_kernel)\(", sources))
 

@@ -30,7 +30,7 @@ from bcl_fast.measure.implementations import Implementation, Size, batch, build,
 from bcl_fast.measure.precisions import PRECISIONS, multiplying
 from bcl_fast.measure.rows import OUT_OF_MEMORY, Row
 from bcl_fast.measure.steps import begin, race
-from bcl_fast.measure.timing import MIN_ROUNDS, captured, interleaved, ratio, taken, window
+from bcl_fast.measure.timing import captured, interleaved, ratio, taken, window
 from bcl_fast.testing import check_stage, expected
 
 from . import prebuilt, tools, variants, verdicts
@@ -197,7 +197,6 @@ def steps(plan: Plan) -> Iterator[Unit]:
 def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row]:
     """Eager and captured steps over those of `nn.Linear`, after what they choose was found right."""
     require(backend, plan)
-    amount = dict(rounds=plan.rounds, seconds=plan.seconds, max_seconds=3.0)
     for weights in ("init", "trained") if precision == "fp32" else ("init",):
         weight = weight_of(weights, size, plan)
         labels = about(backend, size, weights=weights, precision=precision)
@@ -205,11 +204,11 @@ def _steps(plan: Plan, backend: str, size: Size, precision: str) -> Iterator[Row
         with multiplying(precision):
             running = {name: build(name, size, weight, plan.device, precision) for name in ("linear", backend)}
             refreshes, _ = begin(running, plan.device)
-            found = race(running, refreshes, plan.device, **amount)
+            found = race(running, refreshes, plan.device, **plan.amount)
             yield labels | {"mode": "eager", "linear_ms": found["linear"]["ms"]} | found[backend]
             running = _captured(plan, running)
             refreshes, _ = begin(running, plan.device)  # over a captured step of `nn.Linear`
-            found = race(running, refreshes, plan.device, **amount)
+            found = race(running, refreshes, plan.device, **plan.amount)
             mode = "captured" if plan.device == "cuda" else "eager (no graphs on a CPU)"
             yield labels | {"mode": mode, "linear_ms": found["linear"]["ms"]} | found[backend]
 
@@ -232,7 +231,7 @@ def _graphed(plan: Plan, backend: str, size: Size) -> Iterator[Row]:
     }
     steps = {name: _user_step(plan, layer, grad_output, x) for name, layer in layers.items()}
     calls = {name: partial(step, x) for name, step in steps.items()}
-    windows = interleaved(calls, plan.rounds, plan.seconds, 3.0, plan.device)
+    windows = interleaved(calls, device=plan.device, **plan.amount)
     labels = about(backend, size, weights="init", precision="fp32", mode=verdicts.GRAPHED)
     ms = {"ms": statistics.median(windows[backend]), "linear_ms": statistics.median(windows["linear"])}
     yield labels | ms | ratio("ratio_to_linear", windows[backend], windows["linear"])
@@ -290,7 +289,7 @@ def ranks(plan: Plan) -> Iterator[Unit]:
 def _ranks(plan: Plan, size: Size) -> Iterable[Row]:
     for backend in plan.backends:
         require(backend, plan)
-    return peers.rank_times(size, plan.device, plan.backends, rounds=max(plan.rounds, MIN_ROUNDS), seconds=plan.seconds)
+    return peers.rank_times(size, plan.device, plan.backends, **plan.amount)
 
 
 SLOW = 2000.0  # ms of a step: a larger one would take what time there is

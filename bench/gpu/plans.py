@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bcl_fast import backends
 from bcl_fast.measure.implementations import Size
@@ -28,6 +29,11 @@ class Plan:
     benches: dict[str, tuple[str, ...]]  # part -> one of its benches
     backends: tuple[str, ...] = backends.ON_GPU
     prebuilt: Path | None = None
+
+    @property
+    def amount(self) -> dict[str, Any]:
+        """What every comparison of this plan may take: without it, rounds go on until a ratio is known."""
+        return dict(rounds=self.rounds, seconds=self.seconds, max_seconds=3.0)
 
 
 def _growing(B: int, D: int, N: int, times: int) -> dict[str, tuple[Size, ...]]:
