@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,15 +79,13 @@ class BCLLayer(nn.Linear):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self._config, self._som_lr, self._requested = config, config.som_lr, (fused, backend)
         self.frozen = False
-        D, k = out_features, min(config.neighborhood_k, out_features - 1)
-        empty = partial(torch.empty, device=self.weight.device)
-        self.register_buffer("neighbors", empty(D, k, dtype=torch.int64))
-        self.register_buffer("step", empty((), dtype=torch.int64))
-        self.register_buffer("_refreshed_at", empty((), dtype=torch.int64), persistent=False)
-        offset = empty(D, in_features, dtype=dtype) if config.som_space == "offset" else None
-        self.register_buffer("som_offset", offset)
-        if offset is not None:
+        for name, (shape, kind) in state.kinds(self.weight, self._k, config.som_space).items():
+            buffer = torch.empty(shape, dtype=kind, device=self.weight.device)
+            self.register_buffer(name, buffer, persistent=name != "_refreshed_at")
+        if config.som_space == "offset":
             self.register_forward_pre_hook(called_not_read)
+        else:
+            self.register_buffer("som_offset", None)
         self._start_runtime()
         self._reset_competition()
 
@@ -121,18 +118,18 @@ class BCLLayer(nn.Linear):
 
     # --- State -------------------------------------------------------------------------------------------------------
 
+    @property
+    def _k(self) -> int:
+        return min(self._config.neighborhood_k, self.out_features - 1)
+
     def reset_parameters(self) -> None:
         """New weight and bias as `nn.Linear` draws them, and a competition that starts afresh at step 0."""
         super().reset_parameters()
         if "step" in self._buffers:  # nn.Linear calls this before the buffers exist
             self._reset_competition()
 
-    def _fresh_state(self, device: torch.device) -> dict[str, Tensor]:
-        """The saved buffers at step 0."""
-        return state.fresh(len(self.neighbors), self.neighbors.shape[1], self.som_offset, device)
-
     def _reset_competition(self) -> None:
-        for name, value in self._fresh_state(self.neighbors.device).items():
+        for name, value in state.fresh(self, self.neighbors.device).items():
             self._buffers[name].copy_(value)
         self._refreshed_at.fill_(-1)
         self._trust_state()
@@ -142,14 +139,7 @@ class BCLLayer(nn.Linear):
         warnings.warn(f"{why}: the competition starts afresh at step 0", stacklevel=6)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
-            fresh = {prefix + name: value for name, value in self._fresh_state(weight.device).items()}
-            if not fresh.keys() & state_dict.keys():
-                state_dict.update(fresh)  # the checkpoint of a plain nn.Linear
-        for name in ("neighbors", "step"):
-            found = state_dict.get(prefix + name)
-            if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
-                raise ValueError(f"{name} must be integers, got {found.dtype} in the state_dict")
+        state.prepare_loading(self, state_dict, prefix)
         self._pulls.detach()
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._refreshed_at.fill_(-1)
@@ -185,7 +175,7 @@ class BCLLayer(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> BCLLayer:
         """Moves of the module (`to`, `cuda`, `to_empty`, ...): another device may have another backend."""
-        self._complete_state(self.weight)
+        state.complete(self, self.weight)
         before = self.neighbors, self.step
         self._pulls.detach()
         super()._apply(fn, recurse)
@@ -329,13 +319,7 @@ class BCLLayer(nn.Linear):
 
     def _trust_state(self) -> None:
         """Note the weight and the state as written by this layer itself."""
-        near, step = self.neighbors, self.step
-        if near.is_inference() or step.is_inference():  # they have no versions
-            self._written = Written()
-            return
-        self._written = Written(
-            self.weight, near, near._version, step, step._version, self._refreshed_at, self.som_offset
-        )
+        self._written = state.written_by(self)
 
     def _check_objects(self, *seen: Tensor) -> None:
         """Look again where another object has taken a place; `seen` are the buffers, or copies, in compiled code.
@@ -370,8 +354,8 @@ class BCLLayer(nn.Linear):
         if counters.capturing(weight.device):
             return
         written = self._written
-        self._complete_state(weight)
-        self._check_kinds(weight)
+        state.complete(self, weight)
+        state.check_kinds(self, weight, self._k, self._config.som_space)
         if written.nobody:
             self._start_afresh("neighbors were never written (to_empty, skip_init)")
         elif (wrong := state.wrong(self.neighbors, self.step, self.som_offset)) is not None:
@@ -383,25 +367,6 @@ class BCLLayer(nn.Linear):
             self._refreshed_at.fill_(-1)
         self._trust_state()
         self._written.weight = written.weight  # which was not looked at
-
-    def _complete_state(self, weight: Tensor) -> None:
-        """Make the buffers that are still on the meta device, once somebody has put in a weight with numbers."""
-        if weight.is_meta:
-            return
-        if self._refreshed_at.is_meta:
-            self._refreshed_at = torch.full((), -1, device=weight.device)
-        if any(getattr(self, name).is_meta for name in ("neighbors", "step")):
-            for name, value in self._fresh_state(weight.device).items():
-                setattr(self, name, value)
-
-    def _check_kinds(self, weight: Tensor) -> None:
-        """Raise a ValueError for a buffer that is of another shape, dtype or device than this weight needs."""
-        k = min(self._config.neighborhood_k, self.out_features - 1)
-        for name, kind in state.kinds(weight, k, self._config.som_space).items():
-            buffer = getattr(self, name)
-            right = state.of_kind(name, buffer, kind, weight.device)
-            if right is not buffer:
-                setattr(self, name, right)
 
     # --- The pull ----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,16 @@ from . import counters, operators
 
 WIDENED = (torch.int32, torch.int16, torch.int8, torch.uint8)  # the same numbers as in int64
 Kind = tuple[tuple[int, ...], torch.dtype]
+
+
+class StatefulLayer(Protocol):
+    """A layer as its saved buffers see it."""
+
+    weight: Tensor
+    neighbors: Tensor
+    step: Tensor
+    som_offset: Tensor | None
+    _refreshed_at: Tensor
 
 
 @dataclass
@@ -38,6 +48,15 @@ class Written:
         )
 
 
+def written_by(layer: StatefulLayer) -> Written:
+    """The weight and the state of a layer that has just written them itself."""
+    near, step = layer.neighbors, layer.step
+    if near.is_inference() or step.is_inference():  # they have no versions
+        return Written()
+    versions = near, near._version, step, step._version
+    return Written(layer.weight, *versions, layer._refreshed_at, layer.som_offset)
+
+
 class Wrong(NamedTuple):
     """What is wrong with the numbers of a buffer."""
 
@@ -45,12 +64,37 @@ class Wrong(NamedTuple):
     message: str  # as an error says it
 
 
-def fresh(D: int, k: int, som_offset: Tensor | None, device: torch.device) -> dict[str, Tensor]:
-    """The saved buffers of a layer of D features and k neighbors at step 0; the offset like `som_offset`, if any."""
+def fresh(layer: StatefulLayer, device: torch.device) -> dict[str, Tensor]:
+    """The saved buffers of a layer at step 0, of the shapes and dtypes that it has now."""
+    D, k = layer.neighbors.shape
     place, feature = torch.arange(k, device=device), torch.arange(D, device=device)[:, None]
     neighbors = place + (place >= feature)  # valid indices, none of them the feature itself
     buffers = {"neighbors": neighbors, "step": torch.zeros((), dtype=torch.int64, device=device)}
-    return buffers if som_offset is None else {**buffers, "som_offset": torch.zeros_like(som_offset, device=device)}
+    offset = layer.som_offset
+    return buffers if offset is None else {**buffers, "som_offset": torch.zeros_like(offset, device=device)}
+
+
+def complete(layer: StatefulLayer, weight: Tensor) -> None:
+    """Make the buffers that are still on the meta device, once somebody has put in a weight with numbers."""
+    if weight.is_meta:
+        return
+    if layer._refreshed_at.is_meta:
+        layer._refreshed_at = torch.full((), -1, device=weight.device)
+    if layer.neighbors.is_meta or layer.step.is_meta:
+        for name, value in fresh(layer, weight.device).items():
+            setattr(layer, name, value)
+
+
+def prepare_loading(layer: StatefulLayer, state_dict: dict[str, Any], prefix: str) -> None:
+    """Give the checkpoint of a plain `nn.Linear` the buffers of step 0; a ValueError for integers that are none."""
+    if isinstance(weight := state_dict.get(prefix + "weight"), Tensor):
+        buffers = {prefix + name: value for name, value in fresh(layer, weight.device).items()}
+        if not buffers.keys() & state_dict.keys():
+            state_dict.update(buffers)
+    for name in ("neighbors", "step"):
+        found = state_dict.get(prefix + name)
+        if isinstance(found, Tensor) and (found.is_floating_point() or found.is_complex()):
+            raise ValueError(f"{name} must be integers, got {found.dtype} in the state_dict")
 
 
 def kinds(weight: Tensor, k: int, som_space: str) -> dict[str, Kind]:
@@ -59,6 +103,15 @@ def kinds(weight: Tensor, k: int, som_space: str) -> dict[str, Kind]:
     found: dict[str, Kind] = {"neighbors": ((weight.shape[0], k), index), "step": ((), index)}
     found["_refreshed_at"] = (), index
     return found if som_space == "weight" else {**found, "som_offset": (tuple(weight.shape), weight.dtype)}
+
+
+def check_kinds(layer: StatefulLayer, weight: Tensor, k: int, som_space: str) -> None:
+    """Raise a ValueError for a buffer that is of another shape, dtype or device than this weight needs."""
+    for name, kind in kinds(weight, k, som_space).items():
+        buffer = getattr(layer, name)
+        right = of_kind(name, buffer, kind, weight.device)
+        if right is not buffer:
+            setattr(layer, name, right)
 
 
 def of_kind(name: str, buffer: Tensor | None, kind: Kind, device: torch.device) -> Tensor:
