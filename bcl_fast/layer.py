@@ -18,7 +18,7 @@ from .pulls import LOW_PRECISION, Pulls
 from .spec import BCLConfig, check_number
 from .state import Written
 from .structures import UNOBSERVED, Observed
-from .transforms import called_not_read, scriptable, traced_by_fx
+from .transforms import called_not_read, plain, scriptable, traced_by_fx
 
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
@@ -102,6 +102,17 @@ class BCLLayer(nn.Linear):
         return self._backend
 
     @property
+    def effective_weight(self) -> Tensor:
+        """What the layer multiplies with [D, N], detached: W itself, or with som_space="offset" a new W + O."""
+        weight, offset = self.weight.detach(), self.som_offset
+        if offset is None:
+            return weight
+        compiling = torch.compiler.is_compiling()
+        if offset is not self._written.som_offset and not compiling and private.transform(False) is None:
+            self._look_at_state(weight)  # an offset that nobody wrote takes part in nothing
+        return weight + self._buffers["som_offset"]
+
+    @property
     def som_lr(self) -> float:
         """Step size of the pull; may be set at any time (schedules). 0 stops the pull, the gradient mask stays."""
         return self._som_lr
@@ -132,7 +143,7 @@ class BCLLayer(nn.Linear):
         for name, value in state.fresh(self, self.neighbors.device).items():
             self._buffers[name].copy_(value)
         self._refreshed_at.fill_(-1)
-        self._trust_state()
+        self._written = state.written_by(self)
 
     def _start_afresh(self, why: str) -> None:
         self._reset_competition()
@@ -186,7 +197,7 @@ class BCLLayer(nn.Linear):
             self._reset_competition()
             self._written = Written(nobody=True)
         elif self._written.neighbors is before[0] and self._written.step is before[1]:
-            self._trust_state()
+            self._written = state.written_by(self)
         return self
 
     _RUNTIME = ("_backend", "_options", "_som_lr_cell", "_written", "_pulls", "_observers", "_warming_up")
@@ -221,6 +232,16 @@ class BCLLayer(nn.Linear):
         layer._reset_competition()
         layer._pulls.attach(weight)
         return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """A new `nn.Linear` that computes what this layer does in `eval()`, on copies of its parameters.
+
+        On its device, in its dtype, mode and requires_grad; an offset is added in. Hooks, gradients and ties to other
+        modules do not go along: `detach_bcl` replaces the layers inside a model, and keeps all of them.
+        """
+        weight = nn.Parameter(self.effective_weight.clone(), self.weight.requires_grad)
+        bias = None if self.bias is None else nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return plain(weight, bias).train(self.training)
 
     # --- Forward -----------------------------------------------------------------------------------------------------
 
@@ -317,10 +338,6 @@ class BCLLayer(nn.Linear):
 
     # --- State that somebody else has written ------------------------------------------------------------------------
 
-    def _trust_state(self) -> None:
-        """Note the weight and the state as written by this layer itself."""
-        self._written = state.written_by(self)
-
     def _check_objects(self, *seen: Tensor) -> None:
         """Look again where another object has taken a place; `seen` are the buffers, or copies, in compiled code.
 
@@ -365,7 +382,7 @@ class BCLLayer(nn.Linear):
             self._start_afresh(wrong.message)
         if self._refreshed_at is not written.refreshed_at:
             self._refreshed_at.fill_(-1)
-        self._trust_state()
+        self._written = state.written_by(self)
         self._written.weight = written.weight  # which was not looked at
 
     # --- The pull ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A layer under tools that rewrite programs: torch.fx, which records calls, and torch.jit.script, which compiles."""
+"""A layer as a plain `nn.Linear`, and under tools that rewrite programs: torch.fx records calls, torch.jit compiles."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def plain(weight: Tensor, bias: nn.Parameter | None) -> nn.Linear:
+    """An `nn.Linear` on these Parameters, [D, N] and [D]."""
+    D, N = weight.shape
+    linear = nn.Linear(N, D, bias is not None, device="meta")  # no random numbers are drawn there
+    linear.weight = weight
+    linear.register_parameter("bias", bias)
+    return linear
 
 
 def traced_by_fx(layer: nn.Linear, som_offset: Tensor | None, input: Any) -> Any:
@@ -26,11 +35,8 @@ def scriptable(layer: nn.Linear, som_offset: Tensor | None) -> nn.Linear:
     """What torch.jit.script compiles instead of this layer."""
     if layer.training:
         raise RuntimeError("torch.jit.script has no gradient mask and no pull: call eval() before")
-    linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    linear.weight, linear.bias = layer.weight, layer.bias
-    if som_offset is not None:
-        linear.weight = nn.Parameter(layer.weight.detach() + som_offset)
-    return linear.eval()
+    weight = layer.weight if som_offset is None else nn.Parameter(layer.weight.detach() + som_offset)
+    return plain(weight, layer.bias).eval()
 
 
 def called_not_read(module: nn.Module, input: tuple[Any, ...]) -> None:

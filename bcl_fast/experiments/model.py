@@ -53,9 +53,8 @@ class Autoencoder(nn.Module):
     @property
     def encoder_weight(self) -> Tensor:
         """The weight the encoder multiplies with [features, pixels], detached: W, or W + O in offset space."""
-        offset = getattr(self.encoder, "som_offset", None)
-        weight = self.encoder.weight.detach()
-        return weight if offset is None else weight + offset
+        encoder = self.encoder
+        return encoder.effective_weight if isinstance(encoder, BCLLayer) else encoder.weight.detach()
 
     @torch.no_grad()
     def fires(self, images: Tensor) -> Tensor:
