@@ -1,8 +1,10 @@
-"""`attach_bcl`: a layer of an existing model made to compete, and back (SPEC section 5)."""
+"""Layers of an existing model made to compete, and back (SPEC section 5)."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,31 +23,184 @@ _READERS = """
     MultiheadAttention LinearCrossEntropyLoss ShiftedWindowAttention ShiftedWindowAttentionV2
     ShiftedWindowAttention3d
 """.split()
+_TENSORS = {"weight", "bias", "neighbors", "step", "_refreshed_at", "som_offset"}  # of both kinds of layers
 _Place = tuple[nn.Module, str]  # a module, and the name of one of its children
+Predicate = Callable[[str, nn.Linear], bool]
+
+
+class _Swap(NamedTuple):
+    """A plain layer and the BCLLayer that stands in for it."""
+
+    name: str
+    places: list[_Place]
+    linear: nn.Linear
+    layer: BCLLayer
 
 
 class AttachedBCL:
-    """What `attach_bcl` returns: `.layer`, the BCLLayer in the model, and `.remove()`."""
+    """What `attach_bcl` returns: the BCLLayers in the model, and the way back.
 
-    def __init__(self, places: list[_Place], linear: nn.Linear, layer: BCLLayer) -> None:
-        self._places, self._linear = places, linear
-        self.layer = layer
-        _exchange(places, linear, layer)
+    Attributes:
+        layers: name -> BCLLayer, in the order of the model; a layer that has several names has the first one chosen.
+    """
+
+    def __init__(self, swaps: list[_Swap]) -> None:
+        self._swaps = swaps
+        self.layers = {swap.name: swap.layer for swap in swaps}
+
+    @property
+    def layer(self) -> BCLLayer:
+        """The attached layer, where it is one; a ValueError that names them where they are several."""
+        if len(self.layers) > 1:
+            raise ValueError(f"layer is for a single attached layer, got {_listed(self.layers)}: use layers[name]")
+        return self._swaps[0].layer
 
     @torch.no_grad()
     def remove(self) -> None:
-        """Put the plain `nn.Linear` back, with the trained weight (plus the SOM offset). A second call does nothing."""
-        layer, linear = self.layer, self._linear
-        places = [(parent, name) for parent, name in self._places if parent._modules.get(name) is layer]
-        if not places:
-            return
-        linear.weight, linear.bias = layer.weight, layer.bias
-        if layer.som_offset is not None:
-            linear.weight.add_(layer.som_offset)
-        layer._pulls.release()
-        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is called_not_read]:
-            del layer._forward_pre_hooks[key]
-        _exchange(places, layer, linear.train(layer.training))
+        """Put the plain layers back, with the trained weights (plus the SOM offset). A second call does nothing.
+
+        What somebody has put in their places since then stays.
+        """
+        for _, held, linear, layer in self._swaps:
+            places = [(parent, name) for parent, name in held if parent._modules.get(name) is layer]
+            if not places:
+                continue
+            linear.weight, linear.bias = layer.weight, layer.bias
+            if layer.som_offset is not None:
+                linear.weight.add_(layer.som_offset)
+            layer._pulls.release()
+            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is called_not_read]:
+                del layer._forward_pre_hooks[key]
+            _exchange(places, layer, linear.train(layer.training))
+
+
+def attach_bcl(model: nn.Module, name: str | Iterable[str] | Predicate, **arguments: Any) -> AttachedBCL:
+    """Replace `nn.Linear` layers in `model` by BCLLayers on the same parameters.
+
+    `name` is the name of one, such as "encoder.0", several names, or a predicate `(name, linear) -> bool` that is
+    asked about every `nn.Linear` inside the model. `arguments` are those of `BCLLayer.from_linear`. The model's
+    optimizer stays valid, every place that holds a layer gets the new one, and hooks go along.
+
+    Raises, and leaves the model as it was: TypeError or ValueError for an argument or option that is wrong; ValueError
+    for names that are no `nn.Linear` inside the model (and lists those that are), are given twice or none at all; and
+    for layers that no BCLLayer can stand in for, each with its reason (`GUIDE.md` lists them).
+    """
+    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and isinstance(m, nn.Linear)}
+    names = _names(linears, name)
+    BCLLayer.from_linear(nn.Linear(2, 2, device="meta"), **arguments)  # raises what is wrong for every layer
+    chosen: dict[nn.Linear, str] = {}
+    for each, linear in linears.items():
+        if each in names:
+            chosen.setdefault(linear, each)
+    swaps, refused, places = [], {}, _places(model)
+    try:
+        for linear, key in chosen.items():
+            reason = _why_not_attach(linear, places[linear])
+            if reason is None:
+                try:
+                    swaps.append(_Swap(key, places[linear], linear, BCLLayer.from_linear(linear, **arguments)))
+                except (TypeError, ValueError) as error:  # such as a single feature, or a dtype of no backend
+                    reason = f"cannot compete: {error}"
+            if reason is not None:
+                refused[key] = reason
+        unknown = [n for n in names if n not in linears]
+        if unknown or refused:
+            raise _refusal(linears, unknown, refused)
+    except BaseException:
+        for swap in swaps:
+            swap.layer._pulls.release()
+        raise
+    for swap in swaps:
+        _exchange(swap.places, swap.linear, swap.layer)
+    return AttachedBCL(swaps)
+
+
+# --- Names and places ------------------------------------------------------------------------------------------------
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _places(model: nn.Module) -> dict[nn.Module, list[_Place]]:
+    """Every module inside `model`, with all places that hold it."""
+    found: dict[nn.Module, list[_Place]] = defaultdict(list)
+    for parent in model.modules():
+        for key, child in parent._modules.items():
+            if child is not None:
+                found[child].append((parent, key))
+    return found
+
+
+def _names(linears: dict[str, nn.Linear], name: Any) -> list[str]:
+    """The names that the argument `name` of `attach_bcl` stands for."""
+    allowed = "name must be a str, several, or a predicate (name, linear) -> bool"
+    if isinstance(name, str):
+        return [name]
+    if isinstance(name, (type, nn.Module)):  # which can be called, too
+        raise TypeError(f"{allowed}, got {name!r}")
+    if callable(name):
+        names = []
+        for each, linear in linears.items():
+            answer = name(each, linear)
+            if not isinstance(answer, bool):
+                raise TypeError(f"name must be a predicate that returns True or False, got {answer!r} for {each!r}")
+            names += [each] if answer else []
+    elif isinstance(name, Iterable):
+        names = list(name)
+        for each in names:
+            if not isinstance(each, str):
+                raise TypeError(f"{allowed}, got {each!r} among them")
+        if twice := [each for each in dict.fromkeys(names) if names.count(each) > 1]:
+            raise ValueError(f"name must hold each name once, got {_listed(twice)} several times")
+    else:
+        raise TypeError(f"{allowed}, got {name!r}")
+    if not names:
+        raise ValueError(f"name must choose an nn.Linear inside the model, of {list(linears)}, got {name!r}: none")
+    return names
+
+
+def _refusal(linears: dict[str, nn.Linear], unknown: list[str], refused: dict[str, str]) -> ValueError:
+    found = []
+    if unknown:
+        found.append(f"be an nn.Linear inside the model, one of {list(linears)}, got {_listed(unknown)}")
+    if refused:
+        reasons = "; ".join(f"{name!r} {reason}" for name, reason in refused.items())
+        found.append(f"be a plain nn.Linear that is called, but {reasons}")
+    return ValueError("name must " + ", and ".join(found))
+
+
+# --- What cannot be exchanged ----------------------------------------------------------------------------------------
+
+
+def _why_not_attach(linear: nn.Linear, places: list[_Place]) -> str | None:
+    """Why a BCLLayer in these places would not compute what `linear` does, or None."""
+    if isinstance(linear, BCLLayer):
+        return "is a BCLLayer already"
+    if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
+        return f"is a {type(linear).__name__} without a weight yet: run the model once before"
+    readers = [kind.__name__ for parent, _ in places for kind in type(parent).__mro__ if kind.__name__ in _READERS]
+    if readers:
+        return f"belongs to a {readers[0]}, which reads its weight and never calls it"
+    return _why_fixed(linear, places, nn.Linear)
+
+
+def _why_fixed(module: nn.Linear, places: list[_Place], kind: type[nn.Linear]) -> str | None:
+    """Why another layer in these places could not do all that `module` does, which is to be a `kind`; or None."""
+    if not {"weight", "bias"} <= module._parameters.keys():
+        return "is parametrized (weight_norm, spectral_norm, prune, ...): make that permanent, or remove it, before"
+    if type(module).forward is not kind.forward or "forward" in module.__dict__:
+        return f"is a {type(module).__name__} with a forward of its own"
+    if more := {*module._parameters, *module._buffers, *module._modules} - _TENSORS:
+        return f"holds {_listed(sorted(more))}, which would be lost"
+    if hasattr(module.weight, "device_mesh"):
+        return "has a weight that is spread over ranks (FSDP, DTensor, tensor parallelism)"
+    if any(key == "_orig_mod" and type(parent).__name__ == "OptimizedModule" for parent, key in places):
+        return "is compiled by itself, by a torch.compile that goes on calling it: exchange it first, then compile"
+    return None
+
+
+# --- The exchange ----------------------------------------------------------------------------------------------------
 
 
 def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
@@ -61,36 +216,3 @@ def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
             setattr(new, name, hooks)
     for parent, name in places:
         setattr(parent, name, new)
-
-
-def attach_bcl(model: nn.Module, name: str, **arguments: Any) -> AttachedBCL:
-    """Replace the `nn.Linear` called `name` in `model`, such as "encoder.0", by a BCLLayer on the same parameters.
-
-    `arguments` are those of `BCLLayer.from_linear`. The model's optimizer stays valid, every place that holds the layer
-    gets the new one, and hooks go along. Raises ValueError for a name that is not an `nn.Linear` inside `model`, and
-    lists those that are; and for what is no plain product, or is never called: a BCLLayer, a class with a forward of
-    its own, a parametrized, pruned or lazy weight, the layers that nn.MultiheadAttention and its like read.
-    """
-    linears = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and isinstance(m, nn.Linear)}
-    if name not in linears:
-        raise ValueError(f"name must be an nn.Linear inside the model, one of {list(linears)}, got {name!r}")
-    linear = linears[name]
-    places = [(parent, key) for parent in model.modules() for key, child in parent._modules.items() if child is linear]
-    if (reason := _why_not(linear, places)) is not None:
-        raise ValueError(f"name must be a plain nn.Linear that is called, but {name!r} {reason}")
-    return AttachedBCL(places, linear, BCLLayer.from_linear(linear, **arguments))
-
-
-def _why_not(linear: nn.Linear, places: list[_Place]) -> str | None:
-    """Why a BCLLayer in these places would not compute what `linear` does, or None."""
-    kind = type(linear)
-    if isinstance(linear, BCLLayer):
-        return "is a BCLLayer already"
-    if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
-        return f"is a {kind.__name__} without a weight yet: run the model once before"
-    if not {"weight", "bias"} <= linear._parameters.keys():
-        return "is parametrized (weight_norm, spectral_norm, prune, ...): make that permanent, or remove it, before"
-    if kind.forward is not nn.Linear.forward or "forward" in linear.__dict__:
-        return f"is a {kind.__name__} with a forward of its own"
-    readers = [c.__name__ for parent, _ in places for c in type(parent).__mro__ if c.__name__ in _READERS]
-    return f"belongs to a {readers[0]}, which reads its weight and never calls it" if readers else None

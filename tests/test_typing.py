@@ -34,6 +34,9 @@ model = nn.Sequential(nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 784))
 handle = attach_bcl(model, "0", config=BCLConfig(affinity="cosine"), som_lr=0.1)
 optimizer = torch.optim.Adam(model.parameters())
 handle.layer.bind_optimizer(optimizer)
+assert_type(handle.layers, dict[str, BCLLayer])
+assert_type(attach_bcl(model, lambda name, linear: linear.out_features == 64).layer, BCLLayer)
+assert_type((layer.to_linear(), layer.effective_weight), tuple[nn.Linear, Tensor])
 rows: list[dict[str, float]] = []
 with handle.layer.observe(lambda record: rows.append(step_metrics(record))):
     loss = nn.functional.mse_loss(model(x), x) + weight_similarity_loss(handle.layer.weight)
@@ -49,7 +52,8 @@ BCLLayer(784, 64, backend=3)  # arg-type
 BCLLayer(784)  # call-arg
 BCLConfig(rescue="3")  # call-arg
 attach_bcl(nn.Linear, "0")  # arg-type
-handle.layers  # attr-defined
+attach_bcl(model, lambda name, linear: name)  # return-value
+handle.linear  # attr-defined
 """.lstrip()
 
 
