@@ -18,11 +18,26 @@ _HOOKS = """
     _forward_pre_hooks_with_kwargs _backward_hooks _backward_pre_hooks _is_full_backward_hook
     _state_dict_hooks _state_dict_pre_hooks _load_state_dict_pre_hooks _load_state_dict_post_hooks
 """.split()
-# Modules of torch and torchvision that read the weights of their own linear layers and never call them, by name.
-_READERS = """
-    MultiheadAttention LinearCrossEntropyLoss ShiftedWindowAttention ShiftedWindowAttentionV2
-    ShiftedWindowAttention3d
-""".split()
+# Classes that read the weights of linear layers of theirs and never call them: package and class, names of the layers.
+# By name, since neither torchvision nor transformers is imported here.
+_READERS = {
+    "torch MultiheadAttention": "out_proj",
+    "torch LinearCrossEntropyLoss": "linear",
+    "torchvision ShiftedWindowAttention": "qkv proj",
+    "torchvision ShiftedWindowAttention3d": "qkv proj",
+    "transformers ConditionalDetrMHAttentionMap": "k_proj",
+    "transformers DabDetrMHAttentionMap": "k_linear",
+    "transformers DetrMHAttentionMap": "k_proj",
+    "transformers FalconMambaMixer": "dt_proj",
+    "transformers LayoutLMv2Encoder": "rel_pos_bias rel_pos_x_bias rel_pos_y_bias",
+    "transformers LongcatFlashTopkRouter": "classifier",
+    "transformers MambaMixer": "dt_proj",
+    "transformers MaskFormerDetrMHAttentionMap": "k_proj",
+    "transformers MobileBertLMPredictionHead": "dense decoder",
+    "transformers NeoMMEForMaskedLM": "unembedding_projection",
+    "transformers TDNNLayer": "kernel",
+    "transformers WavLMAttention": "q_proj k_proj v_proj out_proj",
+}
 _TENSORS = {"weight", "bias", "neighbors", "step", "_refreshed_at", "som_offset"}  # of both kinds of layers
 _Place = tuple[nn.Module, str]  # a module, and the name of one of its children
 Predicate = Callable[[str, nn.Linear], bool]
@@ -179,9 +194,10 @@ def _why_not_attach(linear: nn.Linear, places: list[_Place]) -> str | None:
         return "is a BCLLayer already"
     if isinstance(linear, nn.modules.lazy.LazyModuleMixin):
         return f"is a {type(linear).__name__} without a weight yet: run the model once before"
-    readers = [kind.__name__ for parent, _ in places for kind in type(parent).__mro__ if kind.__name__ in _READERS]
-    if readers:
-        return f"belongs to a {readers[0]}, which reads its weight and never calls it"
+    for parent, key in places:
+        for kind in type(parent).__mro__:
+            if key in _READERS.get(f"{kind.__module__.partition('.')[0]} {kind.__name__}", "").split():
+                return f"belongs to a {kind.__name__}, which reads its weight and never calls it"
     return _why_fixed(linear, places, nn.Linear)
 
 
