@@ -5,12 +5,12 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
-from .attach import attach_bcl
+from .attach import attach_bcl, bind_optimizer
 from .capture import graphed
 from .layer import BCLLayer
 from .spec import PRESETS, BCLConfig
 
-__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl", "graphed"]
+__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl", "bind_optimizer", "graphed"]
 __version__ = "0.2.0"
 
 

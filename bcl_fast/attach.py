@@ -1,4 +1,4 @@
-"""Layers of an existing model made to compete, and back (SPEC section 5)."""
+"""Layers of an existing model made to compete, bound to its optimizer, and back (SPEC section 5)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .bound import unwrapped
 from .layer import BCLLayer
 from .transforms import called_not_read
 
@@ -41,6 +42,7 @@ _READERS = {
 _TENSORS = {"weight", "bias", "neighbors", "step", "_refreshed_at", "som_offset"}  # of both kinds of layers
 _Place = tuple[nn.Module, str]  # a module, and the name of one of its children
 Predicate = Callable[[str, nn.Linear], bool]
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
 
 class _Swap(NamedTuple):
@@ -69,6 +71,13 @@ class AttachedBCL:
         if len(self.layers) > 1:
             raise ValueError(f"layer is for a single attached layer, got {_listed(self.layers)}: use layers[name]")
         return self._swaps[0].layer
+
+    def bind_optimizer(self, optimizer: Optimizers) -> None:
+        """Bind all layers, as `BCLLayer.bind_optimizer` does, of several optimizers each to the one with its weight.
+
+        Raises ValueError, and binds none, where the weight of a layer is held by none of them, or by two.
+        """
+        _bind(self.layers, optimizer, every=True)
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -130,11 +139,27 @@ def attach_bcl(model: nn.Module, name: str | Iterable[str] | Predicate, **argume
     return AttachedBCL(swaps)
 
 
+def bind_optimizer(model: nn.Module, optimizer: Optimizers) -> list[str]:
+    """Bind every BCLLayer of `model` whose weight `optimizer` holds to it (see `BCLLayer.bind_optimizer`).
+
+    `optimizer` may be several, such as `[generator_optimizer, discriminator_optimizer]`: each layer is bound to the one
+    that holds its weight. Wrappers that hold their optimizer as `.optimizer` (accelerate, Lightning) may be given.
+
+    Returns the names of the layers bound, in the order of the model. Raises ValueError, and binds none, where no weight
+    of a BCLLayer is held, or one by two optimizers; TypeError for what is no optimizer.
+    """
+    return _bind(_layers(model), optimizer, every=False)
+
+
 # --- Names and places ------------------------------------------------------------------------------------------------
 
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(map(repr, names))
+
+
+def _layers(model: nn.Module) -> dict[str, BCLLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BCLLayer)}
 
 
 def _places(model: nn.Module) -> dict[nn.Module, list[_Place]]:
@@ -232,3 +257,35 @@ def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
             setattr(new, name, hooks)
     for parent, name in places:
         setattr(parent, name, new)
+
+
+# --- Optimizers ------------------------------------------------------------------------------------------------------
+
+
+def _bind(layers: dict[str, BCLLayer], optimizer: Any, every: bool) -> list[str]:
+    """Bind each layer to the optimizer that holds its weight; with `every`, it is an error where none does."""
+    given = unwrapped(optimizer)
+    several = not isinstance(given, torch.optim.Optimizer) and isinstance(given, Iterable)
+    optimizers = list({id(each): each for each in map(unwrapped, given if several else [given])}.values())
+    for each in optimizers:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or several, got {type(each).__name__}")
+    if not layers:
+        raise ValueError("model must have a BCLLayer to bind, got none")
+    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
+    found = {}
+    for name, layer in layers.items():
+        holding = [each for each, ids in zip(optimizers, held, strict=True) if id(layer.weight) in ids]
+        if len(holding) > 1:
+            kinds = " and ".join(type(each).__name__ for each in holding)
+            raise ValueError(f"optimizer must be one for the weight of each layer, got {kinds} for {name!r}")
+        if holding:
+            found[name] = holding[0]
+    without = [name for name in layers if name not in found]
+    if not found or (every and without):
+        needed = "the weights of all attached layers" if every else "the weight of a BCLLayer of the model"
+        kinds = ", ".join(type(each).__name__ for each in optimizers) or "no optimizer"
+        raise ValueError(f"optimizer must hold {needed}, got {kinds} without {_listed(without)}")
+    for name, each in found.items():
+        layers[name].bind_optimizer(each)
+    return list(found)

@@ -154,7 +154,7 @@ class Bound:
 
     def bind(self, optimizer: torch.optim.Optimizer) -> None:
         """Pull in the steps of this optimizer, or of the one it wraps, and no other's, from now on."""
-        layer, optimizer = self._layer(), _unwrapped(optimizer)
+        layer, optimizer = self._layer(), unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if layer is None or not any(p is layer.weight for group in optimizer.param_groups for p in group["params"]):
@@ -301,7 +301,7 @@ def _listeners(optimizer: torch.optim.Optimizer) -> weakref.WeakSet[Bound]:
     return listeners
 
 
-def _unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside those that wrap one (`optimizer.optimizer`, as accelerate's and Lightning's do)."""
     inner = getattr(optimizer, "optimizer", None)
-    return _unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+    return unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
