@@ -5,12 +5,13 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
-from .attach import attach_bcl, bind_optimizer
+from .attach import attach_bcl, bind_optimizer, detach_bcl
 from .capture import graphed
 from .layer import BCLLayer
 from .spec import PRESETS, BCLConfig
 
-__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__", "attach_bcl", "bind_optimizer", "graphed"]
+__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__"]
+__all__ += ["attach_bcl", "bind_optimizer", "detach_bcl", "graphed"]
 __version__ = "0.2.0"
 
 

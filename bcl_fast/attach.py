@@ -1,4 +1,4 @@
-"""Layers of an existing model made to compete, bound to its optimizer, and back (SPEC section 5)."""
+"""Layers of an existing model made to compete, bound to its optimizer, and made plain again (SPEC section 5)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .bound import unwrapped
 from .layer import BCLLayer
+from .pulls import Pulls
+from .state import has_numbers
 from .transforms import called_not_read
 
 # The dicts in which a module keeps its hooks. Handles refer to the dicts, so that another module may take them over.
@@ -61,8 +63,8 @@ class AttachedBCL:
         layers: name -> BCLLayer, in the order of the model; a layer that has several names has the first one chosen.
     """
 
-    def __init__(self, swaps: list[_Swap]) -> None:
-        self._swaps = swaps
+    def __init__(self, model: nn.Module, swaps: list[_Swap]) -> None:
+        self._model, self._swaps = model, swaps
         self.layers = {swap.name: swap.layer for swap in swaps}
 
     @property
@@ -79,23 +81,16 @@ class AttachedBCL:
         """
         _bind(self.layers, optimizer, every=True)
 
-    @torch.no_grad()
     def remove(self) -> None:
         """Put the plain layers back, with the trained weights (plus the SOM offset). A second call does nothing.
 
-        What somebody has put in their places since then stays.
+        What somebody has put in their places since then stays. Raises as `detach_bcl` does, with the model untouched.
         """
-        for _, held, linear, layer in self._swaps:
-            places = [(parent, name) for parent, name in held if parent._modules.get(name) is layer]
-            if not places:
-                continue
-            linear.weight, linear.bias = layer.weight, layer.bias
-            if layer.som_offset is not None:
-                linear.weight.add_(layer.som_offset)
-            layer._pulls.release()
-            for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is called_not_read]:
-                del layer._forward_pre_hooks[key]
-            _exchange(places, layer, linear.train(layer.training))
+        left = []
+        for swap in self._swaps:
+            places = [(parent, name) for parent, name in swap.places if parent._modules.get(name) is swap.layer]
+            left += [swap._replace(places=places)] if places else []
+        _make_plain(self._model, left)
 
 
 def attach_bcl(model: nn.Module, name: str | Iterable[str] | Predicate, **arguments: Any) -> AttachedBCL:
@@ -136,7 +131,30 @@ def attach_bcl(model: nn.Module, name: str | Iterable[str] | Predicate, **argume
         raise
     for swap in swaps:
         _exchange(swap.places, swap.linear, swap.layer)
-    return AttachedBCL(swaps)
+    return AttachedBCL(model, swaps)
+
+
+def detach_bcl(model: nn.Module) -> list[str]:
+    """Replace every BCLLayer inside `model`, attached or built so, by an `nn.Linear` on the same parameters.
+
+    It computes what the layer did in `eval()`: a SOM offset is added to the weight, in place, so that the optimizer
+    stays valid and continues as for an `nn.Linear` that never competed. Mode and users' hooks are kept, every place
+    that holds a layer gets the new one, bindings end, and pulls that wait for a step are dropped. Modules that wrap
+    others (DistributedDataParallel, torch.compile) are looked into.
+
+    Returns the names of the layers replaced, of several names the first one, in the order of the model; none, where
+    there is no BCLLayer. Raises ValueError, and leaves the model as it was, where `model` is a BCLLayer itself, and for
+    layers whose place no `nn.Linear` can take, each with its reason: a forward of its own, a parametrized weight, a
+    module compiled by itself, an offset on a weight that another module has too.
+    """
+    if isinstance(model, BCLLayer):
+        raise ValueError("model must hold BCLLayers inside, got a BCLLayer itself: its to_linear() is an nn.Linear")
+    layers, places, swaps = _layers(model), _places(model), []
+    for name, layer in layers.items():
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")  # without parameters of its own
+        swaps.append(_Swap(name, places[layer], linear, layer))
+    _make_plain(model, swaps)
+    return list(layers)
 
 
 def bind_optimizer(model: nn.Module, optimizer: Optimizers) -> list[str]:
@@ -241,7 +259,55 @@ def _why_fixed(module: nn.Linear, places: list[_Place], kind: type[nn.Linear]) -
     return None
 
 
+def _why_not_detach(model: nn.Module, swap: _Swap) -> str | None:
+    """Why an `nn.Linear` in the places of a BCLLayer would not compute what that does, or would do more; or None."""
+    reason, layer = _why_fixed(swap.layer, swap.places, BCLLayer), swap.layer
+    if reason is None and layer.som_offset is not None:
+        for name, module in model.named_modules():
+            for key, parameter in module._parameters.items():
+                if module is not layer and parameter is not None and _is_same(parameter, layer.weight):
+                    other = f"{name}.{key}".lstrip(".")
+                    return (
+                        f"has an offset to add to its weight, which is that of {other!r} too and would change there: "
+                        "give one of them a copy of its own before"
+                    )
+    return reason
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one, or one piece of memory."""
+    if one is other:
+        return True
+    if not (has_numbers(one) and has_numbers(other) and one.layout == other.layout == torch.strided):
+        return False
+    return one.device == other.device and one.is_set_to(other)
+
+
 # --- The exchange ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _make_plain(model: nn.Module, swaps: list[_Swap]) -> None:
+    """Put the plain layers in the places of the BCLLayers, on their weights and with their offsets; all, or none."""
+    reasons = ((swap.name, _why_not_detach(model, swap)) for swap in swaps)
+    refused = "; ".join(f"{name!r} {reason}" for name, reason in reasons if reason is not None)
+    if refused:
+        raise ValueError(f"model must hold BCLLayers whose places an nn.Linear can take, but {refused}")
+    weights = [swap.layer.effective_weight for swap in swaps]  # all, since one whose offset is wrong raises
+    for (_, places, linear, layer), weight in zip(swaps, weights, strict=True):
+        linear.weight, linear.bias = layer.weight, layer.bias
+        if layer.som_offset is not None:
+            linear.weight.copy_(weight)
+            layer.som_offset.zero_()  # the layer, if somebody keeps it, computes what it did
+        layer._pulls.release()
+        layer._pulls = Pulls(layer)  # unknown to backwards of forwards before, which then pull nothing
+        for key in [key for key, hook in layer._forward_pre_hooks.items() if hook is called_not_read]:
+            del layer._forward_pre_hooks[key]
+        _exchange(places, layer, linear.train(layer.training))
+    for module in model.modules():  # the buffers that this knows of would be none only after a forward that fails
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            left = {id(buffer) for buffer in module.module.buffers()}
+            module.modules_buffers = [buffer for buffer in module.modules_buffers if id(buffer) in left]
 
 
 def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:

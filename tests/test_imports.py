@@ -47,7 +47,7 @@ ALLOWED = {
     "state": {"counters", "operators"},
     "layer": {"spec", "backends", "counters", "operators", "autograd", "checks", "private", "pulls", "state"}
     | {"structures", "transforms"},
-    "attach": {"bound", "layer", "transforms"},
+    "attach": {"bound", "layer", "pulls", "state", "transforms"},
     "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
     "testing": {"spec", "reference", "structures"},

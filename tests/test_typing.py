@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
-from bcl_fast import PRESETS, BCLConfig, BCLLayer, attach_bcl, bind_optimizer, graphed
+from bcl_fast import PRESETS, BCLConfig, BCLLayer, attach_bcl, bind_optimizer, detach_bcl, graphed
 from bcl_fast.diagnostics import row_cosine, step_metrics
 from bcl_fast.losses import weight_similarity_loss
 
@@ -35,9 +35,9 @@ handle = attach_bcl(model, "0", config=BCLConfig(affinity="cosine"), som_lr=0.1)
 optimizer = torch.optim.Adam(model.parameters())
 handle.layer.bind_optimizer(optimizer)
 handle.bind_optimizer([optimizer])
-assert_type(bind_optimizer(model, optimizer), list[str])
 assert_type(handle.layers, dict[str, BCLLayer])
 assert_type(attach_bcl(model, lambda name, linear: linear.out_features == 64).layer, BCLLayer)
+assert_type((bind_optimizer(model, optimizer), detach_bcl(model)), tuple[list[str], list[str]])
 assert_type((layer.to_linear(), layer.effective_weight), tuple[nn.Linear, Tensor])
 rows: list[dict[str, float]] = []
 with handle.layer.observe(lambda record: rows.append(step_metrics(record))):
