@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import counters, operators
+from .observers import Observer
 from .private import never_compiled
 from .rounding import add_rounded_
 from .spec import BCLConfig
@@ -33,13 +33,17 @@ class PulledLayer(Protocol):
     _config: BCLConfig
     _backend: str
     _som_lr_cell: Tensor
-    _observers: tuple[Callable[[Any], None], ...]
+    _observers: tuple[Observer, ...]
     _written: Written
 
     @property
     def bias(self) -> Tensor | None: ...
     @property
+    def effective_weight(self) -> Tensor: ...
+    @property
     def config(self) -> BCLConfig: ...
+    @property
+    def _observed_now(self) -> bool: ...
     @property
     def _pulls_now(self) -> bool: ...
     def _check_objects(self, *seen: Tensor) -> None: ...
@@ -244,7 +248,13 @@ class Bound:
                     "weight in train()"
                 )
         self._dropped = self._changed = 0
+        observers = [observer for observer in layer._observers if observer.due]
+        before = layer.effective_weight.clone() if observers else None
         self.apply(layer, getattr(optimizer, "found_inf", None))
+        if before is not None:
+            move = layer.effective_weight - before
+            for observer in observers:
+                observer.pulled(move)
 
     def backward_ended(self) -> None:
         """Called at the end of a backward, once it has kept what it brought."""

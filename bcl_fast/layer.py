@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from . import backends, counters, operators, private, state
 from .autograd import MaskedLinear
 from .checks import check_input, check_weight, no_global_sync, ranks
+from .observers import Observer
 from .pulls import LOW_PRECISION, Pulls
 from .spec import BCLConfig, check_number
 from .state import Written
 from .structures import UNOBSERVED, Observed
 from .transforms import called_not_read, plain, scriptable, traced_by_fx
+
+if TYPE_CHECKING:
+    from .reference import Record
 
 FLOATING = (torch.float32, torch.float64, *LOW_PRECISION)
 
@@ -170,7 +174,7 @@ class BCLLayer(nn.Linear):
         self._choose_backend()
         self._pulls: Pulls = Pulls(self)
         self._options = self._config.statistics
-        self._observers: tuple[Callable[[Any], None], ...] = ()
+        self._observers: tuple[Observer, ...] = ()
         self._warming_up = False  # for a capture, in which nothing may be compiled
         self._pulls.attach(self.weight)
 
@@ -280,7 +284,9 @@ class BCLLayer(nn.Linear):
                 else:
                     activation = operators.call("product", x, effective_weight, bias, dtype)
                 statistics = self._statistics(x, effective_weight, bias, activation, compiling)
-                observed = Observed(activation.clone(), self.neighbors.clone()) if self._observers else UNOBSERVED
+                observed = UNOBSERVED
+                if not compiling and self._observers and self._observed_now:
+                    observed = Observed(activation.clone(), self.neighbors.clone())
             options = dtype, self._config.gradient_mask, self._backend, moves
             output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *observed, *statistics)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
@@ -327,8 +333,6 @@ class BCLLayer(nn.Linear):
         if not compiling:
             if weight is not self._written.weight or offset is not self._written.som_offset:
                 self._look_again(weight)
-        elif self._observers:
-            raise RuntimeError("observe() works in eager mode only: call the layer outside torch.compile to observe it")
         elif not weight.is_leaf:
             check_weight(self, weight, self._pulls.hooked)
         # In this order: what depends on som_lr would be compiled anew for each value of a schedule.
@@ -410,20 +414,28 @@ class BCLLayer(nn.Linear):
         """The optimizer that `bind_optimizer` bound this layer to, as long as it lives."""
         return self._pulls.bound.optimizer
 
-    @contextmanager
-    def observe(self, callback: Callable[[Any], None]) -> Iterator[None]:
-        """Within this block, call `callback(record)` once per training step (eager only).
+    # --- Observers ---------------------------------------------------------------------------------------------------
 
-        `record` is a `reference.Record`: every tensor of steps 1 to 11 for the state before this step's update. It is
-        handed over after the pull, during the backward. With several forwards in one backward it is that of the last
-        one whose backward ran. Nothing is kept here, and observing changes no number of the training.
-        """
-        if not callable(callback):
-            raise TypeError(f"callback must be callable, got {callback!r}")
-        self._observers += (callback,)
+    @property
+    def _observed_now(self) -> bool:
+        return any(observer.due for observer in self._observers)
+
+    @contextmanager
+    def _observed_by(self, observer: Observer) -> Iterator[None]:
+        self._observers += (observer,)
         try:
             yield
         finally:
-            kept = list(self._observers)
-            kept.remove(callback)
-            self._observers = tuple(kept)
+            self._observers = tuple(other for other in self._observers if other is not observer)
+
+    def observe(self, callback: Callable[[Record], None]) -> AbstractContextManager[None]:
+        """Within this block, call `callback(record)` once per training step.
+
+        `record` is a `reference.Record`: every tensor of steps 1 to 11 for the state before this step's update. It is
+        handed over after the pull, during the backward. With several forwards in one backward it is that of the last
+        one whose backward ran. Under torch.compile the activation is computed once more for it, eagerly. Nothing is
+        kept here, and observing changes no number of the training.
+        """
+        if not callable(callback):
+            raise TypeError(f"callback must be callable, got {callback!r}")
+        return self._observed_by(Observer(callback))

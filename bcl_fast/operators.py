@@ -322,7 +322,7 @@ def masked_gradient(
     """
     owner = owner_of(pending.ticket)
     if owner is not None:
-        owner.receive(pending, compiled)
+        owner.receive(pending, dtype, compiled)
     soft = gradient_mask == "soft"
     masked, bias_gradient = backends.stage("gradient", backend)(
         grad_output,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import backends, counters, operators, owners, private
 from .bound import Bound, Moves, PulledLayer, WarnOnce
 from .checks import ranks
-from .structures import PendingPull, Pull
+from .structures import Observed, PendingPull, Pull
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -77,8 +77,8 @@ class Pulls:
             private.at_end_of_backward(end)
         return backward
 
-    def receive(self, pending: PendingPull, compiled: bool) -> None:
-        """Called by the backward of each forward (see `operators.masked_gradient`)."""
+    def receive(self, pending: PendingPull, dtype: torch.dtype, compiled: bool) -> None:
+        """Called by the backward of each forward (see `operators.masked_gradient`); `dtype` is that of its product."""
         layer = self._layer()
         if layer is None:
             return
@@ -95,6 +95,10 @@ class Pulls:
                 )
             # The compiled backward reuses its buffers for other values after this call.
             pending = pending._replace(pull=Pull(*(tensor.clone() for tensor in pending.pull)))
+            if layer._observed_now:  # compiled code knows no observers: nobody comes or goes by a new compilation
+                product = pending.pull.x, layer.effective_weight, layer.bias, dtype
+                observed = Observed(operators.call("product", *product), layer.neighbors.clone())
+                pending = pending._replace(observed=observed)
         backward.arrived.append(pending)
         self.received = True
         self.attach(weight)
@@ -282,9 +286,8 @@ class Pulls:
                     self.bound.apply(layer, found_inf=None)
             counters.advance_(step, layer._backend)
         layer._written.step_version = step._version
-        if record is not None:
-            for observer in observers:
-                observer(record)
+        for observer in observers:
+            observer.consumed(record)
 
     def release(self) -> None:
         """Leave the weight and the optimizer alone from now on."""

@@ -1,5 +1,6 @@
 """torch.compile(fullgraph=True): the same numbers as eager, and errors where it cannot give them."""
 
+import contextlib
 import copy
 
 import pytest
@@ -151,11 +152,22 @@ def test_bound_optimizer():
     assert same(state(layers[0]), state(layers[1]))
 
 
-def test_observing_raises():
-    layer = make()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    with layer.observe(lambda record: None), pytest.raises(Exception, match=r"observe\(\) works in eager mode only"):
-        compiled(batch())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("som_space", ["weight", "offset"])
+def test_observers_come_and_go_without_a_new_compilation_and_see_what_eager_ones_see(som_space, dtype):
+    seen, layers = ([], []), [make(som_space=som_space).to(dtype) for _ in range(2)]
+    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    calls = [layers[0], torch.compile(layers[1], fullgraph=True, backend=compilations)]
+    for step in range(6):
+        for layer, call, records in zip(layers, calls, seen, strict=True):
+            with layer.observe(records.append) if step % 2 else contextlib.nullcontext():
+                call(batch(seed=step, dtype=dtype)).square().mean().backward()
+    assert same(state(layers[0]), state(layers[1])) and compilations.frame_count == 1
+    assert [record.step for record in seen[1]] == [1, 3, 5]
+    for one, other in zip(*seen, strict=True):
+        for name, value in vars(one).items():
+            got = getattr(other, name)
+            assert got.equal(value) if torch.is_tensor(value) else got == value, name
 
 
 @pytest.mark.parametrize("bound", [False, True], ids=["free", "bound"])

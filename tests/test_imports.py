@@ -42,14 +42,16 @@ ALLOWED = {
     "autograd": {"backends", "operators", "owners", "private", "structures"},
     "checks": set(),
     "transforms": set(),
-    "bound": {"spec", "counters", "operators", "private", "rounding", "state", "structures"},
+    "observers": {"reference"},  # the name of a type alone
+    "bound": {"spec", "counters", "observers", "operators", "private", "rounding", "state", "structures"},
     "pulls": {"backends", "counters", "operators", "owners", "private", "bound", "checks", "structures"},
     "state": {"counters", "operators"},
-    "layer": {"spec", "backends", "counters", "operators", "autograd", "checks", "private", "pulls", "state"}
-    | {"structures", "transforms"},
+    "layer": {"spec", "backends", "counters", "observers", "operators", "autograd", "checks", "private", "pulls"}
+    | {"reference", "state", "structures", "transforms"},
     "attach": {"bound", "layer", "pulls", "state", "transforms"},
     "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
+    "glance": {"diagnostics", "reference"},
     "testing": {"spec", "reference", "structures"},
     "measure": {"spec", "reference", "capture", "backends", "layer", "structures", "measure"},
     "experiments": {"__init__", "spec", "environment", "attach", "layer", "losses", "diagnostics", "experiments"}

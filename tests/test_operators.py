@@ -140,7 +140,7 @@ def test_counter_is_read_from_the_device_only_when_somebody_else_wrote_it():
 
 def test_a_dead_owner_is_forgotten():
     class Layer:
-        def receive(self, pending, compiled):
+        def receive(self, pending, dtype, compiled):
             raise AssertionError("dead")
 
     layer = Layer()
