@@ -5,14 +5,16 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
+__version__ = "0.2.0"  # before what writes it down is imported
+
 from .attach import attach_bcl, bind_optimizer, detach_bcl
 from .capture import graphed
 from .layer import BCLLayer
+from .monitor import Monitor
 from .spec import PRESETS, BCLConfig
 
-__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "__version__"]
+__all__ = ["PRESETS", "BCLConfig", "BCLLayer", "Monitor", "__version__"]
 __all__ += ["attach_bcl", "bind_optimizer", "detach_bcl", "graphed"]
-__version__ = "0.2.0"
 
 
 def _find_kernels() -> None:

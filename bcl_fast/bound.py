@@ -26,6 +26,7 @@ class PulledLayer(Protocol):
 
     training: bool
     weight: Tensor
+    neighbors: Tensor
     step: Tensor
     som_offset: Tensor | None
     _parameters: dict[str, Any]

@@ -16,6 +16,7 @@ from .norms import power_of_two
 from .reference import Record
 
 ALIVE_ABOVE = 0.01  # the win rate above which a feature counts as alive
+REDUNDANT_ABOVE = 0.95  # the cosine with another feature above which one counts as redundant
 
 
 def _unit_rows(rows: Tensor) -> Tensor:
@@ -57,7 +58,12 @@ def column_correlation(matrix: Tensor) -> float:
 
 
 def effective_rank(rows: Tensor) -> float:
-    """exp of the entropy of the singular values of [R, C], normalized to sum 1; 0 for a zero matrix."""
+    """exp of the entropy of the singular values of [R, C], normalized to sum 1; 0 for a zero matrix.
+
+    NaN where an entry is not finite.
+    """
+    if not bool(rows.isfinite().all()):
+        return math.nan
     values = torch.linalg.svdvals(rows.double())
     total = values.sum()
     return float(torch.special.entr(values / total).sum().exp()) if total > 0 else 0.0
@@ -71,6 +77,18 @@ def unique_targets(weighted_affinity: Tensor) -> int:
 def alive(win_rate: Tensor, above: float = ALIVE_ABOVE) -> int:
     """How many features have a win rate above a threshold: win_rate [D]."""
     return int((win_rate > above).sum())
+
+
+def nearest_cosine(weight: Tensor, neighbors: Tensor) -> Tensor:
+    """The cosine of each feature of weight [D, N] with the most alike of its neighbors [D, k]: [D]."""
+    unit = _unit_rows(weight)
+    each = [(unit * unit[neighbors[:, i]]).sum(dim=1) for i in range(neighbors.shape[1])]
+    return torch.stack(each).amax(dim=0)
+
+
+def redundant(nearest: Tensor, above: float = REDUNDANT_ABOVE) -> int:
+    """How many features have a `nearest_cosine` [D] above a threshold."""
+    return int((nearest > above).sum())
 
 
 def zero_fraction(matrix: Tensor) -> float:

@@ -87,3 +87,14 @@ def image_shape_of(x: Tensor) -> Shape | None:
         if bool(torch.minimum(across, down) > ALIKE * energy):
             return channels, side, side
     return None
+
+
+def check_glance(kept: Mapping[str, Tensor]) -> None:
+    """Raise where something is not what `glance` returns."""
+    for name in ("win_rate", "image_coverage", "image_need", "samples", "features", "winner", "image_shape", *MATRICES):
+        if not torch.is_tensor(kept[name]):
+            raise TypeError(f"{name} must be a tensor, got a {type(kept[name]).__name__}")
+    shape = len(kept["samples"]), len(kept["features"])
+    for name in MATRICES:
+        if tuple(kept[name].shape) != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(kept[name].shape)}")

@@ -51,14 +51,15 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record as JSON, completely or not at all; NaN and Inf, which JSON lacks, become null."""
+    """Write a record as JSON, completely or not at all. See `plain`."""
     with replacing(path) as part:
-        part.write_text(json.dumps(_plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(plain(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The same value with null for NaN and Inf, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

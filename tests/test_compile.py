@@ -8,6 +8,7 @@ import torch
 from helpers.backends import ON_CPU
 from helpers.layers import D, N, batch, make, same, state
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from bcl_fast.backends import FASTEST
 from bcl_fast.layer import BCLLayer
@@ -91,7 +92,7 @@ def test_changing_batch_sizes_compile_once_more_and_no_further():
 
 
 def test_imports_share_compiled_code():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     layers = [make(seed=seed) for seed in range(12)]
     for layer in layers:
         torch.compile(layer, fullgraph=True, backend=counter)(batch()).sum().backward()
@@ -156,7 +157,7 @@ def test_bound_optimizer():
 @pytest.mark.parametrize("som_space", ["weight", "offset"])
 def test_observers_come_and_go_without_a_new_compilation_and_see_what_eager_ones_see(som_space, dtype):
     seen, layers = ([], []), [make(som_space=som_space).to(dtype) for _ in range(2)]
-    compilations = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compilations = CompileCounterWithBackend("aot_eager")
     calls = [layers[0], torch.compile(layers[1], fullgraph=True, backend=compilations)]
     for step in range(6):
         for layer, call, records in zip(layers, calls, seen, strict=True):

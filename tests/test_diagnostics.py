@@ -55,6 +55,19 @@ def test_cosines_and_norms_in_any_units(factor):
     torch.testing.assert_close(norms["pull"], norms["gradient"])
 
 
+def test_what_is_not_finite_has_no_rank():
+    assert diag.effective_rank(torch.eye(4)) == pytest.approx(4)
+    for value in (math.nan, math.inf):
+        assert math.isnan(diag.effective_rank(tensor([[1.0, value], [0.0, 1.0]])))
+
+
+def test_the_most_alike_of_the_neighbors():
+    weight = tensor([[1.0, 0.0], [2.0, 0.1], [0.0, 3.0], [-1.0, 0.0]])
+    nearest = diag.nearest_cosine(weight, tensor([[1, 3], [2, 0], [0, 1], [2, 2]]))
+    near(nearest, [0.99875, 0.99875, 0.049938, 0.0], 1e-5)
+    assert diag.redundant(nearest) == 2 and diag.redundant(nearest, above=0.999) == 0
+
+
 def test_no_square_matrix_gives_the_same_as_all_pairs():
     rows = torch.randn(9, 5, dtype=torch.float64)
     unit = rows / rows.norm(dim=1, keepdim=True)

@@ -16,7 +16,7 @@ BACKENDS = {"reference", "portable", "kernels", "cpu", "triton", "cuda"}
 
 # Module -> modules of ours it may import. A package has one row for all of its modules.
 ALLOWED = {
-    "__init__": {"attach", "capture", "layer", "spec"},
+    "__init__": {"attach", "capture", "layer", "monitor", "spec"},
     "spec": set(),
     "environment": set(),
     "records": set(),
@@ -52,6 +52,9 @@ ALLOWED = {
     "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
     "glance": {"diagnostics", "reference"},
+    "meter": {"spec", "bound", "diagnostics", "layer", "observers", "reference"},
+    "monitor": {"__init__", "spec", "environment", "glance", "layer", "meter", "records"},
+    "integrations": {"attach", "meter", "monitor"},
     "testing": {"spec", "reference", "structures"},
     "measure": {"spec", "reference", "capture", "backends", "layer", "structures", "measure"},
     "experiments": {"__init__", "spec", "environment", "attach", "layer", "losses", "diagnostics", "experiments"}
@@ -64,6 +67,9 @@ ALLOWED_IN_FUNCTIONS = {"backends": BACKENDS}
 # Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
 ONLY_IN = {
     "matplotlib": {"experiments.plots"},
+    "lightning": {"integrations.lightning"},
+    "pytorch_lightning": {"integrations.lightning"},
+    "transformers": {"integrations.transformers"},
     "importlib": {"__init__", "environment", "backends", "triton"},
 }
 DRAWING = {"experiments.plots", "experiments.report"}

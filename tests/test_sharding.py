@@ -1,21 +1,21 @@
-"""BCLLayer where its weight, its samples or itself are spread over ranks: right, or an error that names the cause.
+"""BCLLayer where its weight, its samples or itself are spread over ranks: right, or an error that names the cause."""
 
-Ranks are processes of gloo on the CPU, started once. One that gets stuck is killed with the test it is stuck in.
-"""
-
+import contextlib
 import importlib
-import multiprocessing
-import os
-import queue
+import shutil
 import tempfile
 import time
 import warnings
+from pathlib import Path
 
+import helpers.ranks
 import pytest
 import torch
+from helpers.ranks import Ranks
 from torch import nn
 
 from bcl_fast.layer import BCLLayer
+from bcl_fast.monitor import Monitor, Monitored
 
 if not torch.distributed.is_available():
     pytest.skip("this torch has no torch.distributed", allow_module_level=True)
@@ -23,78 +23,7 @@ if not torch.distributed.is_available():
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-SECONDS = 12  # that a job may take where the machine is shared: alone it takes a tenth of one
-TO_START = 90  # likewise: three
 N, D = 12, 8
-
-
-# --- Ranks -----------------------------------------------------------------------------------------------------------
-
-
-def work(rank, orders, results):
-    """A rank: jobs in, their results or errors out."""
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else the machine's name must resolve
-    warnings.simplefilter("ignore")
-    for module in ("fsdp", "tensor.parallel"):
-        importlib.import_module("torch.distributed." + module)
-    results.put("ready")
-    while (order := orders.get()) is not None:
-        job, world, store = order
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        try:
-            result = globals()[job](rank)
-        except Exception as error:
-            result = error
-        try:
-            torch.distributed.destroy_process_group()
-        finally:
-            results.put(result if not isinstance(result, Exception) else f"{type(result).__name__}: {result}")
-
-
-class Ranks:
-    """Two processes that do the same job side by side."""
-
-    def __init__(self):
-        self.processes = []
-
-    def start(self):
-        context = multiprocessing.get_context("spawn")
-        self.orders, self.results = ([context.Queue() for _ in range(2)] for _ in range(2))
-        self.processes = [
-            context.Process(target=work, args=(rank, self.orders[rank], self.results[rank]), daemon=True)
-            for rank in range(2)
-        ]
-        for process in self.processes:
-            process.start()
-        self.answers(2, TO_START)
-
-    def answers(self, world, seconds):
-        """What each rank has to say within this time."""
-        end, answers = time.monotonic() + seconds, []
-        while len(answers) < world:
-            try:
-                answers.append(self.results[len(answers)].get(timeout=0.2))
-            except queue.Empty:
-                if time.monotonic() > end or not all(process.is_alive() for process in self.processes):
-                    self.kill()
-                    raise TimeoutError(f"rank {len(answers)} is dead or stuck") from None
-        return answers
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-            process.join()
-        self.processes = []
-
-    def do(self, job, world=2):
-        """The result of every rank: what `job` returned, or its error as text."""
-        if not self.processes:
-            self.start()
-        with tempfile.TemporaryDirectory() as folder:
-            for orders in self.orders[:world]:
-                orders.put((job.__name__, world, os.path.join(folder, "store")))
-            return self.answers(world, SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +335,35 @@ def test_local_sync_trains_every_rank_by_itself(ranks):
     assert (first["0.weight"] != second["0.weight"]).any() and (first["2.weight"] == second["2.weight"]).all()
 
 
+def monitored(rank):
+    """The first rank says where to."""
+    plain, watched = model(sync="local"), model(sync="local")
+    folder = [tempfile.mkdtemp() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(folder)
+    for net in (plain, watched):
+        parallel, optimizer = DistributedDataParallel(net), torch.optim.SGD(net.parameters(), 0.1)
+        watching = Monitor(parallel, optimizer, 2, folder[0]) if net is watched else contextlib.nullcontext()
+        with watching as monitor:
+            for step in range(3):
+                train(parallel, rank, step)
+                optimizer.step()
+                optimizer.zero_grad()
+                if monitor is not None:
+                    monitor.log(rank=rank)
+    return folder[0], equal(weights(plain), weights(watched))
+
+
+def test_of_several_ranks_the_first_is_monitored(ranks):
+    answers = ranks.do(monitored)
+    assert not any(isinstance(answer, str) for answer in answers), answers
+    (folder, first), (other, second) = answers
+    assert folder == other and first and second
+    found = Monitored.read(Path(folder))
+    shutil.rmtree(folder)
+    assert {name: [line["step"] for line in lines] for name, lines in found.layers.items()} == {"0": [0, 2]}
+    assert len(found.runs) == 1 and found.logged == [{"step": 0, "rank": 0}, {"step": 2, "rank": 0}]
+
+
 def stuck(rank):
     if rank == 0:
         torch.distributed.barrier()  # for which the other never comes
@@ -415,7 +373,7 @@ def stuck(rank):
 
 def test_a_rank_that_is_stuck_is_killed(ranks, monkeypatch):
     ranks.do(global_sync_without_ddp, world=1)
-    monkeypatch.setitem(globals(), "SECONDS", 1)
+    monkeypatch.setattr(helpers.ranks, "SECONDS", 1)
     processes = ranks.processes
     with pytest.raises(TimeoutError, match="rank 0 is dead or stuck"):
         ranks.do(stuck)

@@ -1,0 +1,54 @@
+"""`BCLCallback` for Lightning: `Trainer(callbacks=[BCLCallback()])`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:  # the older package of the same classes
+    from pytorch_lightning import Callback
+
+from ..attach import bind_optimizer
+from ..meter import Measured
+from ..monitor import Monitor
+
+
+class BCLCallback(Callback):
+    """Binds the BCL layers of a LightningModule to its optimizers, and logs what they do to the trainer's loggers.
+
+    They are bound as the training starts, when the optimizers are there and a checkpoint is loaded. Accumulation,
+    clipping, precisions and several optimizers are Lightning's affair, as for any module.
+
+    Args:
+        every: steps of a layer from one that is logged to the next, >= 1; 0 logs nothing.
+        out: a folder to write to as `bcl_fast.Monitor` does, for `python -m bcl_fast report OUT`.
+    """
+
+    def __init__(self, every: int = 100, out: str | Path | None = None) -> None:
+        self.every, self.out = every, out
+        self._monitor: Monitor | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        bind_optimizer(pl_module, trainer.optimizers)
+
+        def log(measured: Measured) -> None:
+            numbers = measured.named("bcl/")
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+
+        self._end()
+        if self.every != 0:
+            self._monitor = Monitor(pl_module, trainer.optimizers, self.every, self.out, callback=log).__enter__()
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._end()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._monitor is not None:
+            self._monitor.__exit__()
+            self._monitor = None

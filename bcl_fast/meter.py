@@ -1,0 +1,195 @@
+"""Measures the BCL layers of a model as somebody else's program trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .bound import unwrapped
+from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
+from .layer import BCLLayer
+from .observers import Observer
+from .reference import Record
+from .spec import check_number
+
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
+
+
+class Measured(NamedTuple):
+    """One training step of one layer."""
+
+    layer: str  # its name in the model
+    step: int  # backwards of the layer before this one, also those before a checkpoint was loaded
+    metrics: dict[str, float]  # `diagnostics.step_metrics`, `forces` where measured, how many are dead and redundant
+    features: dict[str, Tensor]  # [D] each: `nearest`, and the norms of the forces where measured
+    record: Record
+
+    def named(self, prefix: str = "") -> dict[str, float]:
+        """The metrics under PREFIX LAYER/METRIC, for a logger of scalars."""
+        return {f"{prefix}{self.layer}/{name}": value for name, value in self.metrics.items()}
+
+
+class Meter:
+    """Within a `with` block, measures every BCLLayer of a model at its first training step and every so many after it.
+
+    A step is one of the optimizer that holds the layer's weight, else a backward of the layer. With gradient
+    accumulation that of an optimizer is measured by its last backward, and its pulls are added up. Between measured
+    steps nothing is kept and nothing computed. Under torch.compile the activation is computed once more for a measured
+    step. With several ranks only the first measures. Layers that the model gets within the block are not seen.
+
+    Args:
+        model: holds at least one BCLLayer; may be wrapped by torch.compile or DistributedDataParallel.
+        optimizer: one or several; forces are measured of the layers whose weight one of them holds.
+        every: how many steps of a layer lie between two that are measured, >= 1.
+        callback: is called with what was `Measured` during the backward, or in the step of the optimizer.
+
+    Raises TypeError or ValueError that names the argument, its value and what is allowed.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizers, every: int, callback: Callable[[Measured], None]
+    ) -> None:
+        self.layers = bcl_layers(model)
+        if not self.layers:
+            raise ValueError(
+                f"model must hold a BCLLayer, got a {type(model).__name__} without one: attach_bcl makes one of a layer"
+            )
+        self.optimizers = _optimizers(optimizer)
+        check_number("every", every, low=1, integer=True)
+        self._watches = [
+            _Watch(name, layer, self._holder(layer), every, callback) for name, layer in self.layers.items()
+        ]
+        if self.optimizers and all(watch.optimizer is None for watch in self._watches):
+            got = ", ".join(type(each).__name__ for each in self.optimizers)
+            raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
+        self._entered = ExitStack()
+
+    def _holder(self, layer: BCLLayer) -> torch.optim.Optimizer | None:
+        """The optimizer that steps the weight of a layer."""
+        for optimizer in self.optimizers:
+            if any(p is layer.weight for group in optimizer.param_groups for p in group["params"]):
+                return optimizer
+        return None
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process does: of several ranks only the first."""
+        group = torch.distributed
+        return not (group.is_available() and group.is_initialized() and group.get_rank() != 0)
+
+    def __enter__(self) -> Meter:
+        if self.measures:
+            for watch in self._watches:
+                self._entered.enter_context(watch.layer._observed_by(watch))
+            for optimizer in self.optimizers:
+                own = [watch for watch in self._watches if watch.optimizer is optimizer]
+                self._entered.callback(optimizer.register_step_post_hook(_after_step(own)).remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.close()
+
+
+class _Watch(Observer):
+    """What is known of the step that one layer is in."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: BCLLayer,
+        optimizer: torch.optim.Optimizer | None,
+        every: int,
+        callback: Callable[[Measured], None],
+    ) -> None:
+        self.name, self.layer, self.optimizer, self.every, self.report = name, layer, optimizer, every, callback
+        self.steps = 0  # of this layer that are over
+        self.took_part = False
+        self.late = False  # the optimizer has stepped, its pull is still to come: as LBFGS's, bound within the block
+        self._forget()
+
+    def _forget(self) -> None:
+        self.record: Record | None = None  # of the last backward of this step
+        self.before: Tensor | None = None  # the weight at its first backward
+        self.pull: Tensor | None = None  # the sum of its pulls
+
+    def consumed(self, record: Record | None) -> None:
+        self.took_part = True
+        if self.due and record is not None:
+            self.record = record
+            if self.before is None:
+                self.before = record.weight
+            self.pulled(self.layer.effective_weight - record.weight)
+        if self.optimizer is None:
+            self.end_step()
+
+    def pulled(self, move: Tensor) -> None:
+        self.pull = move if self.pull is None else self.pull + move
+        if self.late:
+            self.end_step()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Report the step if it was due and seen; one that was only half seen leaves its turn to the next."""
+        bound = self.layer._pulls.bound
+        self.late = bound.kept is not None and bound.optimizer is self.optimizer is not None
+        if self.late or not self.took_part:
+            return
+        self.took_part = False
+        if self.due:
+            if self.record is None:
+                return
+            measured = self._measured(self.record)
+            self._forget()
+            self.report(measured)
+        self.steps += 1
+        self.due = self.steps % self.every == 0
+
+    def _measured(self, record: Record) -> Measured:
+        nearest = nearest_cosine(record.weight, record.neighbors)
+        metrics = step_metrics(record)
+        metrics |= {"dead": len(record.win_rate) - alive(record.win_rate), "redundant": redundant(nearest)}
+        features = {"nearest": nearest}
+        gradient = self.layer.weight.grad
+        if self.optimizer is not None and self.before is not None and self.pull is not None and gradient is not None:
+            pulled, dtype = self.before + self.pull, self.before.dtype
+            norms = force_norms(gradient.to(dtype), self.before, pulled, self.layer.effective_weight.to(dtype))
+            metrics |= forces(norms)
+            features |= norms
+        return Measured(self.name, record.step, metrics, features, record)
+
+
+def _after_step(watches: list[_Watch]) -> Callable[..., None]:
+    def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        for watch in watches:
+            watch.end_step()
+
+    return after_step
+
+
+def bcl_layers(model: nn.Module) -> dict[str, BCLLayer]:
+    """Every BCLLayer of a model by its name in there, without what torch.compile and DistributedDataParallel add."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        model = cast(nn.Module, model._orig_mod if hasattr(model, "_orig_mod") else model.module)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BCLLayer):
+            found[".".join(part for part in name.split(".") if part != "_orig_mod") or "BCLLayer"] = module
+    return found
+
+
+def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
+    """One optimizer, several or None as a list, each without those that wrap it."""
+    if given is None:
+        return []
+    several = isinstance(given, Iterable) and not isinstance(given, torch.optim.Optimizer)
+    found = [unwrapped(each) for each in (given if several else [given])]
+    for each in found:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, several or None, got {type(each).__name__}")
+    return list(dict.fromkeys(found))

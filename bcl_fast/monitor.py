@@ -1,0 +1,279 @@
+"""`Monitor`: what the BCL layers of any training do, written to a folder as it happens, and read for its report."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import torch
+from torch import Tensor, nn
+
+from . import __version__
+from .environment import environment
+from .glance import Shape, check_glance, glance, image_shape_of
+from .layer import BCLLayer
+from .meter import Measured, Meter, Optimizers
+from .records import DamagedFile, plain, replacing, trusting
+from .spec import check_number
+
+LINES, STEPS, BOARD = "monitor.jsonl", "steps", "tensorboard"
+REMEDY = "delete it, or the folder, and monitor anew"
+
+
+class Monitor:
+    """Around a training loop, measures every BCLLayer at its first step and at every `every`-th after it.
+
+    Each measured step of a layer appends a line of numbers to OUT/monitor.jsonl (the metrics of `diagnostics`, and the
+    forces where an optimizer is given) and leaves what pictures need in OUT/steps. `python -m bcl_fast report OUT`
+    makes a page of them. Both are on disk when the step ends. A folder that holds a monitor of the same layers is gone
+    on with: of steps that were repeated after a checkpoint the later ones count. No number of the training changes.
+
+        with bcl_fast.Monitor(model, optimizer, out="runs/mine") as monitor:
+            for x, y in data:
+                ...
+                optimizer.step()
+                monitor.log(loss=loss)
+
+    A step is one of the optimizer that holds the layer's weight, or, where none is given, a backward of the layer.
+    Under torch.compile everything is measured as well; with several ranks the first measures and writes. CUDA graphs
+    cannot be looked into: `graphed` raises within the block.
+
+    Args:
+        model: holds at least one BCLLayer; those that it gets within the block are not seen.
+        optimizer: one or several, or None: no forces, and steps are backwards.
+        every: steps of a layer from one that is measured to the next, >= 1. Nothing is computed for those between.
+        out: the folder, made where it is not there; None writes nothing.
+        tensorboard: also write every number to OUT/tensorboard (needs the extra [demo]).
+        image_shape: (height, width) or (channels, height, width) of the images that inputs of so many numbers are;
+            None looks for one or three squares whose neighboring pixels are alike.
+        callback: is called with each `meter.Measured`, for a logger of your own.
+
+    Raises TypeError or ValueError that names the argument, its value and what is allowed; OSError where a file cannot
+    be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizers = None,
+        every: int = 100,
+        out: str | Path | None = "runs/monitor",
+        tensorboard: bool = False,
+        image_shape: tuple[int, ...] | None = None,
+        callback: Callable[[Measured], None] | None = None,
+    ) -> None:
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable or None, got {callback!r}")
+        if tensorboard and out is None:
+            raise ValueError("tensorboard=True needs a folder, got out=None")
+        self._folder = None if out is None else _Folder(Path(out), tensorboard, _checked_shape(image_shape))
+        self._callback = callback
+        self._meter = Meter(model, optimizer, every, self._take)
+        self._measured_at: int | None = None  # the step that waits for numbers of `log`
+
+    def __enter__(self) -> Monitor:
+        if self._folder is not None and self._meter.measures:
+            self._folder.open(self._meter.layers)
+        self._meter.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._meter.__exit__()
+        if self._folder is not None:
+            self._folder.close()
+
+    def _take(self, measured: Measured) -> None:
+        self._measured_at = measured.step
+        if self._folder is not None:
+            self._folder.write(measured)
+        if self._callback is not None:
+            self._callback(measured)
+
+    def log(self, **numbers: float | Tensor) -> None:
+        """Keep numbers of your own with a step that was measured, such as the loss; call it after every step.
+
+        Where the step before was not measured nothing is read: tensors on a GPU are not waited for.
+        """
+        step, self._measured_at = self._measured_at, None
+        if step is None or self._folder is None:
+            return
+        self._folder.log(step, {name: _number(name, value) for name, value in numbers.items()})
+
+
+class _Folder:
+    """Where a `Monitor` writes."""
+
+    def __init__(self, out: Path, tensorboard: bool, image_shape: Shape | None) -> None:
+        self.out, self._boards, self._image_shape = out, tensorboard, image_shape
+        self._shapes: dict[str, Shape | None] = {}  # of the images that a layer gets
+        self._board: Any = None
+        self._start = 0.0
+
+    def open(self, layers: Mapping[str, BCLLayer]) -> None:
+        """Make the folder, or go on with one of the same layers, and write down how this start is."""
+        if self._boards:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ModuleNotFoundError as error:
+                raise ImportError(f'tensorboard=True needs {error.name}: pip install "bcl-fast[demo]"') from error
+        about = {
+            name: {"shape": list(layer.weight.shape), "backend": layer.backend, "config": layer.config.to_dict()}
+            for name, layer in layers.items()
+        }
+        try:
+            (self.out / STEPS).mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"out must be a folder to write to, got {self.out}: {error.filename} is a file") from error
+        lines = self.out / LINES
+        if lines.exists():
+            _cut_after_last_line(lines)
+            there = _shapes(Monitored.read(self.out).runs[-1])
+            if there != _shapes({"layers": about}):
+                raise ValueError(
+                    f"out must be a new folder or one of the same layers, got {self.out}, which has {there}"
+                )
+        self._start = time.perf_counter()
+        self._append({"bcl_fast": __version__, "environment": environment(), "layers": about})
+        if self._boards:
+            self._board = SummaryWriter(str(self.out / BOARD))
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._append({"step": step, "log": numbers})
+        self._show(step, numbers)
+
+    def write(self, measured: Measured) -> None:
+        layer, step, record = measured.layer, measured.step, measured.record
+        if layer not in self._shapes:
+            given = self._image_shape
+            fits = given is not None and math.prod(given) == record.x.shape[1]
+            self._shapes[layer] = given if fits else image_shape_of(record.x)
+        kept = glance(record, self._shapes[layer]) | {name: v.cpu() for name, v in measured.features.items()}
+        _save(_path(self.out, layer, step), kept)  # before its line, which says that it is there
+        seconds = round(time.perf_counter() - self._start, 3)
+        self._append({"layer": layer, "step": step, "seconds": seconds, **measured.metrics})
+        self._show(step, measured.named())
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with (self.out / LINES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(line), allow_nan=False) + "\n")
+
+    def _show(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._board is not None:
+            for name, number in numbers.items():
+                self._board.add_scalar(name, number, step)
+            self._board.flush()
+
+
+# --- What is read back ------------------------------------------------------------------------------------------------
+
+
+class Monitored(NamedTuple):
+    """What a folder of a `Monitor` holds."""
+
+    folder: Path
+    runs: list[dict[str, Any]]  # how each start was: `bcl_fast`, `environment`, `layers`
+    layers: dict[str, list[dict[str, Any]]]  # the lines of each layer, by step
+    logged: list[dict[str, Any]]  # the user's own numbers, each with its `step`
+
+    @classmethod
+    def read(cls, folder: Path) -> Monitored:
+        """Raises DamagedFile, which names the file and the line, where it is not what a `Monitor` wrote.
+
+        A last line that a crash has cut short is left out, and so is what was measured again after a checkpoint.
+        """
+        path = folder / LINES
+        with trusting(path, REMEDY):
+            text = path.read_text(encoding="utf-8")
+        found = cls(folder, [], {}, [])
+        for number, line in enumerate(text.splitlines(keepends=True), 1):
+            with trusting(f"line {number} of {path}", REMEDY):
+                if line.endswith("\n"):
+                    found._take(json.loads(line))
+        if not found.runs:
+            raise DamagedFile(f"{path} is damaged or of another kind (it has no line of a start): {REMEDY}")
+        return found
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "environment" in line:
+            self.runs.append({name: line[name] for name in ("bcl_fast", "environment", "layers")})
+            for name in line["layers"]:  # in the order of the model; lines come in that of the backward
+                self.layers.setdefault(name, [])
+            return
+        if not self.runs:
+            raise ValueError("it comes before any start")
+        if not isinstance(line["step"], int):
+            raise TypeError(f"step must be an integer, got {line['step']!r}")
+        own = "log" not in line
+        numbers = line if own else {"step": line["step"], **line["log"]}
+        for name, number in numbers.items():
+            if name != "layer" and not isinstance(number, (int, float, type(None))):
+                raise TypeError(f"{name} must be a number, got {number!r}")
+        rows = self.layers[line["layer"]] if own else self.logged
+        while rows and rows[-1]["step"] >= line["step"]:
+            rows.pop()
+        rows.append(numbers)
+
+    def glances(self, layer: str) -> Iterator[dict[str, Tensor]]:
+        """What was kept of each line of a layer; nothing where the folder came without its tensors."""
+        if (self.folder / STEPS).is_dir():
+            for line in self.layers[layer]:
+                path = _path(self.folder, layer, line["step"])
+                with trusting(path, REMEDY):
+                    with gzip.open(path) as file:
+                        kept = torch.load(io.BytesIO(file.read()), weights_only=True)
+                    check_glance(kept)
+                yield kept
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        value = value.detach()
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be one number, got {value!r}") from error
+
+
+def _path(folder: Path, layer: str, step: int) -> Path:
+    return folder / STEPS / f"{quote(layer, safe='')}-{step}.pt.gz"
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    buffer = io.BytesIO()
+    torch.save(dict(tensors), buffer)
+    with replacing(path) as part, gzip.open(part, "wb", compresslevel=1) as file:
+        file.write(buffer.getvalue())
+
+
+def _shapes(run: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: layer["shape"] for name, layer in run["layers"].items()}
+
+
+def _cut_after_last_line(path: Path) -> None:
+    """Take away a last line that a crash has cut short: what follows would be written behind it."""
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def _checked_shape(shape: Any) -> Shape | None:
+    if shape is None:
+        return None
+    if not isinstance(shape, (tuple, list)) or len(shape) not in (2, 3):
+        raise TypeError(f"image_shape must be (height, width), (channels, height, width) or None, got {shape!r}")
+    channels, height, width = (check_number("image_shape", size, low=1, integer=True) for size in (1, *shape)[-3:])
+    if channels not in (1, 3):
+        raise ValueError(f"image_shape must have 1 or 3 channels, got {shape!r}")
+    return int(channels), int(height), int(width)
