@@ -169,7 +169,7 @@ def table(
     Finished runs are kept in OUT/runs and not repeated. Ctrl-C ends it; the same command goes on.
     """
     with checked(out):
-        from .experiments import plots
+        from .experiments import charts, plots
 
         chosen = list(dict.fromkeys(one for name in names for one in (tables.ALL if name == "all" else (name,))))
         for name in chosen:
@@ -190,7 +190,7 @@ def table(
         own = [row for row in rows if row["table"] == name]
         (show.print_outcomes if name == "fixes" else show.print_cells)(console, name, own)
         if name != "explanations":  # single numbers, nothing to draw
-            draw = plots.outcomes_picture if name == "fixes" else plots.cells_picture
+            draw = charts.outcomes_picture if name == "fixes" else charts.cells_picture
             plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
     show.print_verdicts(console, rows)
     found = {"options": common, "reasons": judging.REASONS, "rows": rows}
@@ -220,7 +220,7 @@ def sweep(
     Finished runs are kept in OUT/runs and not repeated. Ctrl-C ends it; the same command goes on.
     """
     with checked(out):
-        from .experiments import plots
+        from .experiments import charts, plots
 
         grid = numbers("som_lr", som_lr), numbers("rescue_k", rescue_k, int)
         common = dict(data=data, steps=steps, loss=loss, backend=backend, device=device)
@@ -233,7 +233,7 @@ def sweep(
     title = f"{preset} on {data} after {steps:,} steps, {loss} loss: median of {seeds} seeds"
     write_csv(out / "sweep.csv", rows)
     write_record(out / "sweep.json", {**origin(context, start, threads=1), "title": title, "rows": rows})
-    plots.save(plots.sweep_picture(title, rows), out / "sweep.png")
+    plots.save(charts.sweep_picture(title, rows), out / "sweep.png")
     show.print_sweep(console, title, rows)
     show.print_written(console, out, "sweep.csv, sweep.json, sweep.png")
 

@@ -75,7 +75,7 @@ def _scale(
         for name in chosen:
             check_choice("contestants", name, NAMES)
         check_choice("device", device, device_types())
-        from .experiments import plots
+        from .experiments import charts, plots
     console, start = show.make_console(), time.perf_counter()
     torch.set_num_threads(threads)
     roof = floor.ceilings(device)
@@ -93,5 +93,5 @@ def _scale(
     write_record(path, origin(context, start, threads) | found)
     machine = f"{devices()['cpu' if device == 'cpu' else device + ':0']}, {threads} thread{'s' * (threads > 1)}"
     fixed_sizes = ", ".join(f"{name} = {value:,}" for name, value in asdict(fixed).items() if name != axis)
-    plots.save(plots.scaling_picture(f"{machine}, {fixed_sizes}", axis, measured, exponents), path.with_suffix(".png"))
+    plots.save(charts.scaling_picture(f"{machine}, {fixed_sizes}", axis, measured, exponents), path.with_suffix(".png"))
     console.print(f"Written to {out}: {path.name} and {path.with_suffix('.png').name}", soft_wrap=True, highlight=False)

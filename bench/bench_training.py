@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from bcl_fast.experiments import plots
+from bcl_fast.experiments import charts, plots
 from bcl_fast.experiments.run import Condition, Training, row_steps
 from bcl_fast.measure.implementations import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
@@ -115,7 +115,7 @@ def test_curves(measured, images, encoders, device, quick, pytestconfig):
     rows = measured(curves_of, images, encoders, *((1, 3) if quick else (SEEDS, STEPS)), device)
     target = pytestconfig.getoption("--save")
     if target is not None:
-        plots.save(plots.curves_picture(rows), target.with_name(f"{target.stem}-training.png"))
+        plots.save(charts.curves_picture(rows), target.with_name(f"{target.stem}-training.png"))
     for one in (one for one in rows if one["contestant"] != "linear" and one["ms"] and not quick):
         for curve in CURVES:
             assert one[f"{curve}_distance"] <= one[f"{curve}_spread"], f"{one['contestant']}: {curve} differs"

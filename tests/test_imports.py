@@ -66,13 +66,13 @@ ALLOWED = {
 ALLOWED_IN_FUNCTIONS = {"backends": BACKENDS}
 # Other people's modules: package -> who may import it. "kernels/" may at import time, everybody else in functions.
 ONLY_IN = {
-    "matplotlib": {"experiments.plots"},
+    "matplotlib": {"experiments.plots", "experiments.charts"},
     "lightning": {"integrations.lightning"},
     "pytorch_lightning": {"integrations.lightning"},
     "transformers": {"integrations.transformers"},
     "importlib": {"__init__", "environment", "backends", "triton"},
 }
-DRAWING = {"experiments.plots", "experiments.report"}
+DRAWING = {"experiments.plots", "experiments.charts", "experiments.report"}
 # What only a checkout has, with the modules of bench/ by their own names.
 NEVER = {"kernels", "tests", "bench", "gpu"} | {path.stem for path in (ROOT / "bench").glob("*.py")}
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 
 from bcl_fast.environment import environment
-from bcl_fast.experiments import plots
+from bcl_fast.experiments import charts, plots
 from bcl_fast.measure.implementations import Size
 from bcl_fast.measure.rows import OUT_OF_MEMORY, TIMED_OUT, row
 
@@ -83,7 +83,7 @@ def test_training_shows_time_and_distance_beside_the_spread(tmp_path):
     ]
     with pytest.raises(ValueError, match="no picture .*cpu-training.png"):
         write(tmp_path, rows)
-    plots.save(plots.curves_picture(rows), tmp_path / "cpu-training.png")
+    plots.save(charts.curves_picture(rows), tmp_path / "cpu-training.png")
     text = write(tmp_path, rows)
     assert "| 2,000 steps | cpu | digits | 6.0 | 1.50 | 0.0100 / 0.1000 | 0.0200 / 0.2000 |" in text
     assert "| 2,000 steps | reference | digits | 12.0 | 3.00 |  |  |" in text
@@ -99,7 +99,7 @@ def test_scaling_shows_exponents_and_how_it_ended(tmp_path):
     rows += [at(16, "reference", status=TIMED_OUT), at(32, "reference", status="not tried: time-out at D = 16")]
     rows += [at(8, "portable", 16.0), at(16, "portable", status=OUT_OF_MEMORY), at(8, "cuda", status="no GPU")]
     exponents = {"linear": {"ms": 1.0, "peak_mb": 1.5}}
-    plots.save(plots.scaling_picture("a machine", "D", rows, exponents), tmp_path / "scale-d.png")
+    plots.save(charts.scaling_picture("a machine", "D", rows, exponents), tmp_path / "scale-d.png")
     text = write(tmp_path, rows, "scale-d.json", exponents=exponents)
     assert "| D | linear | 1.00 | 1.50 | D = 32 | 1.00 |  |" in text
     assert "| D | reference |  |  | D = 8 | 10.00 | time-out at D = 16 |" in text

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader
 
 from ..records import read_record, replacing, trusting
-from . import layout, plots
+from . import charts, layout, plots
 from .formats import as_text
 from .jobs import path_of, read, read_snapshot
 from .judging import REASONS, UNMEASURED, counts_of, outside_of_ranges
@@ -99,7 +99,7 @@ def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
 
 
 def _sweep(record: dict[str, Any], folder: Path) -> Iterator[Block]:
-    yield picture(record["title"], plots.sweep_picture(record["title"], record["rows"]))
+    yield picture(record["title"], charts.sweep_picture(record["title"], record["rows"]))
     headings = list(record["rows"][0])
     rows = [[layout.text(_plain(row[key], key)) for key in headings] for row in record["rows"]]
     yield {"title": "Every run", "table": {"headings": headings, "rows": rows}}
@@ -114,10 +114,10 @@ def _tables(record: dict[str, Any], folder: Path) -> Iterator[Block]:
         if name == "explanations":
             yield from _explanations(own)
         elif name == "fixes":
-            yield picture(title, plots.outcomes_picture(title, own), "Mean, and range over seeds.")
+            yield picture(title, charts.outcomes_picture(title, own), "Mean, and range over seeds.")
             yield {"title": f"{name}: the numbers", "table": layout.pivot(name, own, "mean")}
         else:
-            yield picture(f"{name}: {title}", plots.cells_picture(title, own))
+            yield picture(f"{name}: {title}", charts.cells_picture(title, own))
             yield {"title": f"{name}: the numbers", "table": layout.pivot(name, own, "median")}
     for pair in SHOWN_PAIRS:
         jobs = [jobs_of(name, **record["options"] | {"seeds": 1})[0] for name in pair]
