@@ -58,7 +58,7 @@ ALLOWED = {
     "testing": {"spec", "reference", "structures"},
     "measure": {"spec", "reference", "capture", "backends", "layer", "structures", "measure"},
     "experiments": {"__init__", "spec", "environment", "attach", "layer", "losses", "diagnostics", "experiments"}
-    | {"records"},
+    | {"glance", "records"},
     "cli": {"__init__", "environment", "records"},
     "cli_bench": {"cli", "spec", "environment", "records", "measure", "experiments"},
     "__main__": {"__init__", "spec", "environment", "records", "backends", "cli", "cli_bench", "experiments"},
@@ -72,7 +72,7 @@ ONLY_IN = {
     "transformers": {"integrations.transformers"},
     "importlib": {"__init__", "environment", "backends", "triton"},
 }
-DRAWING = {"experiments.plots", "experiments.charts", "experiments.report"}
+DRAWING = {f"experiments.{name}" for name in ("charts", "monitored", "plots", "report")}
 # What only a checkout has, with the modules of bench/ by their own names.
 NEVER = {"kernels", "tests", "bench", "gpu"} | {path.stem for path in (ROOT / "bench").glob("*.py")}
 

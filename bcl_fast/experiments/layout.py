@@ -1,4 +1,4 @@
-"""Rows of a tables record laid out as tables: headings, and rows of cells. Pages decide how a cell looks."""
+"""What pages are made of: blocks, and the rows of a tables record as headings and cells; pages decide how they look."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from .formats import as_text, spread
 from .judging import REASONS, UNMEASURED
 from .tables import TABLES
 
+Block = dict[str, Any]  # `title` and `lines`, and a `figure`, a `table` (a Layout) or an `inspector` (its data)
 Rows = list[dict[str, Any]]
 Cell = dict[str, str]  # `text`; where there is more to say `small`, `mark`, `note` (a number) and `reason`
 Layout = dict[str, Any]  # `headings`: texts; `rows`: lists of Cell; of `pivot` also `notes`: reason -> its number
+
+
+def picture(title: str, figure: Any, *lines: str) -> Block:
+    """A block that is a picture, a matplotlib Figure."""
+    return {"title": title, "figure": figure, "lines": lines}
 
 
 def text(value: str, mark: str = "") -> Cell:

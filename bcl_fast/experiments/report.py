@@ -15,12 +15,12 @@ from . import charts, layout, plots
 from .formats import as_text
 from .jobs import path_of, read, read_snapshot
 from .judging import REASONS, UNMEASURED, counts_of, outside_of_ranges
+from .layout import Block, picture
 from .run import check_record, check_snapshot, read_snapshots
 from .settings import jobs_of
 from .sweep import METRICS
 from .tables import TABLES
 
-Block = dict[str, Any]
 REMEDY = "repeat the command that wrote it, or delete it"
 # Which run of the tables is shown in pictures beside which control: the first pair whose runs are there.
 SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps"))
@@ -68,11 +68,6 @@ def _section(kind: str, record: dict[str, Any], folder: Path, place: str, pictur
     }
 
 
-def picture(title: str, figure: plots.Figure, *lines: str) -> Block:
-    """A block that is a picture."""
-    return {"title": title, "figure": figure, "lines": lines}
-
-
 def _train(record: dict[str, Any], folder: Path) -> Iterator[Block]:
     path = folder / "train.pt"
     snapshots = read_snapshots(path, REMEDY)
@@ -92,10 +87,15 @@ def _pair(name: str, bcl: plots.Run, control: plots.Run) -> Iterator[Block]:
         rows.append([layout.text(one) for one in (label, *outcomes)])
     yield {"title": "Held-out images", "table": {"headings": ["", "with BCL", "plain"], "rows": rows}}
     yield picture("Reconstructions", plots.reconstruction_picture(bcl, control))
-    yield picture("Win rates", plots.win_rate_picture(bcl, control))
-    yield picture("Forces", plots.force_picture(bcl))
-    yield picture("Weights and targets", plots.image_picture(bcl))
-    yield picture("Coverage", plots.coverage_picture(bcl, control))
+    competing = {"with BCL": bcl, "plain, as if its features competed": control}
+    yield picture("Win rates", plots.win_rate_picture(competing))
+    yield picture("Forces", plots.force_picture("Forces on every feature, with BCL", bcl))
+    images = {
+        "Encoder weights in the end": bcl.tensors["weight"],
+        f"Rescue targets at step {bcl.tensors['step'][-1]:,}": bcl.tensors["rescue_target"],
+    }
+    yield picture("Weights and targets", plots.image_picture("Features and their rescue targets, with BCL", images))
+    yield picture("Coverage", plots.coverage_picture({"with BCL": bcl, "plain": control}))
 
 
 def _sweep(record: dict[str, Any], folder: Path) -> Iterator[Block]:
