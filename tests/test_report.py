@@ -1,9 +1,10 @@
 """The page and its pictures: complete, self-contained, and opened in a browser without an error."""
 
 import json
+import os
 import re
 import shutil
-import subprocess
+import time
 
 import pytest
 
@@ -11,10 +12,12 @@ typer_testing = pytest.importorskip("typer.testing", reason="needs the extra [de
 pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 pytest.importorskip("sklearn", reason="needs the extra [demo]")
 
+from helpers.browser import BROWSER, Failed, browser  # noqa: E402
+
 from bcl_fast import __main__ as cli  # noqa: E402
 from bcl_fast.experiments import judging, tables  # noqa: E402
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BODY = "document.body.innerText"
 
 
 def invoke(*words):
@@ -119,28 +122,35 @@ def test_an_empty_folder_is_an_error(tmp_path, capfd):
     assert list(tmp_path.iterdir()) == []
 
 
-def console_of(path, profile):
-    """What a browser that opens `path` writes to its console, and the page as it is then."""
-    off = ("gpu", "quic", "background-networking", "component-update", "sync")
-    options = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{what}" for what in off)]
-    options += [f"--user-data-dir={profile}", "--enable-logging=stderr", "--dump-dom"]
-    command = [BROWSER, *options, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return [line for line in done.stderr.splitlines() if ":CONSOLE" in line], done.stdout
-
-
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
 def test_browser_opens_the_page_without_an_error(folder, page, tmp_path):
     bad = tmp_path / "bad.html"
-    bad.write_text("<script>console.error('seen')</script><img src='missing.png'>")
-    assert any("seen" in line for line in console_of(bad, tmp_path / "profile")[0])  # this test can fail
-    # Pictures say by themselves whether they were decoded.
-    checked = folder / "checked.html"
-    script = (
-        "<script>addEventListener('load', () => { for (const i of document.images)"
-        " if (!i.complete || !i.naturalWidth) console.error('broken', i.alt);"
-        " document.body.dataset.seen = '1' })</script>"
-    )
-    checked.write_text(page.replace("</body>", script + "</body>"), encoding="utf-8")
-    errors, dom = console_of(checked, tmp_path / "profile")
-    assert errors == [] and 'data-seen="1"' in dom and "What replicates" in dom
+    bad.write_text("<script>console.error('seen'); nothing.at.all</script><img src='missing.png'>")
+    broken = "Array.from(document.images).filter(i => !i.complete || !i.naturalWidth).map(i => i.alt || i.src)"
+    with browser(tmp_path / "profile") as window:
+        window.open(bad)  # this test can fail
+        said = "\n".join(window.messages)
+        assert "error: seen" in said and "ReferenceError" in said and "ERR_FILE_NOT_FOUND" in said
+        assert len(window.evaluate(broken)) == 1
+        window.open(folder / "report.html")
+        assert window.messages == [] and window.evaluate(broken) == []
+        assert window.evaluate("document.images.length") > 10 and "What replicates" in window.evaluate(BODY)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_no_browser_outlives_a_failure(tmp_path):
+    with pytest.raises(Failed, match="ReferenceError"), browser(tmp_path / "profile") as window:
+        group = window.evaluate("1") and window.group
+        window.evaluate("nothing.at.all")
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):  # ended processes stay a moment
+            os.killpg(group, 0)
+            time.sleep(0.1)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_a_browser_that_does_not_answer_is_an_error(tmp_path, monkeypatch):
+    with browser(tmp_path / "profile") as window:
+        monkeypatch.setattr("helpers.browser.LIMIT", 0.2)
+        with pytest.raises(Failed, match="does not answer within"):
+            window.evaluate("new Promise(() => {})")
