@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .bound import unwrapped
+from .bound import Optimizers, holders, optimizers_of
 from .layer import BCLLayer
 from .pulls import Pulls
 from .state import has_numbers
@@ -44,7 +44,6 @@ _READERS = {
 _TENSORS = {"weight", "bias", "neighbors", "step", "_refreshed_at", "som_offset"}  # of both kinds of layers
 _Place = tuple[nn.Module, str]  # a module, and the name of one of its children
 Predicate = Callable[[str, nn.Linear], bool]
-Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 
 
 class _Swap(NamedTuple):
@@ -330,23 +329,10 @@ def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
 
 def _bind(layers: dict[str, BCLLayer], optimizer: Any, every: bool) -> list[str]:
     """Bind each layer to the optimizer that holds its weight; with `every`, it is an error where none does."""
-    given = unwrapped(optimizer)
-    several = not isinstance(given, torch.optim.Optimizer) and isinstance(given, Iterable)
-    optimizers = list({id(each): each for each in map(unwrapped, given if several else [given])}.values())
-    for each in optimizers:
-        if not isinstance(each, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or several, got {type(each).__name__}")
+    optimizers = optimizers_of(optimizer)
     if not layers:
         raise ValueError("model must have a BCLLayer to bind, got none")
-    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
-    found = {}
-    for name, layer in layers.items():
-        holding = [each for each, ids in zip(optimizers, held, strict=True) if id(layer.weight) in ids]
-        if len(holding) > 1:
-            kinds = " and ".join(type(each).__name__ for each in holding)
-            raise ValueError(f"optimizer must be one for the weight of each layer, got {kinds} for {name!r}")
-        if holding:
-            found[name] = holding[0]
+    found = holders(layers, optimizers)
     without = [name for name in layers if name not in found]
     if not found or (every and without):
         needed = "the weights of all attached layers" if every else "the weight of a BCLLayer of the model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +19,7 @@ from .spec import BCLConfig
 from .state import Written
 from .structures import Pull
 
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
 PATIENCE = 20  # times in a row that something happens before it is warned of: scalers skip their first steps
 
 
@@ -316,3 +318,30 @@ def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside those that wrap one (`optimizer.optimizer`, as accelerate's and Lightning's do)."""
     inner = getattr(optimizer, "optimizer", None)
     return unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:
+    """One optimizer or several as a list, each once and without what wraps it; a TypeError for anything else."""
+    given = unwrapped(given)
+    several = isinstance(given, Iterable) and not isinstance(given, torch.optim.Optimizer)
+    found = list({id(each): each for each in map(unwrapped, given if several else [given])}.values())
+    for each in found:
+        if not isinstance(each, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or several, got {type(each).__name__}")
+    return found
+
+
+def holders(
+    layers: Mapping[str, PulledLayer], optimizers: Sequence[torch.optim.Optimizer]
+) -> dict[str, torch.optim.Optimizer]:
+    """Which optimizer holds the weight of each layer, where one does; a ValueError where two do."""
+    held = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
+    found = {}
+    for name, layer in layers.items():
+        holding = [each for each, ids in zip(optimizers, held, strict=True) if id(layer.weight) in ids]
+        if len(holding) > 1:
+            kinds = " and ".join(type(each).__name__ for each in holding)
+            raise ValueError(f"optimizer must be one for the weight of each layer, got {kinds} for {name!r}")
+        if holding:
+            found[name] = holding[0]
+    return found

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from .bound import unwrapped
+from .bound import Optimizers, holders, optimizers_of
 from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
 from .layer import BCLLayer
 from .observers import Observer
 from .reference import Record
 from .spec import check_number
-
-Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
 
 
 class Measured(NamedTuple):
@@ -51,29 +49,21 @@ class Meter:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizers, every: int, callback: Callable[[Measured], None]
+        self, model: nn.Module, optimizer: Optimizers | None, every: int, callback: Callable[[Measured], None]
     ) -> None:
         self.layers = bcl_layers(model)
         if not self.layers:
             raise ValueError(
                 f"model must hold a BCLLayer, got a {type(model).__name__} without one: attach_bcl makes one of a layer"
             )
-        self.optimizers = _optimizers(optimizer)
+        self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         check_number("every", every, low=1, integer=True)
-        self._watches = [
-            _Watch(name, layer, self._holder(layer), every, callback) for name, layer in self.layers.items()
-        ]
-        if self.optimizers and all(watch.optimizer is None for watch in self._watches):
+        held = holders(self.layers, self.optimizers)
+        if self.optimizers and not held:
             got = ", ".join(type(each).__name__ for each in self.optimizers)
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
+        self._watches = [_Watch(name, layer, held.get(name), every, callback) for name, layer in self.layers.items()]
         self._entered = ExitStack()
-
-    def _holder(self, layer: BCLLayer) -> torch.optim.Optimizer | None:
-        """The optimizer that steps the weight of a layer."""
-        for optimizer in self.optimizers:
-            if any(p is layer.weight for group in optimizer.param_groups for p in group["params"]):
-                return optimizer
-        return None
 
     @property
     def measures(self) -> bool:
@@ -181,15 +171,3 @@ def bcl_layers(model: nn.Module) -> dict[str, BCLLayer]:
         if isinstance(module, BCLLayer):
             found[".".join(part for part in name.split(".") if part != "_orig_mod") or "BCLLayer"] = module
     return found
-
-
-def _optimizers(given: Any) -> list[torch.optim.Optimizer]:
-    """One optimizer, several or None as a list, each without those that wrap it."""
-    if given is None:
-        return []
-    several = isinstance(given, Iterable) and not isinstance(given, torch.optim.Optimizer)
-    found = [unwrapped(each) for each in (given if several else [given])]
-    for each in found:
-        if not isinstance(each, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, several or None, got {type(each).__name__}")
-    return list(dict.fromkeys(found))

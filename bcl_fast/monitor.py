@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
+from .bound import Optimizers
 from .environment import environment
 from .glance import Shape, check_glance, glance, image_shape_of
 from .layer import BCLLayer
-from .meter import Measured, Meter, Optimizers
+from .meter import Measured, Meter
 from .records import DamagedFile, plain, replacing, trusting
 from .spec import check_number
 
@@ -62,7 +63,7 @@ class Monitor:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizers = None,
+        optimizer: Optimizers | None = None,
         every: int = 100,
         out: str | Path | None = "runs/monitor",
         tensorboard: bool = False,
@@ -225,16 +226,30 @@ class Monitored(NamedTuple):
             rows.pop()
         rows.append(numbers)
 
-    def glances(self, layer: str) -> Iterator[dict[str, Tensor]]:
-        """What was kept of each line of a layer; nothing where the folder came without its tensors."""
-        if (self.folder / STEPS).is_dir():
-            for line in self.layers[layer]:
-                path = _path(self.folder, layer, line["step"])
-                with trusting(path, REMEDY):
-                    with gzip.open(path) as file:
-                        kept = torch.load(io.BytesIO(file.read()), weights_only=True)
-                    check_glance(kept)
-                yield kept
+    def glances(self, layer: str) -> Sequence[dict[str, Tensor]]:
+        """What was kept of each line of a layer, read as it is asked for; nothing where only the lines came along."""
+        steps = [line["step"] for line in self.layers[layer]] if (self.folder / STEPS).is_dir() else []
+        return _Glances([_path(self.folder, layer, step) for step in steps])
+
+
+class _Glances(Sequence[dict[str, Tensor]]):
+    """What `glance` kept, in files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return _Glances(self._paths[place])
+        path = self._paths[place]
+        with trusting(path, REMEDY):
+            with gzip.open(path) as file:
+                kept = torch.load(io.BytesIO(file.read()), weights_only=True)
+            check_glance(kept)
+        return kept
 
 
 def _number(name: str, value: Any) -> float:

@@ -364,7 +364,7 @@ def test_inputs_that_are_images_are_seen(tmp_path):
     wide = BCLLayer(60, 8)
     with Monitor(wide, out=tmp_path, image_shape=(6, 10)):
         wide(torch.rand(9, 60)).sum().backward()
-    kept = next(Monitored.read(tmp_path).glances("BCLLayer"))
+    kept = Monitored.read(tmp_path).glances("BCLLayer")[0]
     assert kept["image_shape"].tolist() == [1, 6, 10]
 
 
@@ -375,7 +375,7 @@ def test_inputs_that_are_images_are_seen(tmp_path):
         (dict(model="net"), TypeError, "model must be an nn.Module, got str"),
         (dict(every=0), ValueError, "every must be an integer >= 1, got 0"),
         (dict(every=2.5), TypeError, "every must be an integer >= 1, got 2.5"),
-        (dict(optimizer=3), TypeError, "optimizer must be a torch.optim.Optimizer, several or None, got int"),
+        (dict(optimizer=3), TypeError, "optimizer must be a torch.optim.Optimizer, or several, got int"),
         (dict(optimizer=[SGD(nn.Linear(2, 2).parameters())]), ValueError, "optimizer must hold .*'0', '2'.*got SGD"),
         (dict(image_shape=7), TypeError, "image_shape must be .*, got 7"),
         (dict(image_shape=(2, 4, 4)), ValueError, "image_shape must have 1 or 3 channels"),
