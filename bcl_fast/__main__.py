@@ -240,9 +240,9 @@ def sweep(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(readable=False, help="What train, table or sweep wrote; subfolders too.")],
+    folder: Annotated[Path, typer.Argument(readable=False, help="What train, table, sweep or a Monitor wrote.")],
 ) -> None:
-    """Make one page of what is in a folder: FOLDER/report.html with every picture inside, and FOLDER/pictures."""
+    """Make one page of what is in a folder and below: FOLDER/report.html, all in itself, and FOLDER/pictures."""
     with checked():
         from .experiments.report import write_report
 

@@ -127,9 +127,8 @@ class BCLLayer(nn.Linear):
         self._som_lr_cell.fill_(self._som_lr)
 
     def extra_repr(self) -> str:
-        default = BCLConfig().to_dict()
-        changed = {name: value for name, value in self.config.to_dict().items() if value != default[name]}
-        return ", ".join([super().extra_repr(), f"backend={self.backend}", *(f"{k}={v}" for k, v in changed.items())])
+        changed = (f"{name}={value}" for name, value in self.config.changed().items())
+        return ", ".join([super().extra_repr(), f"backend={self.backend}", *changed])
 
     # --- State -------------------------------------------------------------------------------------------------------
 

@@ -114,6 +114,11 @@ class BCLConfig:
         """Every option by name, as plain Python values: `from_dict(to_dict())` is the same config."""
         return dataclasses.asdict(self)
 
+    def changed(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by name."""
+        defaults = BCLConfig().to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> BCLConfig:
         """The config with these options; the ones not given keep their default."""

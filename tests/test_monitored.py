@@ -13,7 +13,7 @@ from helpers.monitoring import MAKERS
 from bcl_fast.experiments import monitored, plots
 
 SCALARS = [{"step": step, "loss": 1 / (1 + step)} for step in range(25)]
-TITLES = ["Course", "Win rates", "Forces", "Weights and targets", "Coverage", "Last measured step"]
+TITLES = ["Course", "Step inspector", "Win rates", "Forces", "Weights and targets", "Coverage", "Last measured step"]
 WITHOUT = {"vectors": {"Forces", "Weights and targets"}, "smallest": {"Weights and targets"}}
 WITHOUT["wide"] = WITHOUT["smallest"]
 
@@ -25,7 +25,7 @@ def layers():
 
 def blocks_of(layer, glances=None, scalars=SCALARS):
     found = monitored.layer_blocks("encoder.0", layer.lines, layer.glances if glances is None else glances, scalars)
-    return {block["title"].removesuffix(": encoder.0"): block for block in found}
+    return {block["title"]: block for block in found}
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -24,9 +24,9 @@ FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 COMPILER = shutil.which("c++") or shutil.which("g++")
 # What a wheel holds: all of bcl_fast/ and kernels/, which is this, what is compiled, and what pip reads.
 PACKAGE = """
-    bcl_fast/*.py bcl_fast/*.md bcl_fast/py.typed bcl_fast/measure/*.py
-    bcl_fast/experiments/*.py bcl_fast/experiments/*.html bcl_fast/experiments/*.js bcl_fast/experiments/*.csv
-    bcl_fast/experiments/*.json
+    bcl_fast/*.py bcl_fast/*.md bcl_fast/py.typed bcl_fast/integrations/*.py bcl_fast/measure/*.py
+    bcl_fast/experiments/*.py bcl_fast/experiments/*.html bcl_fast/experiments/*.css bcl_fast/experiments/*.js
+    bcl_fast/experiments/*.csv bcl_fast/experiments/*.json
     bcl_fast/kernels/*.py bcl_fast/kernels/README.md
 """.split()
 COMPILED = {"bcl_fast/_cpu.so", "bcl_fast/_cuda.so"} if COMPILER else {"bcl_fast/_cuda.so"}

@@ -118,7 +118,7 @@ def test_a_sweep_that_diverges_has_a_picture_and_a_page(tmp_path):
 def test_an_empty_folder_is_an_error(tmp_path, capfd):
     result = typer_testing.CliRunner().invoke(cli.app, ["report", str(tmp_path)])
     assert result.exit_code == 2
-    assert "no train.json, tables.json, sweep.json in" in result.stderr + capfd.readouterr().err
+    assert "no train.json, tables.json, sweep.json, monitor.jsonl in" in result.stderr + capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

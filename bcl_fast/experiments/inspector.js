@@ -172,18 +172,18 @@
     const n = data.length;
     const levels = step.levels[name].subarray(row * n, (row + 1) * n);
     const [low, high] = step.range[name];
-    const step_of_levels = (high - low) / 255;
-    const values = Array.from(levels, (level) => low + level * step_of_levels);
+    const stepOfLevels = (high - low) / 255;
+    const values = Array.from(levels, (level) => low + level * stepOfLevels);
     // Bytes cannot tell less than half a level from 0, which a scale of its own would blow up.
     const most = Math.max(...values.map(Math.abs));
-    const largest = most > 0.501 * step_of_levels ? most : 0;
+    const largest = most > 0.501 * stepOfLevels ? most : 0;
     const [channels, height, width] = data.shape || [1, 1, n];
     const level = (i) => (signed ? Math.round(((largest ? values[i] / largest : 0) + 1) * 127.5) : levels[i]);
     const colors = signed ? SIGNED : GRAY;
     const size = height * width;
     const color = (i) => (channels === 3 ? [level(i), level(size + i), level(2 * size + i)] : colors[level(i)]);
-    const signed_scale = largest ? `\u2212${number(largest)} to ${number(largest)}` : "0 everywhere";
-    const scale = signed ? signed_scale : `${number(low)} (black) to ${number(high)} (white)`;
+    const signedScale = largest ? `\u2212${number(largest)} to ${number(largest)}` : "0 everywhere";
+    const scale = signed ? signedScale : `${number(low)} (black) to ${number(high)} (white)`;
     const canvas = make("canvas", { role: "img", "aria-label": `${label}, on a scale: ${scale}` });
     fill(canvas, width, height, color);
     return { canvas, scale };
@@ -300,8 +300,8 @@
     const { steps } = data;
     const batches = steps.map((step) => step.batch);
     const most = Math.max(...batches);
-    const most_shown = Math.max(...steps.map((step) => step.samples.length));
-    const parts = [shown(most_shown, most, "samples"), shown(data.features.length, data.features_of, "features")];
+    const mostShown = Math.max(...steps.map((step) => step.samples.length));
+    const parts = [shown(mostShown, most, "samples"), shown(data.features.length, data.features_of, "features")];
     parts.push(shown(steps.length, data.measured, "measured steps"));
     let text = `Shown: ${parts.join(", ")}.`;
     if (Math.min(...batches) < most) text += ` Batches have ${count(Math.min(...batches))} to ${count(most)} samples.`;

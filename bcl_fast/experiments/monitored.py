@@ -12,6 +12,7 @@ from torch import Tensor
 from ..glance import values
 from . import plots
 from .formats import as_text
+from .inspector import inspector_data
 from .layout import Block, picture, text
 
 MEANINGS = {
@@ -44,6 +45,7 @@ MEANINGS = {
     "adam_over_pull": "optimizer's move by pull",
     "gradient_over_pull": "gradient by pull",
 }
+INSPECTOR = "One batch's competition at each measured step: choose a step and a feature."
 MOVE = "the optimizer's move"  # Adam's or another
 FEATURE_NORMS = ("gradient", "pull", "adam")  # [D]
 
@@ -62,14 +64,15 @@ def layer_blocks(
     names = plots.scalar_names(scalars)
     left_out = names[plots.SHOWN_SCALARS :]
     notes = [f"{plots.SHOWN_SCALARS} of {len(names)} scalars; not shown: {', '.join(left_out)}."] if left_out else []
-    yield picture(f"Course: {name}", plots.course_picture(f"{name} over {_steps(lines)}", lines, scalars), *notes)
+    yield picture("Course", plots.course_picture(f"Layer {name} over {_steps(lines)}", lines, scalars), *notes)
     if glances:
+        yield {"title": "Step inspector", "lines": [INSPECTOR], "inspector": inspector_data(lines, glances)}
         yield from _pictures(name, lines, glances)
     rows = [
         [text(key), text(_as_text(lines[-1][key], key)), text(MEANINGS[key])] for key in MEANINGS if key in lines[-1]
     ]
     table = {"headings": ["metric", f"step {lines[-1]['step']:,}", "what it is"], "rows": rows}
-    yield {"title": f"Last measured step: {name}", "table": table}
+    yield {"title": "Last measured step", "table": table}
 
 
 def _pictures(
@@ -77,11 +80,11 @@ def _pictures(
 ) -> Iterator[Block]:
     """What is drawn feature by feature, or sample by sample."""
     run = _run(lines, small := [_small(kept) for kept in glances])
-    yield picture(f"Win rates: {name}", plots.win_rate_picture({name: run}))
+    yield picture("Win rates", plots.win_rate_picture({f"layer {name}": run}))
     forced = [place for place, kept in enumerate(small) if all(norm in kept for norm in FEATURE_NORMS)]
     if forced:
         driven = _run([lines[place] for place in forced], [small[place] for place in forced])
-        yield picture(f"Forces: {name}", plots.force_picture(f"Forces on every feature of {name}", driven, MOVE))
+        yield picture("Forces", plots.force_picture(f"Forces on every feature of layer {name}", driven, MOVE))
     last, step = glances[-1], lines[-1]["step"]
     shape = tuple(last["image_shape"].tolist())
     if "weight" in last and math.prod(shape):
@@ -91,9 +94,9 @@ def _pictures(
         }
         shown, D = len(last["features"]), len(last["win_rate"])
         notes = [f"{shown} of {D:,} features."] if shown < D else []
-        figure = plots.image_picture(f"Features of {name} and their rescue targets", images)
-        yield picture(f"Weights and targets: {name}", figure, *notes)
-    yield picture(f"Coverage: {name}", plots.coverage_picture({name: run}))
+        figure = plots.image_picture(f"Features of layer {name} and their rescue targets", images)
+        yield picture("Weights and targets", figure, *notes)
+    yield picture("Coverage", plots.coverage_picture({f"layer {name}": run}))
 
 
 def _told_from_zero(kept: Mapping[str, Tensor], name: str) -> Tensor:

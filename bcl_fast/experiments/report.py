@@ -1,4 +1,4 @@
-"""One page of everything a folder holds: trainings, tables, sweeps, with every picture inside it."""
+"""One page of everything a folder holds: trainings, tables, sweeps, monitors, with every picture inside it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from ..monitor import LINES, Monitored
 from ..records import read_record, replacing, trusting
+from ..spec import BCLConfig
 from . import charts, layout, plots
 from .formats import as_text
 from .jobs import path_of, read, read_snapshot
 from .judging import REASONS, UNMEASURED, counts_of, outside_of_ranges
 from .layout import Block, picture
+from .monitored import layer_blocks
 from .run import check_record, check_snapshot, read_snapshots
 from .settings import jobs_of
 from .sweep import METRICS
@@ -27,20 +30,24 @@ SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps")
 
 
 def write_report(folder: Path) -> Path:
-    """Write FOLDER/report.html and FOLDER/pictures from the records found in `folder` and below; the page's path.
+    """Write FOLDER/report.html and FOLDER/pictures from what is found in `folder` and below; the page's path.
 
-    Raises FileNotFoundError where there is no record, DamagedFile where one is not what was written.
+    Raises FileNotFoundError where there is nothing, DamagedFile where something is not what was written.
     """
-    found = [(kind, path) for kind in SECTIONS for path in sorted(folder.rglob(f"{kind}.json"))]
+    found = [(name, path) for name in READERS for path in sorted(folder.rglob(name))]
     if not found:
-        raise FileNotFoundError(f"no {', '.join(f'{kind}.json' for kind in SECTIONS)} in {folder} or below")
+        raise FileNotFoundError(f"no {', '.join(READERS)} in {folder} or below")
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
-    sections = []
-    for kind, path in found:
+    sections, names = [], set()
+    for name, path in found:
         with trusting(path, REMEDY):
             place = path.parent.relative_to(folder).as_posix()
-            sections.append(_section(kind, read_record(path, REMEDY), path.parent, place, pictures))
+            for section in READERS[name](path):
+                origin = f"{path.stem} {place} {section['name']}"
+                blocks = [_drawn(block, pictures, origin, names) for block in section["blocks"]]
+                title = section["title"] if place == "." else f"{section['title']}: {place}"
+                sections.append({**section, "title": title, "blocks": blocks})
     page = folder / "report.html"
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("report.html")
     with replacing(page) as part:
@@ -48,24 +55,54 @@ def write_report(folder: Path) -> Path:
     return page
 
 
-def _section(kind: str, record: dict[str, Any], folder: Path, place: str, pictures: Path) -> dict[str, Any]:
-    """What the page says of one record, which lies in `folder`; its pictures go to the folder `pictures`."""
-    blocks = []
-    for block in SECTIONS[kind](record, folder):
-        if "figure" in block:
-            words = re.findall(r"[a-z0-9]+", f"{kind} {place} {block['title']}".lower())
-            path = pictures / ("-".join(dict.fromkeys(words[:8])) + ".png")
-            plots.save(block.pop("figure"), path)
-            block["picture"] = base64.b64encode(path.read_bytes()).decode()
-        blocks.append(block)
-    title = {"train": "Training", "tables": "Tables", "sweep": "Sweep"}[kind]
-    return {
-        "title": title if place == "." else f"{title}: {place}",
+def _drawn(block: Block, pictures: Path, origin: str, names: set[str]) -> Block:
+    """A block whose figure is a file in the folder `pictures`, under a name of its own, and text for the page."""
+    if "figure" not in block:
+        return block
+    words = re.findall(r"[a-z0-9]+", f"{origin} {block['title']}".lower())
+    stem = "-".join(dict.fromkeys(words[:8]))
+    name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(names) + 3))) if n not in names)
+    names.add(name)
+    path = pictures / f"{name}.png"
+    plots.save(block["figure"], path)
+    return {"title": block["title"], "lines": block["lines"], "picture": base64.b64encode(path.read_bytes()).decode()}
+
+
+def _record(path: Path) -> Iterator[dict[str, Any]]:
+    """The section of a record of train, table or sweep."""
+    record = read_record(path, REMEDY)
+    title, blocks = SECTIONS[path.stem]
+    yield {
+        "name": "",
+        "title": title,
         "command": record["command"],
         "lines": [f"bcl_fast {record['bcl_fast']}, {record['seconds']:,.0f} s."],
-        "blocks": blocks,
+        "blocks": blocks(record, path.parent),
         "environment": dict(record["environment"]),
     }
+
+
+def _monitor(path: Path) -> Iterator[dict[str, Any]]:
+    """A section for each layer that a `Monitor` has measured."""
+    found = Monitored.read(path.parent)
+    run = found.runs[-1]
+    starts = f"Started {len(found.runs)} times, the last" if len(found.runs) > 1 else "Started"
+    for name, lines in found.layers.items():
+        about = run["layers"][name]
+        (features, inputs), changed = about["shape"], BCLConfig(**about["config"]).changed()
+        options = ", ".join(f"{option} {value}" for option, value in changed.items()) or "default options"
+        measured = layer_blocks(name, lines, list(found.glances(name)), found.logged) if lines else ()
+        yield {
+            "name": name,
+            "title": f"Layer {name}",
+            "lines": [
+                f"{features:,} features of {inputs:,} inputs; {options}; backend {about['backend']}.",
+                f"{starts} on {run['environment']['date']}, bcl_fast {run['bcl_fast']}."
+                + ("" if lines else " No step has been measured yet."),
+            ],
+            "blocks": measured,
+            "environment": dict(run["environment"]),
+        }
 
 
 def _train(record: dict[str, Any], folder: Path) -> Iterator[Block]:
@@ -154,4 +191,5 @@ def _plain(value: float | None, key: str) -> str:
     return as_text(value, key) if key in METRICS else "" if value is None else f"{value:g}"
 
 
-SECTIONS = {"train": _train, "tables": _tables, "sweep": _sweep}
+SECTIONS = {"train": ("Training", _train), "tables": ("Tables", _tables), "sweep": ("Sweep", _sweep)}
+READERS = {**dict.fromkeys((f"{kind}.json" for kind in SECTIONS), _record), LINES: _monitor}
