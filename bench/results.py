@@ -325,12 +325,23 @@ def _revival(blocks: list[Block]) -> str:
     return text + _table(headings, _peers(blocks, cells))
 
 
+def _monitor(blocks: list[Block]) -> str:
+    lines = []
+    for own in _together(_rows(blocks), *"BDN"):
+        between = _ratio(own["between"], "ratio_to_unmonitored")
+        lines.append([_size(own["between"]), own["unmonitored"]["ms"], between, own["measured"]["ms"]])
+    text = "**A `Monitor`** around training steps of the fastest backend, and Adam:\n\n"
+    headings = ["(B, D, N)", "ms a step without", "between measured steps, over it", "ms a measured step"]
+    return text + _table(headings, lines)
+
+
 ANSWERS: dict[tuple[str, ...], Callable[[list[Block]], str]] = {
     ("step", "overhead"): _steps,
     ("scale-d", "scale-b"): _scaling,
     ("stages", "neighbors", "rank"): _stages,
     ("memory",): _memory,
     ("epoch", "training"): _training,
+    ("monitor",): _monitor,
     ("selection",): _selection,
     ("som-epoch",): _som,
     ("revival",): _revival,

@@ -72,6 +72,14 @@ def test_memory_shows_what_ran_out(tmp_path):
     assert "| (16, 8, 12) | 3 | out of memory | 4 |" in text and "| (1, 8, 12) | 3 | 8 | 2 |" in text
 
 
+def test_a_monitor_costs_what_is_told(tmp_path):
+    rows = [
+        row("monitor", name, SIZE, ms=ms, ratio_to_unmonitored=ms / 2, rounds=9)
+        for name, ms in (("unmonitored", 2.0), ("between", 2.1), ("measured", 40.0))
+    ]
+    assert "| (16, 8, 12) | 2.00 | 1.05 | 40.00 |" in write(tmp_path, rows)
+
+
 def test_training_shows_time_and_distance_beside_the_spread(tmp_path):
     labels = dict(data="digits", steps=2000, seeds=2, seconds=4.0, curves=CURVES)
     gaps = dict(loss_distance=0.01, loss_spread=0.1, wt_sim_distance=0.02, wt_sim_spread=0.2)
