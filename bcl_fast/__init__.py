@@ -5,7 +5,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
 
-__version__ = "0.2.0"  # before what writes it down is imported
+__version__ = "0.3.0"  # before what writes it down is imported
 
 from .attach import attach_bcl, bind_optimizer, detach_bcl
 from .capture import graphed

@@ -22,6 +22,8 @@ BLOCKS = [
 
 @pytest.mark.parametrize("name, block", BLOCKS)
 def test_python_block_runs(name, block, tmp_path, monkeypatch):
+    for framework in re.findall(r"^(?:import|from) (lightning|transformers)\b", block, re.M):
+        pytest.importorskip(framework, reason="needs the extra [integrations]")
     monkeypatch.chdir(tmp_path)
     exec(compile(block, name, "exec"), {"__name__": "page"})
 

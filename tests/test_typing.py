@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import assert_type
 
-from bcl_fast import PRESETS, BCLConfig, BCLLayer, attach_bcl, bind_optimizer, detach_bcl, graphed
+from bcl_fast import PRESETS, BCLConfig, BCLLayer, Monitor, attach_bcl, bind_optimizer, detach_bcl, graphed
 from bcl_fast.diagnostics import row_cosine, step_metrics
 from bcl_fast.losses import weight_similarity_loss
 
@@ -42,6 +42,8 @@ assert_type((layer.to_linear(), layer.effective_weight), tuple[nn.Linear, Tensor
 rows: list[dict[str, float]] = []
 with handle.layer.observe(lambda record: rows.append(step_metrics(record))):
     loss = nn.functional.mse_loss(model(x), x) + weight_similarity_loss(handle.layer.weight)
+with Monitor(model, [optimizer], every=10, out=None, callback=lambda one: rows.append(one.named())) as monitor:
+    monitor.log(loss=loss, epoch=1)
 step = graphed(model, nn.functional.l1_loss, optimizer, x, x)
 assert_type(BCLLayer.from_linear(nn.Linear(4, 3)), BCLLayer)
 assert_type(row_cosine(layer.weight), float)
@@ -54,6 +56,8 @@ BCLLayer(784, 64, backend=3)  # arg-type
 BCLLayer(784)  # call-arg
 BCLConfig(rescue="3")  # call-arg
 attach_bcl(nn.Linear, "0")  # arg-type
+Monitor(model, every="often")  # arg-type
+monitor.log(loss="high")  # arg-type
 attach_bcl(model, lambda name, linear: name)  # return-value
 handle.linear  # attr-defined
 """.lstrip()
