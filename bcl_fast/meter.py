@@ -71,6 +71,16 @@ class Meter:
         group = torch.distributed
         return not (group.is_available() and group.is_initialized() and group.get_rank() != 0)
 
+    @property
+    def seen(self) -> bool:
+        """Whether any backward of a layer came."""
+        return any(watch.took_part or watch.steps for watch in self._watches)
+
+    @property
+    def idle(self) -> list[str]:
+        """The layers of which no step was measured, though they are trained."""
+        return [each.name for each in self._watches if each.steps == 0 and each.layer.weight.requires_grad]
+
     def __enter__(self) -> Meter:
         if self.measures:
             for watch in self._watches:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,18 +78,27 @@ class Monitor:
         self._folder = None if out is None else _Folder(Path(out), tensorboard, _checked_shape(image_shape))
         self._callback = callback
         self._meter = Meter(model, optimizer, every, self._take)
+        self._entered = self._warned = False
         self._measured_at: int | None = None  # the step that waits for numbers of `log`
 
     def __enter__(self) -> Monitor:
+        self._entered = True
         if self._folder is not None and self._meter.measures:
             self._folder.open(self._meter.layers)
         self._meter.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._entered = False
         self._meter.__exit__()
         if self._folder is not None:
             self._folder.close()
+        if self._meter.measures and not any(error) and (idle := self._meter.idle):
+            warnings.warn(
+                f"Monitor has measured no step of {', '.join(map(repr, idle))}: a step is a backward in train() that "
+                "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
+                stacklevel=2,
+            )
 
     def _take(self, measured: Measured) -> None:
         self._measured_at = measured.step
@@ -98,10 +108,20 @@ class Monitor:
             self._callback(measured)
 
     def log(self, **numbers: float | Tensor) -> None:
-        """Keep numbers of your own with a step that was measured, such as the loss; call it after every step.
+        """Keep numbers of your own with a step that was measured, such as the loss; call it after each whole step.
 
-        Where the step before was not measured nothing is read: tensors on a GPU are not waited for.
+        Where the step before was not measured nothing is read: tensors on a GPU are not waited for. Raises RuntimeError
+        outside of the `with` block; warns where it comes before any step, as it then does before every one.
         """
+        if not self._entered:
+            raise RuntimeError("log() works within the `with` block of its Monitor")
+        if self._meter.measures and not self._meter.seen and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "log() comes before any backward of a BCLLayer in train(), and would keep numbers with the step before "
+                "theirs: call it after the whole step, optimizer.step() included",
+                stacklevel=2,
+            )
         step, self._measured_at = self._measured_at, None
         if step is None or self._folder is None:
             return
@@ -131,10 +151,9 @@ class _Folder:
         try:
             (self.out / STEPS).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"out must be a folder to write to, got {self.out}: {error.filename} is a file") from error
+            raise ValueError(f"out must be a folder to write to, got {self.out}: a file is in its place") from error
         lines = self.out / LINES
-        if lines.exists():
-            _cut_after_last_line(lines)
+        if lines.exists() and _cut_after_last_line(lines):
             there = _shapes(Monitored.read(self.out).runs[-1])
             if there != _shapes({"layers": about}):
                 raise ValueError(
@@ -276,11 +295,10 @@ def _shapes(run: Mapping[str, Any]) -> dict[str, list[int]]:
     return {name: layer["shape"] for name, layer in run["layers"].items()}
 
 
-def _cut_after_last_line(path: Path) -> None:
-    """Take away a last line that a crash has cut short: what follows would be written behind it."""
+def _cut_after_last_line(path: Path) -> int:
+    """Take away a last line that a crash has cut short, as what follows would be written behind it; the bytes left."""
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        return file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _checked_shape(shape: Any) -> Shape | None:

@@ -93,6 +93,7 @@ def test_lines_alone_make_a_page(folder):
     assert "Layer 2" in alone and "Last measured step" in alone and "<script" not in alone
 
 
+@pytest.mark.filterwarnings("ignore:Monitor has measured no step")
 def test_a_start_without_a_step_makes_a_page(tmp_path):
     train(tmp_path, steps=0)
     assert report(tmp_path).count("No step has been measured yet.") == 2

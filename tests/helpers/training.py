@@ -61,3 +61,23 @@ def bind_wrapped(model, optimizer):
     except TypeError as error:
         assert "optimizer must be a torch.optim.Optimizer" in str(error)
         bind_all(model, optimizer.optimizer)
+
+
+def two_layers(seed=0, **options):
+    torch.manual_seed(seed)
+    made = [BCLLayer(N, D, **{**OPTIONS, **options}), nn.ReLU(), BCLLayer(D, 6, **{**OPTIONS, **options})]
+    return nn.Sequential(*made, nn.Linear(6, 5))
+
+
+def run(model, optimizer, steps=7, start=0, monitor=None, window=1):
+    """A plain loop, which may be monitored; a step is `window` batches."""
+    for step in range(start, start + steps):
+        for part in range(window):
+            x, y = DATA[(step * window + part) % len(DATA)]
+            loss = F.cross_entropy(model(x), y) / window
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if monitor is not None:
+            monitor.log(loss=loss)
+    return state(model)
