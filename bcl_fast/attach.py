@@ -73,12 +73,16 @@ class AttachedBCL:
             raise ValueError(f"layer is for a single attached layer, got {_listed(self.layers)}: use layers[name]")
         return self._swaps[0].layer
 
-    def bind_optimizer(self, optimizer: Optimizers) -> None:
+    def __repr__(self) -> str:
+        return f"AttachedBCL({_listed(self.layers)})"
+
+    def bind_optimizer(self, optimizer: Optimizers) -> list[str]:
         """Bind all layers, as `BCLLayer.bind_optimizer` does, of several optimizers each to the one with its weight.
 
-        Raises ValueError, and binds none, where the weight of a layer is held by none of them, or by two.
+        Returns their names. Raises ValueError, and binds none, where the weight of a layer is held by none of them, or
+        by two.
         """
-        _bind(self.layers, optimizer, every=True)
+        return _bind(self.layers, optimizer, every=True)
 
     def remove(self) -> None:
         """Put the plain layers back, with the trained weights (plus the SOM offset). A second call does nothing.

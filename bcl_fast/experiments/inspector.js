@@ -8,7 +8,7 @@
     ["rank_score", "How clearly a feature beats its neighbors on a sample. Orange: the sample's winner."],
     ["image_coverage", "Sum of rank_score over features."],
     ["local_novelty", "Small where a feature's neighbors score on the sample too."],
-    ["gradient_mask", "The share of the loss gradient that a feature gets of a sample."],
+    ["gradient_mask", "The share of the loss gradient that a feature gets: with soft, decoupled forces rank_score itself."],
   ];
   const RESCUE = [
     ["affinity", "How much a sample is a feature's own, whoever wins it."],
@@ -18,7 +18,7 @@
   ];
   const STRIPS = { image_coverage: "coverage", image_need: "need" }; // map -> key of its values [b]
   const NUMBERS = {
-    win_rate: "win rate", novelty: "novelty", som_strength: "strength of its pull (som_strength)",
+    win_rate: "win rate (mean rank_score)", novelty: "novelty", som_strength: "strength of its pull (som_strength)",
     nearest: "cosine with its most similar feature", gradient: "gradient, norm", pull: "pull, norm",
     adam: "optimizer's move, norm",
   };
@@ -332,7 +332,7 @@
   function fillLists(controls, data, step) {
     [...controls.feature.options].forEach((option, column) => {
       const wins = step.winner.filter((winner) => winner === data.features[column]).length;
-      option.textContent = `${data.features[column]} (win rate ${number(step.win_rate[column])}, wins ${wins})`;
+      option.textContent = `${data.features[column]} (mean score ${number(step.win_rate[column])}, wins ${wins})`;
     });
     const words = step.samples.map((sample, row) => `${sample} (won by ${step.winner[row]})`);
     controls.sample.replaceChildren(...words.map((text, row) => make("option", { value: row }, text)));
@@ -380,7 +380,8 @@
     controls.sample.addEventListener("change", () => update({ row: +controls.sample.value }));
     controls.same.addEventListener("change", () => update({}));
     const how = "Every map is one batch: a row for each sample, a column for each feature, dark where values are " +
-      "high. Click a cell to choose its feature and sample, or choose them in the lists.";
+      "high. Click a cell to choose its feature and sample, or choose them in the lists. Samples are numbered within " +
+      "their batch, and every step has another batch.";
     const broken = make("p", { class: "warning", role: "status" },
       "This step holds values that are not finite: NaN is shown as the lowest value or 0, Inf as an end of a scale.");
     root.replaceChildren(

@@ -17,34 +17,36 @@ from .layout import Block, picture, text
 
 MEANINGS = {
     "step": "training step of the layer",
-    "aff_sim": "affinity: mean cosine of two columns",
-    "wa_sim": "weighted affinity: mean cosine of two columns",
-    "rp_sim": "rescue pull: mean cosine of two columns",
-    "aff_corr": "affinity: mean correlation of two columns",
-    "rp_corr": "rescue pull: mean correlation of two columns",
+    "aff_sim": "affinity: mean cosine of two features' columns",
+    "wa_sim": "weighted affinity: mean cosine of two features' columns",
+    "rp_sim": "rescue pull: mean cosine of two features' columns",
+    "aff_corr": "affinity: mean correlation of two features' columns",
+    "rp_corr": "rescue pull: mean correlation of two features' columns",
     "wt_sim": "mean cosine of two features' weights",
     "wt_abscos": "mean |cosine| of two features' weights",
     "effective_rank": "how many directions the weights span",
     "tgt_sim": "mean cosine of two rescue targets",
     "unique_tgt": "samples that are the first choice of some feature",
-    "alive": "features with a win rate above .01",
-    "ever_winning": "features with a win rate above 0",
+    "alive": "features with a win rate (mean rank_score) above .01",
+    "ever_winning": "features with a win rate above 0 at this step",
     "dead": "features with a win rate of at most .01",
-    "redundant": "features with a cosine above .95 with another",
+    "redundant": "features with a cosine above .95 with one of their neighbors",
     "novelty": "mean novelty: near 1 where features win alone",
     "novelty_min": "least novelty of a feature",
     "novelty_max": "largest novelty of a feature",
     "effective_win": "mean of win rate times novelty",
     "affinity_zeros": "share of affinities that are exactly 0",
-    "coverage_cv": "coverage of samples: standard deviation by mean",
+    "coverage_cv": "coverage of samples: standard deviation over mean",
     "need_min": "least need of a sample",
     "need_max": "largest need of a sample",
     "gradient": "norm of the gradient, mean over features",
     "pull": "norm of the pull, mean over features",
     "adam": "norm of the optimizer's move, mean over features",
-    "adam_over_pull": "optimizer's move by pull",
-    "gradient_over_pull": "gradient by pull",
+    "adam_over_pull": "optimizer's move over pull",
+    "gradient_over_pull": "gradient over pull",
 }
+SORTED = "Features are sorted by their last win rate here; the step inspector has them by number."
+LEFT_OUT = "Features whose norm is 0, for which a logarithm has no place, are counted as left out."
 INSPECTOR = "One batch's competition at each measured step: choose a step and a feature."
 MOVE = "the optimizer's move"  # Adam's or another
 FEATURE_NORMS = ("gradient", "pull", "adam")  # [D]
@@ -72,7 +74,7 @@ def layer_blocks(
         [text(key), text(_as_text(lines[-1][key], key)), text(MEANINGS[key])] for key in MEANINGS if key in lines[-1]
     ]
     table = {"headings": ["metric", f"step {lines[-1]['step']:,}", "what it is"], "rows": rows}
-    yield {"title": "Last measured step", "table": table}
+    yield {"title": "Last measured step", "table": table, "text": True}
 
 
 def _pictures(
@@ -80,11 +82,12 @@ def _pictures(
 ) -> Iterator[Block]:
     """What is drawn feature by feature, or sample by sample."""
     run = _run(lines, small := [_small(kept) for kept in glances])
-    yield picture("Win rates", plots.win_rate_picture({f"layer {name}": run}))
+    yield picture("Win rates", plots.win_rate_picture({f"layer {name}": run}), SORTED)
     forced = [place for place, kept in enumerate(small) if all(norm in kept for norm in FEATURE_NORMS)]
     if forced:
         driven = _run([lines[place] for place in forced], [small[place] for place in forced])
-        yield picture("Forces", plots.force_picture(f"Forces on every feature of layer {name}", driven, MOVE))
+        figure = plots.force_picture(f"Forces on every feature of layer {name}", driven, MOVE)
+        yield picture("Forces", figure, LEFT_OUT)
     last, step = glances[-1], lines[-1]["step"]
     shape = tuple(last["image_shape"].tolist())
     if "weight" in last and math.prod(shape):

@@ -32,11 +32,14 @@ SHOWN_PAIRS = (("decoupled (0.001)", "plain"), ("decoupled", "plain, 300 steps")
 def write_report(folder: Path) -> Path:
     """Write FOLDER/report.html and FOLDER/pictures from what is found in `folder` and below; the page's path.
 
-    Raises FileNotFoundError where there is nothing, DamagedFile where something is not what was written.
+    Raises ValueError or FileNotFoundError where there is nothing, DamagedFile where something is not what was written.
     """
+    wanted = "FOLDER must be what train, table, sweep or a Monitor wrote, or a folder above it"
+    if not folder.is_dir():
+        raise ValueError(f"{wanted}, got {folder}: {'it is a file' if folder.exists() else 'there is no such folder'}")
     found = [(name, path) for name in READERS for path in sorted(folder.rglob(name))]
     if not found:
-        raise FileNotFoundError(f"no {', '.join(READERS)} in {folder} or below")
+        raise FileNotFoundError(f"{wanted}, got {folder}: no {', '.join(READERS)} in there")
     pictures = folder / "pictures"
     pictures.mkdir(exist_ok=True)
     sections, names = [], set()
@@ -97,7 +100,7 @@ def _monitor(path: Path) -> Iterator[dict[str, Any]]:
             "title": f"Layer {name}",
             "lines": [
                 f"{features:,} features of {inputs:,} inputs; {options}; backend {about['backend']}.",
-                f"{starts} on {run['environment']['date']}, bcl_fast {run['bcl_fast']}."
+                f"{starts} on {run['environment']['date'][:16].replace('T', ' ')} UTC, bcl_fast {run['bcl_fast']}."
                 + ("" if lines else " No step has been measured yet."),
             ],
             "blocks": measured,
