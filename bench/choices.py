@@ -33,7 +33,7 @@ def choices(
     if weight is not None:
         layer.weight.data.copy_(weight)
     received: list[PendingPull] = []
-    layer._pulls.receive = lambda pending, compiled: received.append(pending)
+    layer._pulls.receive = lambda pending, dtype, compiled: received.append(pending)
     found: list[Statistics] = []
     statistics = layer._statistics
 

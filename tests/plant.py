@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "step not saved",
         "bcl_fast",
-        'self.register_buffer("step", empty((), dtype=torch.int64))',
-        'self.register_buffer("step", empty((), dtype=torch.int64), persistent=False)',
+        'self.register_buffer(name, buffer, persistent=name != "_refreshed_at")',
+        'self.register_buffer(name, buffer, persistent=name not in ("_refreshed_at", "step"))',
         "test_state.py resumed_run",
     ),
     Fault(

@@ -50,8 +50,11 @@ def test_an_offset_that_nobody_wrote_is_not_in_the_effective_weight(memory):
 
 
 @spaces
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "dtype, bias",
+    [(torch.float32, True), (torch.float64, False), (torch.bfloat16, True), (torch.float16, False)],
+    ids=str,
+)
 def test_to_linear_computes_what_the_layer_does_in_eval(space, dtype, bias):
     layer, x = trained(space, bias=bias, dtype=dtype), batch(dtype=dtype)
     random = torch.get_rng_state()

@@ -414,11 +414,11 @@ def test_no_text_ends_the_script():
     assert json.loads(found) == {"name": "</script><script>alert(1)//"}
 
 
-@pytest.mark.parametrize("name", MAKERS)
-def test_data_are_plain_json(layers, name):
+def test_data_are_plain_json(layers):
     """JSON has no NaN."""
-    data = inspector.inspector_data(layers(name).lines, layers(name).glances)
-    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    for name in MAKERS:
+        data = inspector.inspector_data(layers(name).lines, layers(name).glances)
+        assert json.loads(json.dumps(data, allow_nan=False)) == data, name
 
 
 def noise(tensor):
@@ -426,7 +426,7 @@ def noise(tensor):
     return torch.randint(0, 256, tensor.shape).to(torch.uint8) if tensor.dtype == torch.uint8 else tensor
 
 
-@pytest.mark.parametrize("measured", [1, 2, 39, 40, 41, 1000])
+@pytest.mark.parametrize("measured", [1, 2, 41, 1000])
 def test_at_most_40_steps_are_inspected(layers, measured):
     layer = layers("smallest")
     lines = [{"step": 3 * i} for i in range(measured)]
