@@ -135,7 +135,7 @@ class _Watch(Observer):
     def end_step(self) -> None:
         """Report the step if it was due and seen; one that was only half seen leaves its turn to the next."""
         bound = self.layer._pulls.bound
-        self.late = bound.kept is not None and bound.optimizer is self.optimizer is not None
+        self.late = self.due and bound.kept is not None and bound.optimizer is self.optimizer is not None
         if self.late or not self.took_part:
             return
         self.took_part = False

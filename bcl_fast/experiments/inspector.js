@@ -8,7 +8,7 @@
     ["rank_score", "How clearly a feature beats its neighbors on a sample. Orange: the sample's winner."],
     ["image_coverage", "Sum of rank_score over features."],
     ["local_novelty", "Small where a feature's neighbors score on the sample too."],
-    ["gradient_mask", "The share of the loss gradient that a feature gets: with soft, decoupled forces rank_score itself."],
+    ["gradient_mask", "A feature's share of the loss gradient; by default rank_score itself."],
   ];
   const RESCUE = [
     ["affinity", "How much a sample is a feature's own, whoever wins it."],
