@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NamedTuple, cast
@@ -13,6 +14,7 @@ from .bound import Optimizers, holders, optimizers_of
 from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
 from .layer import BCLLayer
 from .observers import Observer
+from .private import never_compiled
 from .reference import Record
 from .spec import check_number
 
@@ -41,7 +43,8 @@ class Meter:
 
     Args:
         model: holds at least one BCLLayer; may be wrapped by torch.compile or DistributedDataParallel.
-        optimizer: one or several; forces are measured of the layers whose weight one of them holds.
+        optimizer: one or several; forces are measured of the layers whose weight one of them holds, unless two layers
+            share it.
         every: how many steps of a layer lie between two that are measured, >= 1.
         callback: is called with what was `Measured` during the backward, or in the step of the optimizer.
 
@@ -63,6 +66,9 @@ class Meter:
             got = ", ".join(type(each).__name__ for each in self.optimizers)
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
         self._watches = [_Watch(name, layer, held.get(name), every, callback) for name, layer in self.layers.items()]
+        weights = Counter(id(layer.weight) for layer in self.layers.values())
+        for watch in self._watches:
+            watch.alone = weights[id(watch.layer.weight)] == 1
         self._entered = ExitStack()
 
     @property
@@ -108,6 +114,7 @@ class _Watch(Observer):
         self.name, self.layer, self.optimizer, self.every, self.report = name, layer, optimizer, every, callback
         self.steps = 0  # of this layer that are over
         self.took_part = False
+        self.alone = True  # no other layer has its weight, and pulls that too
         self.late = False  # the optimizer has stepped, its pull is still to come: as LBFGS's, bound within the block
         self._forget()
 
@@ -153,16 +160,18 @@ class _Watch(Observer):
         metrics = step_metrics(record)
         metrics |= {"dead": len(record.win_rate) - alive(record.win_rate), "redundant": redundant(nearest)}
         features = {"nearest": nearest}
-        gradient = self.layer.weight.grad
-        if self.optimizer is not None and self.before is not None and self.pull is not None and gradient is not None:
-            pulled, dtype = self.before + self.pull, self.before.dtype
-            norms = force_norms(gradient.to(dtype), self.before, pulled, self.layer.effective_weight.to(dtype))
+        gradient, before, pull = self.layer.weight.grad, self.before, self.pull
+        told_apart = self.optimizer is not None and self.alone
+        if told_apart and gradient is not None and before is not None and pull is not None:
+            after = self.layer.effective_weight.to(before.dtype)
+            norms = force_norms(gradient.to(before.dtype), before, before + pull, after)
             metrics |= forces(norms)
             features |= norms
         return Measured(self.name, record.step, metrics, features, record)
 
 
 def _after_step(watches: list[_Watch]) -> Callable[..., None]:
+    @never_compiled
     def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         for watch in watches:
             watch.end_step()

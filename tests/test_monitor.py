@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from helpers.layers import batch, make, same, state
-from helpers.training import DATA, run, two_layers
+from helpers.layers import D, batch, make, same, state
+from helpers.training import DATA, OPTIONS, run, two_layers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
@@ -163,6 +163,17 @@ def test_a_layer_that_joins_late_or_rests_is_measured_by_its_own_steps():
     assert [one.step for one in found if one.layer == "2"] == [0, 2]
 
 
+def test_layers_of_one_weight_have_no_forces_to_tell_apart():
+    model = nn.Sequential(BCLLayer(D, D, **OPTIONS), nn.Tanh(), BCLLayer(D, D, **OPTIONS))
+    model[2].weight = model[0].weight
+    optimizer = SGD(model.parameters(), 0.1)
+    found, monitor = measured(model, optimizer)
+    with monitor:
+        model(torch.rand(7, D)).sum().backward()
+        optimizer.step()
+    assert [one.layer for one in found] == ["0", "2"] and not any("pull" in one.metrics for one in found)
+
+
 def test_each_layer_belongs_to_the_optimizer_that_holds_it():
     model = two_layers()
     optimizers = [SGD(model[0].parameters(), 0.1), SGD(model[3].parameters(), 0.1)]
@@ -203,21 +214,29 @@ def test_recomputed_forwards_are_measured_once(reentrant):
     assert [one.metrics for one in found[:2]] == [one.metrics for one in found[2:]]
 
 
-def test_a_compiled_step_is_measured_like_an_eager_one_and_compiled_once():
+@pytest.mark.parametrize("whole", [False, True], ids=["the model", "the whole step"])
+def test_what_is_compiled_is_measured_like_an_eager_step_and_compiled_once(whole, caplog):
     torch._dynamo.reset()
     models, found = [two_layers() for _ in range(2)], []
     counter = CompileCounterWithBackend("aot_eager")
-    states = []
+    states, frames = [], []
     for model, compiled in zip(models, (False, True), strict=True):
         optimizer = SGD(model.parameters(), 0.1)
-        call = torch.compile(model, fullgraph=True, backend=counter) if compiled else model
+        call = torch.compile(model, fullgraph=True, backend=counter) if compiled and not whole else model
+
+        def step(x, call=call, optimizer=optimizer):
+            call(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step = torch.compile(step, backend=counter) if compiled and whole else step
         with Monitor(call, optimizer, 2, out=None, callback=found.append):
             for _ in range(5):
-                call(DATA[0][0]).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                step(DATA[0][0])
+                frames.append(counter.frame_count)
         states.append(state(model))
-    assert same(*states) and counter.frame_count == 1
+    assert same(*states) and frames[-1] == frames[6] >= 1  # nothing is compiled after the second step
+    assert not any("meter.py" in record.getMessage() for record in caplog.records)
     eager, compiled = found[: len(found) // 2], found[len(found) // 2 :]
     assert [(one.layer, one.step, one.metrics) for one in eager] == [(o.layer, o.step, o.metrics) for o in compiled]
     assert {one.layer for one in eager} == {"0", "2"}
