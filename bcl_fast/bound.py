@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -206,8 +206,8 @@ class Bound:
         if layer is None:
             return None
         self._holding = False
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
+        closure = closure_of(args, kwargs)
+        if closure is None:
             self._step(layer, optimizer)
             return None
         begin, search = _mark(layer.weight), isinstance(optimizer, torch.optim.LBFGS)
@@ -231,9 +231,7 @@ class Bound:
                 self._step(layer, optimizer)
             return loss
 
-        if "closure" in kwargs:
-            return args, {**kwargs, "closure": evaluate}
-        return (args[0], evaluate, *args[2:]), kwargs
+        return with_closure(evaluate, args, kwargs)
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self._holding, layer = False, self._layer()
@@ -318,6 +316,19 @@ def unwrapped(optimizer: Any) -> Any:
     """The optimizer inside those that wrap one (`optimizer.optimizer`, as accelerate's and Lightning's do)."""
     inner = getattr(optimizer, "optimizer", None)
     return unwrapped(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def closure_of(args: tuple, kwargs: dict[str, Any]) -> Callable[[], Any] | None:
+    """The closure among what a hook before an optimizer's step is given, if there is one."""
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    return closure if callable(closure) else None
+
+
+def with_closure(closure: Callable[[], Any], args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The same with another closure: what that hook returns."""
+    if "closure" in kwargs:
+        return args, {**kwargs, "closure": closure}
+    return (args[0], closure, *args[2:]), kwargs
 
 
 def optimizers_of(given: Any) -> list[torch.optim.Optimizer]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .bound import Optimizers, holders, optimizers_of
+from . import operators
+from .bound import Optimizers, closure_of, holders, optimizers_of, with_closure
 from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
 from .layer import BCLLayer
 from .observers import Observer
@@ -61,14 +62,12 @@ class Meter:
             )
         self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         check_number("every", every, low=1, integer=True)
-        held = holders(self.layers, self.optimizers)
-        if self.optimizers and not held:
+        self.every, self.callback = every, callback
+        self._held = holders(self.layers, self.optimizers)
+        if self.optimizers and not self._held:
             got = ", ".join(type(each).__name__ for each in self.optimizers)
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
-        self._watches = [_Watch(name, layer, held.get(name), every, callback) for name, layer in self.layers.items()]
-        weights = Counter(id(layer.weight) for layer in self.layers.values())
-        for watch in self._watches:
-            watch.alone = weights[id(watch.layer.weight)] == 1
+        self._watches: list[_Watch] = []
         self._entered = ExitStack()
 
     @property
@@ -88,16 +87,24 @@ class Meter:
         return [each.name for each in self._watches if each.steps == 0 and each.layer.weight.requires_grad]
 
     def __enter__(self) -> Meter:
+        if self._watches:
+            raise RuntimeError("a monitor that is entered already measures, and would count every pull twice")
         if self.measures:
-            for watch in self._watches:
-                self._entered.enter_context(watch.layer._observed_by(watch))
+            weights = Counter(id(layer.weight) for layer in self.layers.values())
+            for name, layer in self.layers.items():
+                alone = weights[id(layer.weight)] == 1
+                watch = _Watch(name, layer, self._held.get(name), alone, self.every, self.callback)
+                self._watches.append(watch)
+                self._entered.enter_context(layer._observed_by(watch))
             for optimizer in self.optimizers:
-                own = [watch for watch in self._watches if watch.optimizer is optimizer]
-                self._entered.callback(optimizer.register_step_post_hook(_after_step(own)).remove)
+                before, after = _around_step([watch for watch in self._watches if watch.optimizer is optimizer])
+                self._entered.callback(optimizer.register_step_pre_hook(before).remove)
+                self._entered.callback(optimizer.register_step_post_hook(after).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered.close()
+        self._watches = []  # with what was kept of a step that never came
 
 
 class _Watch(Observer):
@@ -108,13 +115,14 @@ class _Watch(Observer):
         name: str,
         layer: BCLLayer,
         optimizer: torch.optim.Optimizer | None,
+        alone: bool,
         every: int,
         callback: Callable[[Measured], None],
     ) -> None:
         self.name, self.layer, self.optimizer, self.every, self.report = name, layer, optimizer, every, callback
+        self.alone = alone  # no other layer has its weight, and pulls that too
         self.steps = 0  # of this layer that are over
         self.took_part = False
-        self.alone = True  # no other layer has its weight, and pulls that too
         self.late = False  # the optimizer has stepped, its pull is still to come: as LBFGS's, bound within the block
         self._forget()
 
@@ -122,6 +130,7 @@ class _Watch(Observer):
         self.record: Record | None = None  # of the last backward of this step
         self.before: Tensor | None = None  # the weight at its first backward
         self.pull: Tensor | None = None  # the sum of its pulls
+        self.gradient: Tensor | None = None  # as the optimizer gets it
 
     def consumed(self, record: Record | None) -> None:
         self.took_part = True
@@ -138,6 +147,15 @@ class _Watch(Observer):
         if self.late:
             self.end_step()
 
+    def keep_gradient(self) -> None:
+        """Before the update, in which some optimizers write into the gradient.
+
+        A fused one whose scaler has handed it the scale divides by that in its update, and writes the quotient.
+        """
+        gradient = self.layer.weight.grad
+        if gradient is not None and getattr(self.optimizer, "grad_scale", None) is None:
+            self.gradient = gradient.clone()
+
     @torch.no_grad()
     def end_step(self) -> None:
         """Report the step if it was due and seen; one that was only half seen leaves its turn to the next."""
@@ -149,7 +167,8 @@ class _Watch(Observer):
         if self.due:
             if self.record is None:
                 return
-            measured = self._measured(self.record)
+            with operators.no_autocast(self.record.x.device.type):
+                measured = self._measured(self.record)
             self._forget()
             self.report(measured)
         self.steps += 1
@@ -160,7 +179,8 @@ class _Watch(Observer):
         metrics = step_metrics(record)
         metrics |= {"dead": len(record.win_rate) - alive(record.win_rate), "redundant": redundant(nearest)}
         features = {"nearest": nearest}
-        gradient, before, pull = self.layer.weight.grad, self.before, self.pull
+        gradient = self.layer.weight.grad if self.gradient is None else self.gradient
+        before, pull = self.before, self.pull
         told_apart = self.optimizer is not None and self.alone
         if told_apart and gradient is not None and before is not None and pull is not None:
             after = self.layer.effective_weight.to(before.dtype)
@@ -170,13 +190,36 @@ class _Watch(Observer):
         return Measured(self.name, record.step, metrics, features, record)
 
 
-def _after_step(watches: list[_Watch]) -> Callable[..., None]:
+def _around_step(watches: list[_Watch]) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """The hooks before and after the step of the optimizer that holds the weights of these layers."""
+
+    def keep_gradients() -> None:
+        for watch in watches:
+            if watch.due and watch.took_part:
+                watch.keep_gradient()
+
+    @never_compiled
+    def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            keep_gradients()
+            return None
+        if not any(watch.due for watch in watches):
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            keep_gradients()
+            return loss
+
+        return with_closure(evaluate, args, kwargs)
+
     @never_compiled
     def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         for watch in watches:
             watch.end_step()
 
-    return after_step
+    return before_step, after_step
 
 
 def bcl_layers(model: nn.Module) -> dict[str, BCLLayer]:

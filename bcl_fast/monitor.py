@@ -82,18 +82,21 @@ class Monitor:
         self._measured_at: int | None = None  # the step that waits for numbers of `log`
 
     def __enter__(self) -> Monitor:
-        self._entered = True
+        if self._entered:
+            raise RuntimeError("a Monitor cannot be entered within its own block")
         if self._folder is not None and self._meter.measures:
             self._folder.open(self._meter.layers)
         self._meter.__enter__()
+        self._entered = True
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered = False
+        idle = self._meter.idle
         self._meter.__exit__()
         if self._folder is not None:
             self._folder.close()
-        if self._meter.measures and not any(error) and (idle := self._meter.idle):
+        if idle and not any(error):
             warnings.warn(
                 f"Monitor has measured no step of {', '.join(map(repr, idle))}: a step is a backward in train() that "
                 "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
@@ -113,6 +116,8 @@ class Monitor:
         Where the step before was not measured nothing is read: tensors on a GPU are not waited for. Raises RuntimeError
         outside of the `with` block; warns where it comes before any step, as it then does before every one.
         """
+        if "step" in numbers:
+            raise ValueError("numbers must have other names than step, which is the line's own")
         if not self._entered:
             raise RuntimeError("log() works within the `with` block of its Monitor")
         if self._meter.measures and not self._meter.seen and not self._warned:
@@ -175,7 +180,7 @@ class _Folder:
 
     def write(self, measured: Measured) -> None:
         layer, step, record = measured.layer, measured.step, measured.record
-        if layer not in self._shapes:
+        if self._shapes.get(layer) is None:  # a first batch of one sample shows no image
             given = self._image_shape
             fits = given is not None and math.prod(given) == record.x.shape[1]
             self._shapes[layer] = given if fits else image_shape_of(record.x)

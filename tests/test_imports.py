@@ -52,7 +52,7 @@ ALLOWED = {
     "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
     "glance": {"diagnostics", "reference"},
-    "meter": {"spec", "bound", "diagnostics", "layer", "observers", "private", "reference"},
+    "meter": {"spec", "bound", "diagnostics", "layer", "observers", "operators", "private", "reference"},
     "monitor": {"__init__", "spec", "bound", "environment", "glance", "layer", "meter", "records"},
     "integrations": {"attach", "meter", "monitor"},
     "testing": {"spec", "reference", "structures"},

@@ -125,6 +125,64 @@ def test_a_scaler_s_gradient_is_measured_without_its_scale_and_a_skipped_step_is
     assert found[-1].step == 2 and found[-1].metrics["adam"] < 1 and found[-1].metrics["pull"] > 0
 
 
+@pytest.mark.parametrize("closed", [False, True], ids=["step", "step(closure)"])
+def test_the_gradient_is_what_the_optimizer_gets_even_where_it_writes_into_it(closed):
+    layer, gradients = make(som_lr=0.05), []
+    optimizer = SGD(layer.parameters(), 0.1, momentum=0.9, nesterov=True, foreach=True)
+    found, monitor = measured(layer, optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        layer(batch(seed=len(gradients))).square().mean().backward()
+        gradients.append(layer.weight.grad.norm(dim=1))
+
+    with monitor:
+        for _ in range(3):
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+            assert not layer.weight.grad.norm(dim=1).equal(gradients[-1])  # this optimizer does
+    for one, gradient in zip(found, gradients, strict=True):
+        torch.testing.assert_close(one.features["gradient"], gradient)
+
+
+def test_what_a_block_leaves_does_not_come_into_the_next_and_none_is_in_itself():
+    layer, twin = make(som_lr=0.05), make(som_lr=0.05)
+    optimizers = [SGD(each.parameters(), 0.1) for each in (layer, twin)]
+    saved, (found, monitor), (alone, other) = (
+        state(layer),
+        measured(layer, optimizers[0]),
+        measured(twin, optimizers[1]),
+    )
+    with monitor:
+        layer(batch()).sum().backward()  # whose step never comes
+        with pytest.raises(RuntimeError, match="a Monitor cannot be entered within its own block"), monitor:
+            pass
+    layer.load_state_dict(saved)
+    layer.zero_grad()
+    for each, block, optimizer in ((layer, monitor, optimizers[0]), (twin, other, optimizers[1])):
+        with block:
+            each(batch(seed=2)).square().mean().backward()
+            optimizer.step()
+    assert [one.metrics for one in found] == [one.metrics for one in alone] and not layer._observers
+
+
+def test_autocast_around_the_step_changes_no_metric():
+    found = []
+    for around in (False, True):
+        layer = make()
+        optimizer = SGD(layer.parameters(), 0.1)
+        with Monitor(layer, optimizer, 1, out=None, callback=found.append):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = layer(batch()).float().square().mean()
+            with torch.autocast("cpu", torch.bfloat16, enabled=around):
+                loss.backward()
+                optimizer.step()
+    assert found[0].metrics == found[1].metrics
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["bound before", "bound within"])
 def test_lbfgs_is_measured_whole(first):
     layer = make(som_lr=0.05)

@@ -86,12 +86,14 @@ def test_numbers_of_the_user_are_read_at_measured_steps_alone(tmp_path):
 
 def test_what_would_be_lost_or_kept_with_another_step_is_told(tmp_path):
     layer, monitor = make(), Monitor(make(), out=tmp_path)
+    with pytest.raises(ValueError, match="numbers must have other names than step"):
+        monitor.log(step=3, loss=1.0)
     with pytest.raises(RuntimeError, match=r"log\(\) works within the `with` block"):
         monitor.log(loss=1.0)
     with Monitor(layer, every=1, out=tmp_path) as monitor, pytest.warns(UserWarning, match="call it after the whole"):
         for step in range(3):
             output = layer(batch(seed=step))
-            monitor.log(step=step)
+            monitor.log(number=step)
             output.sum().backward()
     model = two_layers().eval()
     with pytest.warns(UserWarning, match="Monitor has measured no step of '0', '2': a step is a backward in train"):
@@ -124,6 +126,12 @@ def test_inputs_that_are_images_are_seen(tmp_path):
     assert image_shape_of(colors) == (3, 8, 8)
     for other in (digits[:, torch.randperm(64)], torch.rand(100, 64), digits[:, :60], digits[:1], torch.zeros(9, 64)):
         assert image_shape_of(other) is None
+    layer = BCLLayer(64, 8)
+    with Monitor(layer, every=1, out=tmp_path / "late"):
+        for x in (digits[:1], digits):  # of one sample nobody can tell
+            layer(x).sum().backward()
+    kept = Monitored.read(tmp_path / "late").glances("BCLLayer")
+    assert [one["image_shape"].tolist() for one in kept] == [[0, 0, 0], [1, 8, 8]]
     wide = BCLLayer(60, 8)
     with Monitor(wide, out=tmp_path, image_shape=(6, 10)):
         wide(torch.rand(9, 60)).sum().backward()
