@@ -32,7 +32,7 @@ class MaskedLinear(torch.autograd.Function):
 
     x [B, N], weight [D, N], bias [D] or None receive gradients. shifted is W + O [D, N] in offset space, else None;
     activation [B, D] is the product, dtype is that of the output and of the gradients' products, moves is how often the
-    weight had moved. What follows are the fields of `Observed` and of `Statistics`, one by one: autograd saves tensors.
+    weight had moved. What follows are the fields of `Statistics`, one by one: autograd saves tensors.
     """
 
     @staticmethod
@@ -47,13 +47,14 @@ class MaskedLinear(torch.autograd.Function):
         gradient_mask: str,
         backend: str,
         moves: int,
-        observed_activation: Tensor | None,
-        observed_neighbors: Tensor | None,
+        observed: Observed,
         *statistics: Tensor,
     ) -> Tensor:
         # The weight is needed for dX alone; without it a second backward works after the pull changed it.
         kept = (weight if shifted is None else shifted) if x.requires_grad else None
-        ctx.save_for_backward(x, kept, observed_activation, observed_neighbors, *statistics)
+        ctx.save_for_backward(x, kept, *statistics)
+        # Not saved: a checkpoint compares what is with what a recomputation saves, which may fall into another step.
+        ctx.observed = observed
         ctx.dtype, ctx.gradient_mask, ctx.backend = dtype, gradient_mask, backend
         ctx.weight_dtype, ctx.compiled = weight.dtype, torch.compiler.is_compiling()
         # What is saved may come back copied (save_on_cpu) or made anew (checkpoint); this forward's own ticket may not.
@@ -63,9 +64,8 @@ class MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, activation, neighbors, *statistics = ctx.saved_tensors  # once: checkpoint gives them away
-        observed = UNOBSERVED if activation is None else Observed(activation, neighbors)
-        saved = x, weight, observed, Statistics(*statistics)
+        x, weight, *statistics = ctx.saved_tensors  # once: checkpoint gives them away
+        saved = x, weight, Statistics(*statistics)
         if ctx.compiled or not torch.is_grad_enabled():
             return MaskedLinear._gradients(ctx, grad_output, *saved)
         with torch.no_grad():
@@ -79,7 +79,6 @@ class MaskedLinear(torch.autograd.Function):
         grad_output: Tensor,
         x: Tensor,
         weight: Tensor | None,
-        observed: Observed,
         statistics: Statistics,
     ) -> tuple[Tensor | None, ...]:
         ticket = statistics.ticket
@@ -99,8 +98,10 @@ class MaskedLinear(torch.autograd.Function):
             ctx.compiled,
             reuse,
             GENERAL if batched else ctx.backend,
-            PendingPull(ticket, observed, statistics.pull(x)),
+            PendingPull(ticket, ctx.observed, statistics.pull(x)),
         )
+        if ctx.observed is not UNOBSERVED and not private.keeps_graph():
+            ctx.observed = UNOBSERVED
         with operators.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
             weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)

@@ -286,8 +286,8 @@ class BCLLayer(nn.Linear):
                 observed = UNOBSERVED
                 if not compiling and self._observers and self._observed_now:
                     observed = Observed(activation.clone(), self.neighbors.clone())
-            options = dtype, self._config.gradient_mask, self._backend, moves
-            output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *observed, *statistics)
+            options = dtype, self._config.gradient_mask, self._backend, moves, observed
+            output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *statistics)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:

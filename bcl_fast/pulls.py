@@ -268,7 +268,7 @@ class Pulls:
                 return self._pull(layer, weight, pulls)
         offset, step, last = layer._buffers["som_offset"], layer._buffers["step"], pulls[-1]
         observers, record, (activation, neighbors) = layer._observers, None, last.observed
-        if observers and activation is not None and neighbors is not None:
+        if activation is not None and neighbors is not None and layer._observed_now:
             state = weight, offset, layer.bias, activation, neighbors, layer.config
             record = backends.record(counters.read_counter(step), last.pull.x, *state)
         self.bound.arrived, pulls_now = True, layer._pulls_now

@@ -258,17 +258,26 @@ def test_frozen_layers_are_measured_and_untrained_ones_are_not():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_recomputed_forwards_are_measured_once(reentrant):
+def test_recomputed_forwards_are_measured_once(reentrant, losses):
+    """Also where the backward of one loss ends a step, and with that what the forward of another is recomputed in."""
     layers, found = [make(), make()], []
     for layer, checkpointed in zip(layers, (False, True), strict=True):
-        with Monitor(layer, every=2, out=None, callback=found.append):
+        optimizer = SGD(layer.parameters(), 0.1)
+        if losses > 1:
+            layer.bind_optimizer(optimizer)
+        with Monitor(layer, every=2 * losses, out=None, callback=found.append):
             for step in range(3):
-                x = batch(seed=step).requires_grad_()
-                call = torch.utils.checkpoint.checkpoint
-                output = call(layer, x, use_reentrant=reentrant) if checkpointed else layer(x)
-                output.square().mean().backward()
+                outputs = []
+                for part in range(losses):
+                    x = batch(seed=2 * step + part).requires_grad_()
+                    call = torch.utils.checkpoint.checkpoint
+                    outputs.append(call(layer, x, use_reentrant=reentrant) if checkpointed else layer(x))
+                for output in outputs:
+                    output.square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
     assert same(state(layers[0]), state(layers[1]))
-    assert [one.step for one in found] == [0, 2, 0, 2]
+    assert [one.step for one in found] == [0, 2 * losses] * 2
     assert [one.metrics for one in found[:2]] == [one.metrics for one in found[2:]]
 
 
@@ -318,6 +327,7 @@ def test_nothing_is_kept_or_computed_between(monkeypatch):
 def test_a_training_that_diverges_is_measured_to_its_end(tmp_path):
     layer = make(som_lr=1e30)
     optimizer = SGD(layer.parameters(), 1e30)
+@pytest.mark.parametrize("losses", [1, 2])
     with Monitor(layer, optimizer, 1, tmp_path) as monitor:
         for _ in range(4):
             loss = layer(batch()).square().mean()
