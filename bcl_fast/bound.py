@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import counters, operators
-from .observers import Observer
+from .observers import Observer, call_all
 from .private import never_compiled
 from .rounding import add_rounded_
 from .spec import BCLConfig
@@ -254,8 +254,7 @@ class Bound:
         self.apply(layer, getattr(optimizer, "found_inf", None))
         if before is not None:
             move = layer.effective_weight - before
-            for observer in observers:
-                observer.pulled(move)
+            call_all(functools.partial(observer.pulled, move) for observer in observers)
 
     def backward_ended(self) -> None:
         """Called at the end of a backward, once it has kept what it brought."""

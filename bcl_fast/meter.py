@@ -14,8 +14,8 @@ from . import operators
 from .bound import Optimizers, closure_of, holders, optimizers_of, with_closure
 from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
 from .layer import BCLLayer
-from .observers import Observer
-from .private import never_compiled
+from .observers import Observer, call_all
+from .private import NO_BACKWARD, never_compiled, running_backward
 from .reference import Record
 from .spec import check_number
 
@@ -40,7 +40,8 @@ class Meter:
     A step is one of the optimizer that holds the layer's weight, else a backward of the layer. With gradient
     accumulation that of an optimizer is measured by its last backward, and its pulls are added up. Between measured
     steps nothing is kept and nothing computed. Under torch.compile the activation is computed once more for a measured
-    step. With several ranks only the first measures. Layers that the model gets within the block are not seen.
+    step. With several ranks only the first measures. A layer may be unfrozen, and added to an optimizer, within the
+    block; layers that the model gets there are not seen.
 
     Args:
         model: holds at least one BCLLayer; may be wrapped by torch.compile or DistributedDataParallel.
@@ -63,12 +64,12 @@ class Meter:
         self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         check_number("every", every, low=1, integer=True)
         self.every, self.callback = every, callback
-        self._held = holders(self.layers, self.optimizers)
-        if self.optimizers and not self._held:
-            got = ", ".join(type(each).__name__ for each in self.optimizers)
+        if optimizer is not None and not holders(self.layers, self.optimizers):
+            got = ", ".join(type(each).__name__ for each in self.optimizers) or "no optimizer"
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
         self._watches: list[_Watch] = []
         self._entered = ExitStack()
+        self.backward = NO_BACKWARD  # the last in which any of the layers took part
 
     @property
     def measures(self) -> bool:
@@ -82,70 +83,113 @@ class Meter:
         return any(watch.took_part or watch.steps for watch in self._watches)
 
     @property
+    def just_measured(self) -> dict[str, int]:
+        """The layers of which a step was measured since the last backward, with its number."""
+        found = (watch for watch in self._watches if watch.measured_in == self.backward)
+        return {watch.name: watch.measured for watch in found if watch.measured is not None}
+
+    @property
+    def measured(self) -> list[str]:
+        """The layers of which any step was measured."""
+        return [watch.name for watch in self._watches if watch.measured is not None]
+
+    @property
     def idle(self) -> list[str]:
         """The layers of which no step was measured, though they are trained."""
-        return [each.name for each in self._watches if each.steps == 0 and each.layer.weight.requires_grad]
+        return [each.name for each in self._watches if each.measured is None and each.layer.weight.requires_grad]
 
     def __enter__(self) -> Meter:
         if self._watches:
             raise RuntimeError("a monitor that is entered already measures, and would count every pull twice")
         if self.measures:
             weights = Counter(id(layer.weight) for layer in self.layers.values())
-            for name, layer in self.layers.items():
-                alone = weights[id(layer.weight)] == 1
-                watch = _Watch(name, layer, self._held.get(name), alone, self.every, self.callback)
-                self._watches.append(watch)
-                self._entered.enter_context(layer._observed_by(watch))
+            self._watches = [_Watch(self, name, each, weights[id(each.weight)]) for name, each in self.layers.items()]
+            for watch in self._watches:
+                self._entered.enter_context(watch.layer._observed_by(watch))
             for optimizer in self.optimizers:
-                before, after = _around_step([watch for watch in self._watches if watch.optimizer is optimizer])
-                self._entered.callback(optimizer.register_step_pre_hook(before).remove)
-                self._entered.callback(optimizer.register_step_post_hook(after).remove)
+                self._entered.callback(optimizer.register_step_pre_hook(self._before_step).remove)
+                self._entered.callback(optimizer.register_step_post_hook(self._after_step).remove)
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered.close()
         self._watches = []  # with what was kept of a step that never came
 
+    @never_compiled
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        due = [watch for watch in self._watches if watch.due and watch.optimizer is optimizer]
+        if not due:
+            return None
+        for watch in due:
+            watch.begin_update()
+        closure = closure_of(args, kwargs)
+        if closure is None:
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            for watch in due:
+                watch.keep_gradient()
+            return loss
+
+        return with_closure(evaluate, args, kwargs)
+
+    @never_compiled
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        call_all(watch.end_step for watch in self._watches if watch.optimizer is optimizer)
+
 
 class _Watch(Observer):
     """What is known of the step that one layer is in."""
 
-    def __init__(
-        self,
-        name: str,
-        layer: BCLLayer,
-        optimizer: torch.optim.Optimizer | None,
-        alone: bool,
-        every: int,
-        callback: Callable[[Measured], None],
-    ) -> None:
-        self.name, self.layer, self.optimizer, self.every, self.report = name, layer, optimizer, every, callback
-        self.alone = alone  # no other layer has its weight, and pulls that too
+    def __init__(self, meter: Meter, name: str, layer: BCLLayer, sharing: int) -> None:
+        self.meter, self.name, self.layer = meter, name, layer
+        self.alone = sharing == 1  # else other layers have its weight, and pull that too
+        self.find_optimizer()
         self.steps = 0  # of this layer that are over
+        self.measured: int | None = None  # the number of the last of them that was measured
+        self.measured_in = NO_BACKWARD  # its last backward
         self.took_part = False
         self.late = False  # the optimizer has stepped, its pull is still to come: as LBFGS's, bound within the block
         self._forget()
 
     def _forget(self) -> None:
         self.record: Record | None = None  # of the last backward of this step
-        self.before: Tensor | None = None  # the weight at its first backward
         self.pull: Tensor | None = None  # the sum of its pulls
+        self.left: Tensor | None = None  # the weight after that backward
+        self.begin: Tensor | None = None  # the weight as the optimizer's update begins, and what is pulled within it
         self.gradient: Tensor | None = None  # as the optimizer gets it
 
+    def find_optimizer(self) -> None:
+        self.optimizer = holders({self.name: self.layer}, self.meter.optimizers).get(self.name)
+
+    def weight(self) -> Tensor:
+        weight = self.layer.effective_weight
+        return weight.to(operators.exact(weight.dtype), copy=True)
+
     def consumed(self, record: Record | None) -> None:
-        self.took_part = True
+        if self.due and not self.took_part:
+            self.find_optimizer()
+        self.took_part, self.meter.backward = True, running_backward()
         if self.due and record is not None:
             self.record = record
-            if self.before is None:
-                self.before = record.weight
-            self.pulled(self.layer.effective_weight - record.weight)
+            if self.begin is None and self.left is not None and not self.left.equal(record.weight):
+                self.pull = None  # which was taken back: somebody has written the weight since, as for another try
+            self.left = self.weight()
+            self.pulled(self.left - record.weight)
         if self.optimizer is None:
             self.end_step()
 
     def pulled(self, move: Tensor) -> None:
         self.pull = move if self.pull is None else self.pull + move
+        if self.begin is not None:
+            self.begin = self.begin + move
         if self.late:
             self.end_step()
+
+    def begin_update(self) -> None:
+        self.begin = self.weight()
+        self.keep_gradient()
 
     def keep_gradient(self) -> None:
         """Before the update, in which some optimizers write into the gradient.
@@ -161,18 +205,22 @@ class _Watch(Observer):
         """Report the step if it was due and seen; one that was only half seen leaves its turn to the next."""
         bound = self.layer._pulls.bound
         self.late = self.due and bound.kept is not None and bound.optimizer is self.optimizer is not None
-        if self.late or not self.took_part:
+        if self.late:
             return
+        took_part, measured = self.took_part, None
         self.took_part = False
         if self.due:
-            if self.record is None:
-                return
-            with operators.no_autocast(self.record.x.device.type):
-                measured = self._measured(self.record)
+            if took_part and self.record is not None:
+                with operators.no_autocast(self.record.x.device.type):
+                    measured = self._measured(self.record)
             self._forget()
-            self.report(measured)
+        if not took_part or (self.due and measured is None):
+            return
         self.steps += 1
-        self.due = self.steps % self.every == 0
+        self.due = self.steps % self.meter.every == 0
+        if measured is not None:
+            self.meter.callback(measured)
+            self.measured, self.measured_in = measured.step, self.meter.backward
 
     def _measured(self, record: Record) -> Measured:
         nearest = nearest_cosine(record.weight, record.neighbors)
@@ -180,46 +228,12 @@ class _Watch(Observer):
         metrics |= {"dead": len(record.win_rate) - alive(record.win_rate), "redundant": redundant(nearest)}
         features = {"nearest": nearest}
         gradient = self.layer.weight.grad if self.gradient is None else self.gradient
-        before, pull = self.before, self.pull
-        told_apart = self.optimizer is not None and self.alone
-        if told_apart and gradient is not None and before is not None and pull is not None:
-            after = self.layer.effective_weight.to(before.dtype)
-            norms = force_norms(gradient.to(before.dtype), before, before + pull, after)
+        begin, pull = self.begin, self.pull
+        if self.alone and gradient is not None and begin is not None and pull is not None:
+            norms = force_norms(gradient.to(begin.dtype), begin - pull, begin, self.weight())
             metrics |= forces(norms)
             features |= norms
         return Measured(self.name, record.step, metrics, features, record)
-
-
-def _around_step(watches: list[_Watch]) -> tuple[Callable[..., Any], Callable[..., None]]:
-    """The hooks before and after the step of the optimizer that holds the weights of these layers."""
-
-    def keep_gradients() -> None:
-        for watch in watches:
-            if watch.due and watch.took_part:
-                watch.keep_gradient()
-
-    @never_compiled
-    def before_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        closure = closure_of(args, kwargs)
-        if closure is None:
-            keep_gradients()
-            return None
-        if not any(watch.due for watch in watches):
-            return None
-
-        def evaluate() -> Any:
-            loss = closure()
-            keep_gradients()
-            return loss
-
-        return with_closure(evaluate, args, kwargs)
-
-    @never_compiled
-    def after_step(optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        for watch in watches:
-            watch.end_step()
-
-    return before_step, after_step
 
 
 def bcl_layers(model: nn.Module) -> dict[str, BCLLayer]:

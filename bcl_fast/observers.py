@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -26,3 +26,15 @@ class Observer:
 
     def pulled(self, move: Tensor) -> None:
         """Called where due, in the step of a bound optimizer, with what its pull has added to the weight [D, N]."""
+
+
+def call_all(calls: Iterable[Callable[[], None]]) -> None:
+    """Make every call, also after one that raises; then raise what the first of those did."""
+    errors = []
+    for call in calls:
+        try:
+            call()
+        except BaseException as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import backends, counters, operators, owners, private
 from .bound import Bound, Moves, PulledLayer, WarnOnce
 from .checks import ranks
+from .observers import call_all
 from .structures import Observed, PendingPull, Pull
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -286,8 +287,8 @@ class Pulls:
                     self.bound.apply(layer, found_inf=None)
             counters.advance_(step, layer._backend)
         layer._written.step_version = step._version
-        for observer in observers:
-            observer.consumed(record)
+        if observers:
+            call_all(functools.partial(observer.consumed, record) for observer in observers)
 
     def release(self) -> None:
         """Leave the weight and the optimizer alone from now on."""

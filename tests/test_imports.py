@@ -44,7 +44,7 @@ ALLOWED = {
     "transforms": set(),
     "observers": {"reference"},  # the name of a type alone
     "bound": {"spec", "counters", "observers", "operators", "private", "rounding", "state", "structures"},
-    "pulls": {"backends", "counters", "operators", "owners", "private", "bound", "checks", "structures"},
+    "pulls": {"backends", "counters", "observers", "operators", "owners", "private", "bound", "checks", "structures"},
     "state": {"counters", "operators"},
     "layer": {"spec", "backends", "counters", "observers", "operators", "autograd", "checks", "private", "pulls"}
     | {"reference", "state", "structures", "transforms"},

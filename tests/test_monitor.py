@@ -1,5 +1,6 @@
 """Monitor: what it measures is right, when it measures, and nothing of the training changes."""
 
+import contextlib
 import math
 
 import pytest
@@ -148,6 +149,7 @@ def test_the_gradient_is_what_the_optimizer_gets_even_where_it_writes_into_it(cl
         torch.testing.assert_close(one.features["gradient"], gradient)
 
 
+@pytest.mark.filterwarnings("ignore:Monitor has measured no step")
 def test_what_a_block_leaves_does_not_come_into_the_next_and_none_is_in_itself():
     layer, twin = make(som_lr=0.05), make(som_lr=0.05)
     optimizers = [SGD(each.parameters(), 0.1) for each in (layer, twin)]
@@ -167,6 +169,50 @@ def test_what_a_block_leaves_does_not_come_into_the_next_and_none_is_in_itself()
             each(batch(seed=2)).square().mean().backward()
             optimizer.step()
     assert [one.metrics for one in found] == [one.metrics for one in alone] and not layer._observers
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_write_of_somebody_else_is_not_the_optimizer_s_move(bound):
+    """Whether the step is tried once more from a checkpoint, or the weight is moved as it waits for its step."""
+    layers, found, moves = [make(som_lr=0.05) for _ in range(2)], [], []
+    for layer, disturbed in zip(layers, (False, True), strict=True):
+        optimizer, saved = SGD(layer.parameters(), 0.1), state(layer)
+        if bound:
+            layer.bind_optimizer(optimizer)
+        with Monitor(layer, optimizer, 1, out=None, callback=found.append):
+            if disturbed:
+                layer(batch(seed=9)).square().mean().backward()
+                optimizer.zero_grad()
+                layer.load_state_dict(saved)
+            layer(batch()).square().mean().backward()
+            if disturbed:
+                layer.weight.data.mul_(3)
+            moves.append(0.1 * layer.weight.grad.norm(dim=1))
+            optimizer.step()
+    for one, move in zip(found, moves, strict=True):
+        torch.testing.assert_close(one.features["adam"], move, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(one.features["pull"], found[0].features["pull"], rtol=1e-3, atol=1e-6)
+    assert [one.step for one in found] == [0, 0]
+
+
+def test_a_callback_that_raises_takes_no_step_from_another_layer():
+    runs = []
+    for fails in (False, True):
+        model, found = two_layers(), []
+        optimizer = SGD(model.parameters(), 0.1)
+
+        def take(one, found=found, fails=fails):
+            found.append(one)
+            if fails and len(found) == 1:
+                raise OSError("full")
+
+        with Monitor(model, optimizer, 2, out=None, callback=take):
+            for step in range(3):
+                model(DATA[step][0]).square().mean().backward()
+                with pytest.raises(OSError, match="full") if fails and step == 0 else contextlib.nullcontext():
+                    optimizer.step()
+        runs.append([(one.layer, one.step, one.metrics) for one in found])
+    assert runs[0] == runs[1] and [each[:2] for each in runs[0]] == [("0", 0), ("2", 0), ("0", 2), ("2", 2)]
 
 
 def test_autocast_around_the_step_changes_no_metric():
@@ -219,6 +265,21 @@ def test_a_layer_that_joins_late_or_rests_is_measured_by_its_own_steps():
             optimizer.step()
     assert [one.step for one in found if one.layer == "0"] == [0, 2, 4]
     assert [one.step for one in found if one.layer == "2"] == [0, 2]
+
+
+def test_a_layer_that_is_unfrozen_within_the_block_has_its_forces():
+    model = two_layers()
+    model[2].weight.requires_grad = False
+    optimizer = SGD(model[0].parameters(), 0.1)
+    found, monitor = measured(model, optimizer)
+    with monitor:
+        for step in range(4):
+            if step == 2:
+                model[2].weight.requires_grad = True
+                optimizer.add_param_group({"params": model[2].parameters()})
+            model(DATA[step][0]).square().mean().backward()
+            optimizer.step()
+    assert [(one.layer, "adam" in one.metrics) for one in found[2:]] == [("0", True), ("2", True)] * 2
 
 
 def test_layers_of_one_weight_have_no_forces_to_tell_apart():
