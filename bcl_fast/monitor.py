@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import json
 import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -25,8 +27,9 @@ from .meter import Measured, Meter
 from .records import DamagedFile, plain, replacing, trusting
 from .spec import check_number
 
-LINES, STEPS, BOARD = "monitor.jsonl", "steps", "tensorboard"
+LINES, STEPS, BOARD, LOCK = "monitor.jsonl", "steps", "tensorboard", "monitor.lock"
 REMEDY = "delete it, or the folder, and monitor anew"
+LONGEST = 180  # letters of a layer's name in that of a file
 
 
 class Monitor:
@@ -79,42 +82,54 @@ class Monitor:
         self._callback = callback
         self._meter = Meter(model, optimizer, every, self._take)
         self._entered = self._warned = False
-        self._measured_at: int | None = None  # the step that waits for numbers of `log`
+        self._calls = 0  # of `log`
+        self._kept: set[str] = set()  # the layers with which it has kept any numbers
 
     def __enter__(self) -> Monitor:
         if self._entered:
             raise RuntimeError("a Monitor cannot be entered within its own block")
-        if self._folder is not None and self._meter.measures:
-            self._folder.open(self._meter.layers)
-        self._meter.__enter__()
-        self._entered = True
+        with ExitStack() as entered:
+            if self._folder is not None and self._meter.measures:
+                self._folder.open(self._meter.layers)
+                entered.callback(self._folder.close)
+            self._meter.__enter__()
+            entered.pop_all()
+        self._entered, self._calls, self._kept = True, 0, set()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered = False
         idle = self._meter.idle
+        lost = [name for name in self._meter.measured if self._calls and name not in self._kept]
         self._meter.__exit__()
         if self._folder is not None:
             self._folder.close()
         if idle and not any(error):
             warnings.warn(
-                f"Monitor has measured no step of {', '.join(map(repr, idle))}: a step is a backward in train() that "
+                f"Monitor has measured no step of {_listed(idle)}: a step is a backward in train() that "
                 "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
+                stacklevel=2,
+            )
+        if lost and not any(error):
+            warnings.warn(
+                f"log() has kept nothing with {_listed(lost)}: none of its {self._calls:,} calls came between a step "
+                "of theirs that was measured and the next backward; call it after each step, that of every optimizer",
                 stacklevel=2,
             )
 
     def _take(self, measured: Measured) -> None:
-        self._measured_at = measured.step
         if self._folder is not None:
             self._folder.write(measured)
         if self._callback is not None:
             self._callback(measured)
 
     def log(self, **numbers: float | Tensor) -> None:
-        """Keep numbers of your own with a step that was measured, such as the loss; call it after each whole step.
+        """Keep numbers of your own with the step that was measured, such as the loss; call it after each whole step.
 
-        Where the step before was not measured nothing is read: tensors on a GPU are not waited for. Raises RuntimeError
-        outside of the `with` block; warns where it comes before any step, as it then does before every one.
+        They are kept with every layer of which a step was measured since the last backward; several calls add up. Where
+        there is none nothing is read: tensors on a GPU are not waited for. Optimizers that step in turn, as a GAN's,
+        have a call after each. Raises RuntimeError outside of the `with` block. Warns where it comes before any step,
+        as it then does before every one, and at the end of the block where it never came in time for a layer.
         """
         if "step" in numbers:
             raise ValueError("numbers must have other names than step, which is the line's own")
@@ -127,10 +142,11 @@ class Monitor:
                 "theirs: call it after the whole step, optimizer.step() included",
                 stacklevel=2,
             )
-        step, self._measured_at = self._measured_at, None
-        if step is None or self._folder is None:
-            return
-        self._folder.log(step, {name: _number(name, value) for name, value in numbers.items()})
+        steps = self._meter.just_measured
+        self._calls += 1
+        self._kept |= steps.keys()
+        if steps and self._folder is not None:
+            self._folder.log(steps, {name: _number(name, value) for name, value in numbers.items()})
 
 
 class _Folder:
@@ -140,6 +156,7 @@ class _Folder:
         self.out, self._boards, self._image_shape = out, tensorboard, image_shape
         self._shapes: dict[str, Shape | None] = {}  # of the images that a layer gets
         self._board: Any = None
+        self._opened = ExitStack()
         self._start = 0.0
 
     def open(self, layers: Mapping[str, BCLLayer]) -> None:
@@ -157,26 +174,39 @@ class _Folder:
             (self.out / STEPS).mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"out must be a folder to write to, got {self.out}: a file is in its place") from error
-        lines = self.out / LINES
-        if lines.exists() and _cut_after_last_line(lines):
-            there = _shapes(Monitored.read(self.out).runs[-1])
-            if there != _shapes({"layers": about}):
-                raise ValueError(
-                    f"out must be a new folder or one of the same layers, got {self.out}, which has {there}"
-                )
-        self._start = time.perf_counter()
-        self._append({"bcl_fast": __version__, "environment": environment(), "layers": about})
-        if self._boards:
-            self._board = SummaryWriter(str(self.out / BOARD))
+        with ExitStack() as opened:
+            opened.enter_context(self._alone())
+            lines = self.out / LINES
+            if lines.exists() and _cut_after_last_line(lines):
+                there = _shapes(Monitored.read(self.out).runs[-1])
+                if there != _shapes({"layers": about}):
+                    raise ValueError(
+                        f"out must be a new folder or one of the same layers, got {self.out}, which has {there}"
+                    )
+            self._start = time.perf_counter()
+            self._append({"bcl_fast": __version__, "environment": environment(), "layers": about})
+            if self._boards:
+                self._board = SummaryWriter(str(self.out / BOARD))
+                opened.callback(self._board.close)
+            self._opened = opened.pop_all()
+
+    def _alone(self) -> AbstractContextManager[Any]:
+        """The lock of this folder, which ends with this process at the latest: two would mix into one curve."""
+        from filelock import FileLock, Timeout  # which torch requires
+
+        try:
+            return FileLock(self.out / LOCK, timeout=0).acquire()
+        except Timeout as error:
+            message = f"out must be a folder that no other Monitor writes to, got {self.out}, to which one does now"
+            raise ValueError(message) from error
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        self._opened.close()
+        self._board = None
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self._append({"step": step, "log": numbers})
-        self._show(step, numbers)
+    def log(self, steps: Mapping[str, int], numbers: Mapping[str, float]) -> None:
+        self._append({"steps": steps, "log": numbers})
+        self._show(max(steps.values()), numbers)
 
     def write(self, measured: Measured) -> None:
         layer, step, record = measured.layer, measured.step, measured.record
@@ -210,7 +240,7 @@ class Monitored(NamedTuple):
     folder: Path
     runs: list[dict[str, Any]]  # how each start was: `bcl_fast`, `environment`, `layers`
     layers: dict[str, list[dict[str, Any]]]  # the lines of each layer, by step
-    logged: list[dict[str, Any]]  # the user's own numbers, each with its `step`
+    logged: dict[str, list[dict[str, Any]]]  # the user's own numbers with the steps of each layer, by `step`
 
     @classmethod
     def read(cls, folder: Path) -> Monitored:
@@ -221,7 +251,7 @@ class Monitored(NamedTuple):
         path = folder / LINES
         with trusting(path, REMEDY):
             text = path.read_text(encoding="utf-8")
-        found = cls(folder, [], {}, [])
+        found = cls(folder, [], {}, {})
         for number, line in enumerate(text.splitlines(keepends=True), 1):
             with trusting(f"line {number} of {path}", REMEDY):
                 if line.endswith("\n"):
@@ -235,20 +265,29 @@ class Monitored(NamedTuple):
             self.runs.append({name: line[name] for name in ("bcl_fast", "environment", "layers")})
             for name in line["layers"]:  # in the order of the model; lines come in that of the backward
                 self.layers.setdefault(name, [])
+                self.logged.setdefault(name, [])
             return
         if not self.runs:
             raise ValueError("it comes before any start")
-        if not isinstance(line["step"], int):
+        measured = "log" not in line
+        if measured and not isinstance(line["step"], int):
             raise TypeError(f"step must be an integer, got {line['step']!r}")
-        own = "log" not in line
-        numbers = line if own else {"step": line["step"], **line["log"]}
-        for name, number in numbers.items():
+        for name, number in (line if measured else line["log"]).items():
             if name != "layer" and not isinstance(number, (int, float, type(None))):
                 raise TypeError(f"{name} must be a number, got {number!r}")
-        rows = self.layers[line["layer"]] if own else self.logged
-        while rows and rows[-1]["step"] >= line["step"]:
-            rows.pop()
-        rows.append(numbers)
+        if measured:
+            for rows in (self.layers[line["layer"]], self.logged[line["layer"]]):
+                while rows and rows[-1]["step"] >= line["step"]:
+                    rows.pop()
+            self.layers[line["layer"]].append(line)
+            return
+        for layer, step in line["steps"].items():
+            if [row["step"] for row in self.layers[layer][-1:]] != [step]:
+                raise ValueError(f"the line before of layer {layer!r} is not of step {step!r}")
+            rows = self.logged[layer]
+            if not rows or rows[-1]["step"] != step:
+                rows.append({"step": step})
+            rows[-1].update(line["log"])
 
     def glances(self, layer: str) -> Sequence[dict[str, Tensor]]:
         """What was kept of each line of a layer, read as it is asked for; nothing where only the lines came along."""
@@ -276,6 +315,10 @@ class _Glances(Sequence[dict[str, Tensor]]):
         return kept
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
 def _number(name: str, value: Any) -> float:
     if isinstance(value, Tensor):
         value = value.detach()
@@ -286,7 +329,10 @@ def _number(name: str, value: Any) -> float:
 
 
 def _path(folder: Path, layer: str, step: int) -> Path:
-    return folder / STEPS / f"{quote(layer, safe='')}-{step}.pt.gz"
+    name = quote(layer, safe="")
+    if len(name) > LONGEST:  # file systems take 255 bytes
+        name = f"{name[: LONGEST - 33]}-{hashlib.blake2s(layer.encode(), digest_size=16).hexdigest()}"
+    return folder / STEPS / f"{name}-{step}.pt.gz"
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -45,7 +45,8 @@ def test_resuming_goes_on_and_what_was_repeated_counts_once(tmp_path):
     with Monitor(resumed, optimizer, 2, tmp_path) as monitor:
         run(resumed, optimizer, 4, 3, monitor=monitor)
     found = Monitored.read(tmp_path)
-    assert [line["step"] for line in found.layers["0"]] == [0, 2, 3, 5] == [line["step"] for line in found.logged]
+    for rows in (*found.layers.values(), *found.logged.values()):
+        assert [row["step"] for row in rows] == [0, 2, 3, 5]
     assert len(found.runs) == 2 and len(list(found.glances("2"))) == 4
     other = nn.Sequential(BCLLayer(N, D + 1, **OPTIONS))
     before = (tmp_path / LINES).read_text()
@@ -75,13 +76,47 @@ def test_numbers_of_the_user_are_read_at_measured_steps_alone(tmp_path):
         for step in range(7):
             layer(batch(seed=step)).sum().backward()
             monitor.log(number=Number(), tensor=torch.tensor([float(step)], requires_grad=True))
-            monitor.log(twice=Number())
+            monitor.log(again=Number())
         with pytest.raises(TypeError, match=r"bad must be one number, got tensor\(\[1., 1.\]\)"):
             for _ in range(3):
                 layer(batch()).sum().backward()
                 monitor.log(bad=torch.ones(2))
-    expected = [{"step": step, "number": 0.5, "tensor": float(step)} for step in (0, 3, 6)]
-    assert Monitored.read(tmp_path).logged == expected and Number.reads == 3
+    expected = [{"step": step, "number": 0.5, "tensor": float(step), "again": 0.5} for step in (0, 3, 6)]
+    assert Monitored.read(tmp_path).logged == {"BCLLayer": expected} and Number.reads == 6
+
+
+def test_numbers_are_kept_with_the_layers_that_stepped_and_with_no_step_but_theirs(tmp_path):
+    """Two networks in turn as in a GAN, a layer that rests, a part of a step, a call now and then."""
+    critic, other = two_layers(), make()
+    model = nn.ModuleDict({"critic": critic, "other": other})
+    optimizers = [SGD(each.parameters(), 0.1) for each in (critic, other)]
+    with Monitor(model, optimizers, 2, tmp_path) as monitor:
+        for step in range(5):
+            for turn in range(2):  # two steps of the critic for one of the other
+                hidden = critic[0](DATA[step][0])
+                (hidden if turn else critic[2](hidden.relu())).square().mean().backward()
+                monitor.log(half=step)  # within a step
+                optimizers[0].step()
+                if turn == 0:
+                    monitor.log(first=step)
+            other(batch(seed=step)).square().mean().backward()
+            optimizers[1].step()
+            monitor.log(last=step)
+    logged = Monitored.read(tmp_path).logged
+    assert logged["critic.0"] == [{"step": 2 * step, "first": step} for step in range(5)]
+    assert logged["critic.2"] == [{"step": step, "first": step} for step in (0, 2, 4)]
+    assert logged["other"] == [{"step": step, "last": step} for step in (0, 2, 4)]
+
+
+def test_one_folder_has_one_monitor_at_a_time(tmp_path):
+    models = [nn.Sequential(make()) for _ in range(2)]
+    with Monitor(models[0], every=1, out=tmp_path):
+        with pytest.raises(ValueError, match=f"out must be a folder that no other Monitor writes to, got {tmp_path}"):
+            Monitor(models[1], out=tmp_path).__enter__()
+        models[0](batch()).sum().backward()
+    assert not models[1][0]._observers and len(Monitored.read(tmp_path).layers["0"]) == 1
+    with Monitor(models[1], out=tmp_path):
+        models[1](batch()).sum().backward()
 
 
 def test_what_would_be_lost_or_kept_with_another_step_is_told(tmp_path):
@@ -95,6 +130,12 @@ def test_what_would_be_lost_or_kept_with_another_step_is_told(tmp_path):
             output = layer(batch(seed=step))
             monitor.log(number=step)
             output.sum().backward()
+    with pytest.warns(UserWarning, match=r"log\(\) has kept nothing with 'BCLLayer': none of its 2 calls"):
+        with Monitor(layer, out=tmp_path) as monitor:
+            for step in range(4):
+                layer(batch(seed=step)).sum().backward()
+                if step % 2:
+                    monitor.log(number=step)
     model = two_layers().eval()
     with pytest.warns(UserWarning, match="Monitor has measured no step of '0', '2': a step is a backward in train"):
         with Monitor(model, out=None):
@@ -148,6 +189,7 @@ def test_inputs_that_are_images_are_seen(tmp_path):
         (dict(every=2.5), TypeError, "every must be an integer >= 1, got 2.5"),
         (dict(optimizer=3), TypeError, "optimizer must be a torch.optim.Optimizer, or several, got int"),
         (dict(optimizer=[SGD(nn.Linear(2, 2).parameters())]), ValueError, "optimizer must hold .*'0', '2'.*got SGD"),
+        (dict(optimizer=[]), ValueError, "optimizer must hold .*'0', '2'.*got no optimizer without any"),
         (dict(image_shape=7), TypeError, "image_shape must be .*, got 7"),
         (dict(image_shape=(2, 4, 4)), ValueError, "image_shape must have 1 or 3 channels"),
         (dict(callback=3), TypeError, "callback must be callable or None, got 3"),

@@ -109,7 +109,7 @@ def test_several_folders_make_one_page(tmp_path):
 
 
 def test_a_layer_may_have_any_name(tmp_path):
-    model, names = nn.Module(), ("a/b", "<b>", "a-b")
+    model, names = nn.Module(), ("a/b", "<b>", "a-b", 300 * "a", 300 * "a" + "b")
     for name in names:
         model.add_module(name, BCLLayer(6, 4))
     with Monitor(model, every=1, out=tmp_path):

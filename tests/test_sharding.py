@@ -361,7 +361,7 @@ def test_of_several_ranks_the_first_is_monitored(ranks):
     found = Monitored.read(Path(folder))
     shutil.rmtree(folder)
     assert {name: [line["step"] for line in lines] for name, lines in found.layers.items()} == {"0": [0, 2]}
-    assert len(found.runs) == 1 and found.logged == [{"step": 0, "rank": 0}, {"step": 2, "rank": 0}]
+    assert len(found.runs) == 1 and found.logged == {"0": [{"step": 0, "rank": 0}, {"step": 2, "rank": 0}]}
 
 
 def stuck(rank):

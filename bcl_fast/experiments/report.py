@@ -63,7 +63,7 @@ def _drawn(block: Block, pictures: Path, origin: str, names: set[str]) -> Block:
     if "figure" not in block:
         return block
     words = re.findall(r"[a-z0-9]+", f"{origin} {block['title']}".lower())
-    stem = "-".join(dict.fromkeys(words[:8]))
+    stem = "-".join(dict.fromkeys(word[:20] for word in words[:8]))
     name = next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, len(names) + 3))) if n not in names)
     names.add(name)
     path = pictures / f"{name}.png"
@@ -94,7 +94,7 @@ def _monitor(path: Path) -> Iterator[dict[str, Any]]:
         about = run["layers"][name]
         (features, inputs), changed = about["shape"], BCLConfig(**about["config"]).changed()
         options = ", ".join(f"{option} {value}" for option, value in changed.items()) or "default options"
-        measured = layer_blocks(name, lines, list(found.glances(name)), found.logged) if lines else ()
+        measured = layer_blocks(name, lines, list(found.glances(name)), found.logged[name]) if lines else ()
         yield {
             "name": name,
             "title": f"Layer {name}",
