@@ -23,12 +23,13 @@ def glance(record: Record, image_shape: Shape | None) -> dict[str, Tensor]:
     """What is kept of a step, on the CPU; b of B samples and d of D features, evenly spaced.
 
     - `win_rate`, `novelty`, `som_strength` [D]; `image_coverage`, `image_need` [B], whole
-    - `samples` [b], `features` [d]: which are kept; `winner` [b]: the feature that wins each
+    - `samples` [b], `features` [d]: which are kept; `winner` [b]: the feature that wins each; `pulls` [b]: how many of
+      all features each pulls
     - each of MATRICES [b, d] as bytes, `NAME_range` [2]: what 0 and 255 stand for, `NAME_alike` [2]: the mean
       off-diagonal cosine and correlation of all D columns
     - `rescue_rows` [d, r], `rescue_weight` [d, r]: the samples that pull most, r <= RESCUED
-    - for at most WIDEST inputs each of VECTORS [d, N], and `chosen` [m] with `inputs` [m, N]: the samples in
-      rescue_rows; as bytes, with ranges
+    - for at most WIDEST inputs each of VECTORS [d, N], with ranges [d, 2]: each feature has its own; and `chosen` [m]
+      with `inputs` [m, N], as bytes: the samples in rescue_rows
     - `image_shape` [3]: channels, height, width; zeros where the inputs are no images
     """
     (B, D), N = record.rank_score.shape, record.x.shape[1]
@@ -36,6 +37,7 @@ def glance(record: Record, image_shape: Shape | None) -> dict[str, Tensor]:
     kept = {name: getattr(record, name) for name in ("win_rate", "novelty", "som_strength")}
     kept |= {name: getattr(record, name) for name in ("image_coverage", "image_need")}
     kept |= {"samples": samples, "features": features, "winner": record.winner[samples]}
+    kept["pulls"] = (record.rescue_pull[samples] > 0).sum(dim=1)
     for name in MATRICES:
         matrix = getattr(record, name)
         alike = torch.tensor([column_cosine(matrix), column_correlation(matrix)])
@@ -45,7 +47,7 @@ def glance(record: Record, image_shape: Shape | None) -> dict[str, Tensor]:
     kept |= {"rescue_rows": rows.T, "rescue_weight": weight.T}
     if N <= WIDEST:
         for name in VECTORS:
-            kept |= _bytes(name, getattr(record, name)[features])
+            kept |= _bytes(name, getattr(record, name)[features], each=True)
         chosen = rows.unique()
         kept |= {"chosen": chosen, **_bytes("inputs", record.x[chosen])}
     kept["image_shape"] = torch.tensor(image_shape or (0, 0, 0))
@@ -53,9 +55,10 @@ def glance(record: Record, image_shape: Shape | None) -> dict[str, Tensor]:
 
 
 def values(kept: Mapping[str, Tensor], name: str) -> Tensor:
-    """A tensor that was kept as bytes, in float32, to 1/255 of its range."""
-    low, high = kept[f"{name}_range"].tolist()
-    return low + kept[name].float() * ((high - low) / 255)
+    """A tensor that was kept as bytes, in float64, to 1/255 of its range."""
+    low, high = kept[f"{name}_range"].double()[..., None].unbind(dim=-2)
+    share = kept[name].double() / 255
+    return low * (1 - share) + high * share  # whose difference may overflow
 
 
 def _spaced(size: int, most: int, device: torch.device) -> Tensor:
@@ -63,13 +66,18 @@ def _spaced(size: int, most: int, device: torch.device) -> Tensor:
     return torch.arange(min(size, most), device=device) * size // min(size, most)
 
 
-def _bytes(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """A tensor as bytes over the range of its finite values; NaN is kept as the least, Inf at its end."""
-    tensor, finite = tensor.float(), tensor.isfinite()
-    low, high = (pick(tensor.where(finite, 0)) for pick in (torch.min, torch.max))
-    scale = torch.where(high > low, 255 / (high - low), 0)
-    levels = ((tensor.clamp(low, high) - low) * scale).nan_to_num(0).round()
-    return {name: levels.to(torch.uint8), f"{name}_range": torch.stack([low, high])}
+def _bytes(name: str, matrix: Tensor, each: bool = False) -> dict[str, Tensor]:
+    """A matrix as bytes over the range of its finite values, or of `each` row's; NaN is the least, Inf at its end."""
+    rows = matrix if each else matrix.reshape(1, -1)
+    finite = rows.where(rows.isfinite(), 0)
+    low, high = finite.amin(dim=1, keepdim=True), finite.amax(dim=1, keepdim=True)
+    span = high / 2 - low / 2  # the whole of it may overflow
+    levels = (rows.clamp(low, high) / 2 - low / 2) / span.where(span > 0, 1) * 255
+    bounds = torch.cat([low, high], dim=1)
+    return {
+        name: levels.nan_to_num(0).round().to(torch.uint8).reshape_as(matrix),
+        f"{name}_range": bounds if each else bounds[0],
+    }
 
 
 def image_shape_of(x: Tensor) -> Shape | None:
@@ -91,7 +99,8 @@ def image_shape_of(x: Tensor) -> Shape | None:
 
 def check_glance(kept: Mapping[str, Tensor]) -> None:
     """Raise where something is not what `glance` returns."""
-    for name in ("win_rate", "image_coverage", "image_need", "samples", "features", "winner", "image_shape", *MATRICES):
+    expected = "win_rate image_coverage image_need samples features winner pulls image_shape".split()
+    for name in (*expected, *MATRICES):
         if not torch.is_tensor(kept[name]):
             raise TypeError(f"{name} must be a tensor, got a {type(kept[name]).__name__}")
     shape = len(kept["samples"]), len(kept["features"])

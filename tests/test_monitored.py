@@ -1,5 +1,6 @@
 """The pictures and the table of a layer of anybody's model: there for every kind of layer, and of the right numbers."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("matplotlib", reason="needs the extra [demo]")
 from helpers.monitoring import MAKERS
 
 from bcl_fast.experiments import monitored, plots
+from bcl_fast.glance import glance, values
 
 SCALARS = [{"step": step, "loss": 1 / (1 + step)} for step in range(25)]
 TITLES = ["Course", "Step inspector", "Win rates", "Forces", "Weights and targets", "Coverage", "Last measured step"]
@@ -35,6 +37,17 @@ def test_every_kind_of_layer_has_its_pictures(layers, tmp_path):
             if "figure" in block:
                 plots.save(block["figure"], tmp_path / f"{title}.png")
         assert list(blocks) == [title for title in TITLES if title not in WITHOUT.get(name, ())], name
+
+
+def test_vectors_are_kept_to_a_share_of_their_own_feature_s_range(layers):
+    """Of a feature that is far smaller than others, or beyond float32, as of any."""
+    scales = 10.0 ** torch.tensor([0, -8, 39, -300, 308], dtype=torch.float64)
+    weight = (torch.rand(5, 16, dtype=torch.float64) - 0.3) * 2 * scales[:, None]
+    weight[0] = 0
+    record = dataclasses.replace(layers["beyond float32"].records[0], weight=weight)
+    found = values(glance(record, None), "weight")
+    shares = (found - weight).abs() / (weight.amax(dim=1, keepdim=True) / 2 - weight.amin(dim=1, keepdim=True) / 2)
+    assert found[0].eq(0).all() and shares[1:].max() < 1.01 / 255
 
 
 @pytest.mark.parametrize("name", ["images", "smallest", "always diverged"])
@@ -85,7 +98,7 @@ def test_win_rates_and_coverage_are_those_of_the_records(layers):
     layer = layers["images"]
     blocks = blocks_of(layer)
     image = blocks["Win rates"]["figure"].axes[0].images[0].get_array()
-    rates = torch.stack([record.win_rate for record in layer.records])
+    rates = torch.stack([record.win_rate for record in layer.records]).double()
     torch.testing.assert_close(torch.tensor(image.data), rates[:, rates[-1].argsort(descending=True)].T)
     for patch, place in zip(blocks["Coverage"]["figure"].axes[0].patches, (0, -1), strict=True):
         heights = patch.get_path().vertices[:, 1]

@@ -98,8 +98,12 @@
   function valuesOf(step, name) {
     if (name in STRIPS) return step[STRIPS[name]];
     const [low, high] = step.range[name];
-    return Array.from(step.levels[name], (level) => low + (level / 255) * (high - low));
+    return Array.from(step.levels[name], (level) => between(low, high, level / 255));
   }
+
+  // Halves and shares, since the difference of two numbers may be none.
+  const between = (low, high, share) => low * (1 - share) + high * share;
+  const shareOf = (value, [low, high]) => (high > low ? (value / 2 - low / 2) / (high / 2 - low / 2) : 0);
 
   function rangeOf(steps, name) {
     const ends = steps.flatMap((step) => (name in STRIPS ? step[STRIPS[name]] : step.range[name]));
@@ -107,7 +111,7 @@
     return finite.length ? [Math.min(...finite), Math.max(...finite)] : [0, 0];
   }
 
-  const levelOf = (value, [low, high]) => (high > low ? Math.round(((value - low) / (high - low)) * 255) : 0);
+  const levelOf = (value, range) => Math.round(shareOf(value, range) * 255);
 
   // --- Parts of the page ---------------------------------------------------------------------------------------------
 
@@ -171,9 +175,9 @@
   function drawing(data, step, name, row, label, signed) {
     const n = data.length;
     const levels = step.levels[name].subarray(row * n, (row + 1) * n);
-    const [low, high] = step.range[name];
-    const stepOfLevels = (high - low) / 255;
-    const values = Array.from(levels, (level) => low + level * stepOfLevels);
+    const [low, high] = VECTORS.includes(name) ? step.range[name][row] : step.range[name];
+    const stepOfLevels = high / 255 - low / 255;
+    const values = Array.from(levels, (level) => between(low, high, level / 255));
     // Bytes cannot tell less than half a level from 0, which a scale of its own would blow up.
     const most = Math.max(...values.map(Math.abs));
     const largest = most > 0.501 * stepOfLevels ? most : 0;
@@ -284,8 +288,8 @@
     const winner = step.winner[row];
     const kept = data.features.includes(winner) ? "" : ", which is not among those shown";
     const [coverage, need] = [number(step.coverage[row]), number(step.need[row])];
-    const pulls = step.rescue_rows.filter((rows) => rows.includes(sample)).length;
-    const rescues = ` It pulls ${pulls || "none"} of the features shown.`;
+    const pulls = step.pulls[row] ? count(step.pulls[row]) : "none";
+    const rescues = ` It pulls ${pulls} of the ${count(data.features_of)} features.`;
     const words = make("p", {}, make("b", {}, `Sample ${sample}`),
       `: won by feature ${winner}${kept}; coverage ${coverage}, need ${need}.${rescues}`);
     // Kept are the inputs of samples that pull some feature.

@@ -36,9 +36,10 @@ def inspector_data(lines: Sequence[Mapping[str, Any]], glances: Sequence[Mapping
       `full_shape`: as they are; `length`: n, None where no vectors were kept
     - `curve`: `step` [c], `win_rate` [d][c] over the measured steps, or CURVE of them
     - `steps`: a dict for each of at most STEPS steps, evenly spread, and fewer where they would take more than BYTES:
-        - `step`; `batch`: B; `samples`, `winner`, `coverage`, `need` [b]; `metrics`: those of OF_LINES
+        - `step`; `batch`: B; `samples`, `winner`, `pulls`, `coverage`, `need` [b]; `metrics`: those of OF_LINES
         - each of OF_FEATURES [d]; `rescue_rows`, `rescue_weight` [d][r]; `chosen` [m]
-        - `range`: NAME -> what 0 and 255 stand for; `alike`: NAME -> mean cosine and correlation of all columns
+        - `range`: NAME -> what 0 and 255 stand for, for each feature of VECTORS; `alike`: NAME -> mean cosine and
+          correlation of all columns
         - `packed`: base64 of the zlib stream of bytes: MATRICES, each [b, d], then, with vectors, VECTORS, each [d, n],
           and the inputs [m, n]
     """
@@ -97,6 +98,7 @@ def _step(line: Mapping[str, Any], kept: Mapping[str, Tensor], full: Shape | Non
         "batch": len(kept["image_coverage"]),
         "samples": samples.tolist(),
         "winner": kept["winner"].tolist(),
+        "pulls": kept["pulls"].tolist(),
         "coverage": _numbers(kept["image_coverage"][samples]),
         "need": _numbers(kept["image_need"][samples]),
         "metrics": {name: _number(line[name]) for name in OF_LINES if name in line},

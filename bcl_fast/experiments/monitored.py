@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..diagnostics import ALIVE_ABOVE, REDUNDANT_ABOVE
 from ..glance import values
 from . import plots
 from .formats import as_text
@@ -27,10 +28,10 @@ MEANINGS = {
     "effective_rank": "how many directions the weights span",
     "tgt_sim": "mean cosine of two rescue targets",
     "unique_tgt": "samples that are the first choice of some feature",
-    "alive": "features with a win rate (mean rank_score) above .01",
+    "alive": f"features with a win rate (mean rank_score) above {ALIVE_ABOVE:g}",
     "ever_winning": "features with a win rate above 0 at this step",
-    "dead": "features with a win rate of at most .01",
-    "redundant": "features with a cosine above .95 with one of their neighbors",
+    "dead": f"features with a win rate of at most {ALIVE_ABOVE:g}",
+    "redundant": f"features with a cosine above {REDUNDANT_ABOVE:g} with one of their neighbors",
     "novelty": "mean novelty: near 1 where features win alone",
     "novelty_min": "least novelty of a feature",
     "novelty_max": "largest novelty of a feature",
@@ -92,7 +93,7 @@ def _pictures(
     shape = tuple(last["image_shape"].tolist())
     if "weight" in last and math.prod(shape):
         images = {
-            f"{label} at step {step:,}": _told_from_zero(last, key).unflatten(1, shape)
+            f"{label} at step {step:,}": values(last, key).unflatten(1, shape)
             for key, label in (("weight", "Weights"), ("rescue_target", "Rescue targets"))
         }
         shown, D = len(last["features"]), len(last["win_rate"])
@@ -102,16 +103,9 @@ def _pictures(
     yield picture("Coverage", plots.coverage_picture({f"layer {name}": run}))
 
 
-def _told_from_zero(kept: Mapping[str, Tensor], name: str) -> Tensor:
-    """The `values` of vectors [d, N]; those that bytes cannot tell from 0 are 0, or their own scale would show it."""
-    low, high = kept[f"{name}_range"].tolist()
-    vectors = values(kept, name)
-    return vectors.where(vectors.abs() > 0.501 * (high - low) / 255, 0)
-
-
 def _small(kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the pictures need of every step: glances may lie on disk, and there may be thousands."""
-    return {name: kept[name].float() for name in ("win_rate", "image_coverage", *FEATURE_NORMS) if name in kept}
+    return {name: kept[name].double() for name in ("win_rate", "image_coverage", *FEATURE_NORMS) if name in kept}
 
 
 def _run(lines: Sequence[Mapping[str, Any]], glances: Sequence[Mapping[str, Tensor]]) -> plots.Run:

@@ -16,7 +16,7 @@ TEMPLATES = Path(report.__file__).parent
 class Layer:
     """What was measured of one layer: its records, and lines and glances of the same steps."""
 
-    def __init__(self, N, D, batches, shape=None, optimizer=True, broken=(), **options):
+    def __init__(self, N, D, batches, shape=None, optimizer=True, broken=(), scale=1.0, **options):
         torch.manual_seed(0)
         layer = BCLLayer(N, D, som_lr=0.05, **options)
         adam = torch.optim.Adam(layer.parameters(), 0.01) if optimizer else None
@@ -24,7 +24,7 @@ class Layer:
         for step, B in enumerate(batches):
             if step in broken:
                 layer.weight.data.fill_(torch.nan)
-            self._step(layer, adam, 10 * step, torch.rand(B, N) - 0.3, shape)
+            self._step(layer, adam, 10 * step, scale * (torch.rand(B, N, dtype=layer.weight.dtype) - 0.3), shape)
 
     def _step(self, layer, adam, step, x, shape):
         before = layer.weight.detach().clone()
@@ -53,6 +53,7 @@ MAKERS = {
     "diverged": lambda: Layer(16, 5, (6, 6), (1, 4, 4), broken=(1,)),
     "always diverged": lambda: Layer(16, 5, (6, 6), (1, 4, 4), broken=(0,)),
     "wide": lambda: Layer(4097, 3, (4, 4)),  # more inputs than vectors are kept of
+    "beyond float32": lambda: Layer(16, 5, (6, 6), (1, 4, 4), scale=1e60, rescue_k=0, dtype=torch.float64),
     "channels": lambda: Layer(2 * 5 * 7, 6, (8, 8), (2, 5, 7)),
 }
 
