@@ -325,7 +325,7 @@ def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
         else:
             setattr(new, name, hooks)
     for parent, name in places:
-        setattr(parent, name, new)
+        parent._modules[name] = new  # a __setattr__ of its own might raise, and leave half of them exchanged
 
 
 # --- Optimizers ------------------------------------------------------------------------------------------------------

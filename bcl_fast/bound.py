@@ -164,7 +164,7 @@ class Bound:
         layer, optimizer = self._layer(), unwrapped(optimizer)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if layer is None or not any(p is layer.weight for group in optimizer.param_groups for p in group["params"]):
+        if layer is None or not holders({"": layer}, [optimizer]):
             raise ValueError(f"optimizer must hold the weight of this layer, got {type(optimizer).__name__} without it")
         self.unbind()
         itself = weakref.ref(self)

@@ -64,7 +64,9 @@ class Meter:
         self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         check_number("every", every, low=1, integer=True)
         self.every, self.callback = every, callback
-        if optimizer is not None and not holders(self.layers, self.optimizers):
+        trained = any(layer.weight.requires_grad for layer in self.layers.values())
+        nothing = not holders(self.layers, self.optimizers) and (trained or not self.optimizers)
+        if optimizer is not None and nothing:
             got = ", ".join(type(each).__name__ for each in self.optimizers) or "no optimizer"
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
         self._watches: list[_Watch] = []

@@ -47,6 +47,20 @@ def test_several_layers_are_attached_in_the_order_of_the_model(way):
     assert all(before[name].equal(value) for name, value in model.state_dict().items())
 
 
+def test_a_parent_that_takes_no_attributes_stops_nothing_half_way():
+    class Sealed(nn.Sequential):
+        def __setattr__(self, name, value):
+            raise AttributeError("sealed") if "_modules" in self.__dict__ and name in self._modules else None
+
+    model = nn.Sequential(nn.Linear(N, N), Sealed(nn.Linear(N, D)))
+    model[1].__dict__["training"], expected = True, model(batch())
+    handle = attach_bcl(model, lambda name, linear: True)
+    assert [type(model[0]), type(model[1][0])] == [BCLLayer] * 2 == [type(each) for each in handle.layers.values()]
+    assert model(batch()).equal(expected)
+    handle.remove()
+    assert [type(model[0]), type(model[1][0])] == [nn.Linear] * 2
+
+
 def test_the_layer_of_a_handle_is_its_only_one():
     model = deep()
     assert attach_bcl(model, "4").layer is model[0]  # and under the name that was given

@@ -1,13 +1,15 @@
 """The callbacks of bcl_fast.integrations: the bits of a plain loop that binds, and its numbers in each logger."""
 
 import csv
+import warnings
 
 import pytest
 import torch
 from helpers.layers import same, state
-from helpers.training import DATA, OPTIMIZERS, SAMPLES, bind_all, network, train, windows
+from helpers.training import DATA, OPTIMIZERS, OPTIONS, SAMPLES, bind_all, network, train, windows
 from torch.nn import functional as F
 
+from bcl_fast.layer import BCLLayer
 from bcl_fast.meter import Meter
 from bcl_fast.monitor import Monitored
 
@@ -60,9 +62,10 @@ def lightning():
 def fit(lightning, module, callback, path, epochs=2, **arguments):
     """Train under the callback; the rows that Lightning's own logger has written to a file."""
     logger = lightning.loggers.CSVLogger(path, name="", version="")
+    callbacks = callback if isinstance(callback, list) else [callback]
     quiet = dict(enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=1, max_epochs=epochs, logger=logger, callbacks=[callback], **quiet, **arguments
+        accelerator="cpu", devices=1, max_epochs=epochs, logger=logger, callbacks=callbacks, **quiet, **arguments
     )
     trainer.fit(module, torch.utils.data.DataLoader(DATA, batch_size=None))
     logger.finalize("success")
@@ -112,14 +115,50 @@ def test_lightning_binds_alone_where_nothing_is_logged_and_leaves_after_an_error
 
     class Fails(lightning.Module):
         def training_step(self, item, index):
-            if index == 3:
+            if index == self.last:
                 raise ZeroDivisionError
             return super().training_step(item)
 
-    module = Fails("sgd", network())
-    with pytest.raises(ZeroDivisionError):
-        fit(lightning, module, BCLCallback(every=1), tmp_path / "two")
-    assert module.network[1]._observers == ()
+    for Fails.last in (0, 3):
+        module = Fails("sgd", network())
+        with warnings.catch_warnings(), pytest.raises(ZeroDivisionError):
+            warnings.filterwarnings("error", message="Monitor has measured no step")
+            fit(lightning, module, BCLCallback(every=1), tmp_path / f"{Fails.last}")
+        assert module.network[1]._observers == ()
+
+
+@quiet_lightning
+@pytest.mark.parametrize("others", [0, 1])
+def test_lightning_binds_what_its_optimizer_gets_later(lightning, others, tmp_path):
+    """As BaseFinetuning unfreezes a part of the model; the loop that binds that before the same step trains alike."""
+    from bcl_fast.integrations.lightning import BCLCallback
+
+    class Later(lightning.callbacks.BaseFinetuning):
+        def freeze_before_training(self, module):
+            self.freeze(module.network[1], train_bn=False)
+
+        def finetune_function(self, module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(module.network[1], optimizer, lr=0.1)
+
+    module, twin = (lightning.Module("sgd", network()) for _ in range(2))
+    for each in (module, twin):
+        each.network.extend(BCLLayer(5, 5, **OPTIONS) for _ in range(others))
+    twin.load_state_dict(module.state_dict())
+    module.configure_optimizers = lambda: OPTIMIZERS["sgd"]([p for p in module.parameters() if p.requires_grad])
+    arguments = dict(accumulate_grad_batches=4, log_every_n_steps=1)
+    callback = BCLCallback(every=1, out=tmp_path / "out")
+    rows = fit(lightning, module, [callback, Later()], tmp_path, **arguments)
+    twin.network[1].requires_grad_(False)
+    optimizer = OPTIMIZERS["sgd"]([p for p in twin.parameters() if p.requires_grad])
+    for layer in twin.network[4:]:
+        layer.bind_optimizer(optimizer)
+    train(twin.network, optimizer, bound=False, window=4)
+    twin.network[1].requires_grad_(True)
+    optimizer.add_param_group({"params": twin.network[1].parameters(), "lr": 0.1})
+    train(twin.network, optimizer, window=4)
+    assert same(state(module.network), state(twin.network))
+    assert [float(row[f"bcl/{LAYER}/adam"]) > 0 for row in rows] == [True] * 2
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -213,3 +252,16 @@ def test_transformers_reports_to_tensorboard_and_trains_again(hf, tmp_path):
     assert [event.step for event in events.Scalars(f"train/bcl/{LAYER}/wt_sim")] == [1, 3]
     trainer.train()
     assert int(model.network[1].step) == 6 and model.network[1]._observers == ()
+
+    def fails(*_):
+        if int(model.network[1].step) == 8:
+            raise ZeroDivisionError
+
+    handle = model.network.register_forward_pre_hook(fails)
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    handle.remove()
+    trainer.train()  # as if nothing had been
+    assert int(model.network[1].step) == 11 and model.network[1]._observers == ()
+    measured = [row["step"] for row in trainer.state.log_history if f"bcl/{LAYER}/wt_sim" in row]
+    assert measured == [1, 3]

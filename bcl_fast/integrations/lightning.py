@@ -11,15 +11,18 @@ except ModuleNotFoundError:  # the older package of the same classes
     from pytorch_lightning import Callback
 
 from ..attach import bind_optimizer
-from ..meter import Measured
+from ..bound import holders
+from ..layer import BCLLayer
+from ..meter import Measured, bcl_layers
 from ..monitor import Monitor
 
 
 class BCLCallback(Callback):
     """Binds the BCL layers of a LightningModule to its optimizers, and logs what they do to the trainer's loggers.
 
-    They are bound as the training starts, when the optimizers are there and a checkpoint is loaded. Accumulation,
-    clipping, precisions and several optimizers are Lightning's affair, as for any module.
+    They are bound as the training starts, when the optimizers are there and a checkpoint is loaded, and those that an
+    optimizer gets later (BaseFinetuning) before their first batch. Accumulation, clipping, precisions and several
+    optimizers are Lightning's affair, as for any module.
 
     Args:
         every: steps of a layer from one that is logged to the next, >= 1; 0 logs nothing.
@@ -29,9 +32,13 @@ class BCLCallback(Callback):
     def __init__(self, every: int = 100, out: str | Path | None = None) -> None:
         self.every, self.out = every, out
         self._monitor: Monitor | None = None
+        self._without: dict[str, BCLLayer] = {}  # that no optimizer holds yet
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        bind_optimizer(pl_module, trainer.optimizers)
+        held = holders(layers := bcl_layers(pl_module), trainer.optimizers)
+        self._without = {name: layer for name, layer in layers.items() if name not in held}
+        if held or not layers or any(layer.weight.requires_grad for layer in layers.values()):
+            bind_optimizer(pl_module, trainer.optimizers)  # or its error: there is nothing to wait for
 
         def log(measured: Measured) -> None:
             numbers = measured.named("bcl/")
@@ -42,13 +49,17 @@ class BCLCallback(Callback):
         if self.every != 0:
             self._monitor = Monitor(pl_module, trainer.optimizers, self.every, self.out, callback=log).__enter__()
 
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        for name, optimizer in holders(self._without, trainer.optimizers).items() if self._without else ():
+            self._without.pop(name).bind_optimizer(optimizer)
+
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._end()
+        self._end(exception)
 
-    def _end(self) -> None:
+    def _end(self, *error: BaseException) -> None:
         if self._monitor is not None:
-            self._monitor.__exit__()
+            self._monitor.__exit__(*error)
             self._monitor = None

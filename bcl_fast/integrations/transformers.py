@@ -16,7 +16,8 @@ class BCLCallback(TrainerCallback):
     """Binds the BCL layers of a Trainer's model to its optimizer, and logs what they do by `trainer.log`.
 
     They are bound as the training starts, to the optimizer inside of accelerate's. The numbers are in
-    `trainer.state.log_history` and wherever the Trainer reports to.
+    `trainer.state.log_history` and wherever the Trainer reports to. A `train()` that raises has no end for callbacks:
+    its steps are looked at until the next `train()`.
 
     Args:
         trainer: the one it is added to: callbacks cannot log by themselves.
@@ -27,19 +28,21 @@ class BCLCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, every: int = 100, out: str | Path | None = None) -> None:
         self.trainer, self.every, self.out = trainer, every, out
         self._monitor: Monitor | None = None
-        self._measured: list[Measured] = []  # in the step that is under way
+        self._numbers: dict[str, float] = {}  # of the step that is under way
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         model, optimizer = others["model"], others["optimizer"]
         bind_optimizer(model, optimizer)
         self._end()
         if self.every != 0:
-            self._monitor = Monitor(model, optimizer, self.every, self.out, callback=self._measured.append).__enter__()
+            self._monitor = Monitor(model, optimizer, self.every, self.out, callback=self._take).__enter__()
+
+    def _take(self, measured: Measured) -> None:
+        self._numbers |= measured.named("bcl/")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self._measured:
-            numbers = {name: value for one in self._measured for name, value in one.named("bcl/").items()}
-            self._measured.clear()
+        if self._numbers:
+            numbers, self._numbers = self._numbers, {}
             due = control.should_log
             self.trainer.log(numbers)
             control.should_log = due  # which a log takes back, and with it the Trainer's own of this step
@@ -48,7 +51,7 @@ class BCLCallback(TrainerCallback):
         self._end()
 
     def _end(self) -> None:
-        self._measured.clear()
+        self._numbers = {}
         if self._monitor is not None:
             self._monitor.__exit__()
             self._monitor = None
