@@ -281,7 +281,8 @@ def doctor() -> None:
     table = Table("backend", "device", "serves", "why not", title="Backends", title_justify="left")
     for device in devices:
         for backend, reason in backends.availability(device).items():
-            table.add_row(backend, device, "no" if reason else "yes", reason)
+            serves = "no" if reason else "yes" if device in present else "would"  # on a device that is not here
+            table.add_row(backend, device, serves, reason)
     console.print(table)
 
 
