@@ -64,9 +64,9 @@ class Meter:
         self.optimizers = [] if optimizer is None else optimizers_of(optimizer)
         check_number("every", every, low=1, integer=True)
         self.every, self.callback = every, callback
-        trained = any(layer.weight.requires_grad for layer in self.layers.values())
-        nothing = not holders(self.layers, self.optimizers) and (trained or not self.optimizers)
-        if optimizer is not None and nothing:
+        held = holders(self.layers, self.optimizers)
+        frozen = not any(layer.weight.requires_grad for layer in self.layers.values())  # and an optimizer's later
+        if optimizer is not None and not held and not (frozen and self.optimizers):
             got = ", ".join(type(each).__name__ for each in self.optimizers) or "no optimizer"
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
         self._watches: list[_Watch] = []
@@ -119,13 +119,12 @@ class Meter:
 
     @never_compiled
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        closure = closure_of(args, kwargs)
         due = [watch for watch in self._watches if watch.due and watch.optimizer is optimizer]
-        if not due:
-            return None
+        due = [watch for watch in due if watch.took_part or closure is not None]
         for watch in due:
             watch.begin_update()
-        closure = closure_of(args, kwargs)
-        if closure is None:
+        if closure is None or not due:
             return None
 
         def evaluate() -> Any:

@@ -82,8 +82,9 @@ class Monitor:
         self._callback = callback
         self._meter = Meter(model, optimizer, every, self._take)
         self._entered = self._warned = False
-        self._calls = 0  # of `log`
-        self._kept: set[str] = set()  # the layers with which it has kept any numbers
+        self._given: set[str] = set()  # the names of numbers that `log` was given
+        self._kept: set[str] = set()  # those of which it has kept any
+        self._served: set[str] = set()  # the layers with which it has kept any
 
     def __enter__(self) -> Monitor:
         if self._entered:
@@ -94,13 +95,14 @@ class Monitor:
                 entered.callback(self._folder.close)
             self._meter.__enter__()
             entered.pop_all()
-        self._entered, self._calls, self._kept = True, 0, set()
+        self._entered, self._given, self._kept, self._served = True, set(), set(), set()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered = False
         idle = self._meter.idle
-        lost = [name for name in self._meter.measured if self._calls and name not in self._kept]
+        without = [name for name in self._meter.measured if self._given and name not in self._served]
+        lost = sorted(self._given - self._kept) if self._meter.measured else []
         self._meter.__exit__()
         if self._folder is not None:
             self._folder.close()
@@ -110,10 +112,11 @@ class Monitor:
                 "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
                 stacklevel=2,
             )
-        if lost and not any(error):
+        if (lost or without) and not any(error):
+            what = f"no number named {_listed(lost)}" if lost else f"nothing with {_listed(without)}"
             warnings.warn(
-                f"log() has kept nothing with {_listed(lost)}: none of its {self._calls:,} calls came between a step "
-                "of theirs that was measured and the next backward; call it after each step, that of every optimizer",
+                f"log() has kept {what}: it keeps what comes between a step that was measured and the next backward; "
+                "call it after each step, that of every optimizer",
                 stacklevel=2,
             )
 
@@ -129,7 +132,8 @@ class Monitor:
         They are kept with every layer of which a step was measured since the last backward; several calls add up. Where
         there is none nothing is read: tensors on a GPU are not waited for. Optimizers that step in turn, as a GAN's,
         have a call after each. Raises RuntimeError outside of the `with` block. Warns where it comes before any step,
-        as it then does before every one, and at the end of the block where it never came in time for a layer.
+        as it then does before every one, and at the end of the block of names and layers for which it never came in
+        time.
         """
         if "step" in numbers:
             raise ValueError("numbers must have other names than step, which is the line's own")
@@ -143,8 +147,9 @@ class Monitor:
                 stacklevel=2,
             )
         steps = self._meter.just_measured
-        self._calls += 1
-        self._kept |= steps.keys()
+        self._given |= numbers.keys()
+        self._served |= steps.keys()
+        self._kept |= numbers.keys() if steps else set()
         if steps and self._folder is not None:
             self._folder.log(steps, {name: _number(name, value) for name, value in numbers.items()})
 

@@ -90,7 +90,8 @@ def test_numbers_are_kept_with_the_layers_that_stepped_and_with_no_step_but_thei
     critic, other = two_layers(), make()
     model = nn.ModuleDict({"critic": critic, "other": other})
     optimizers = [SGD(each.parameters(), 0.1) for each in (critic, other)]
-    with Monitor(model, optimizers, 2, tmp_path) as monitor:
+    told = pytest.warns(UserWarning, match="kept no number named 'half'")
+    with told, Monitor(model, optimizers, 2, tmp_path) as monitor:
         for step in range(5):
             for turn in range(2):  # two steps of the critic for one of the other
                 hidden = critic[0](DATA[step][0])
@@ -130,12 +131,21 @@ def test_what_would_be_lost_or_kept_with_another_step_is_told(tmp_path):
             output = layer(batch(seed=step))
             monitor.log(number=step)
             output.sum().backward()
-    with pytest.warns(UserWarning, match=r"log\(\) has kept nothing with 'BCLLayer': none of its 2 calls"):
+    with pytest.warns(UserWarning, match=r"log\(\) has kept no number named 'late': it keeps what comes"):
         with Monitor(layer, out=tmp_path) as monitor:
             for step in range(4):
                 layer(batch(seed=step)).sum().backward()
+                monitor.log(number=step)
                 if step % 2:
-                    monitor.log(number=step)
+                    monitor.log(late=step)
+    pair = nn.ModuleList([make(), make()])
+    with (
+        pytest.warns(UserWarning, match=r"log\(\) has kept nothing with '0': it keeps"),
+        Monitor(pair, out=tmp_path / "two") as monitor,
+    ):
+        for each in pair:
+            each(batch()).sum().backward()
+        monitor.log(number=1)
     model = two_layers().eval()
     with pytest.warns(UserWarning, match="Monitor has measured no step of '0', '2': a step is a backward in train"):
         with Monitor(model, out=None):
