@@ -21,8 +21,8 @@ def trusting(path: Path | str, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, DamagedFile) or getattr(error, "filename", None) is not None:
-            raise  # it names its file itself
+        if isinstance(error, (DamagedFile, MemoryError)) or getattr(error, "filename", None) is not None:
+            raise  # it names its file itself, or the file is not at fault
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise DamagedFile(f"{path} is damaged or of another kind ({what[:160]}): {remedy}") from error
 

@@ -14,6 +14,7 @@ sklearn = pytest.importorskip("sklearn.datasets", reason="needs the extra [demo]
 
 from bcl_fast import BCLLayer, Monitor, bind_optimizer  # noqa: E402
 from bcl_fast import __main__ as cli  # noqa: E402
+from bcl_fast.experiments import plots  # noqa: E402
 from bcl_fast.monitor import LINES, STEPS  # noqa: E402
 
 STEP = "document.querySelectorAll('.inspector')[{}].querySelector('input[type=range]')"
@@ -109,15 +110,41 @@ def test_several_folders_make_one_page(tmp_path):
 
 
 def test_a_layer_may_have_any_name(tmp_path):
-    model, names = nn.Module(), ("a/b", "<b>", "a-b", 300 * "a", 300 * "a" + "b")
+    model, names = nn.Module(), ("a/b", "<b>", "a-b", r"$\frac$", 300 * "a", 300 * "a" + "b")
     for name in names:
         model.add_module(name, BCLLayer(6, 4))
-    with Monitor(model, every=1, out=tmp_path):
+    with Monitor(model, every=1, out=tmp_path) as monitor:
         for name in names:
             model.get_submodule(name)(torch.rand(5, 6)).sum().backward()
+            monitor.log(**{r"loss$\sum$": 1.7e308})
     named = report(tmp_path)
     assert "Layer a/b" in named and "Layer &lt;b&gt;" in named
     assert len(list((tmp_path / "pictures").iterdir())) == named.count("<img ")
+
+
+def test_a_training_that_leaves_all_numbers_behind_has_a_page(tmp_path):
+    torch.manual_seed(0)
+    layer = BCLLayer(16, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD(layer.parameters(), 1e20)
+    with Monitor(layer, optimizer, 1, tmp_path) as monitor:
+        for _ in range(30):
+            loss = layer(torch.rand(9, 16, dtype=torch.float64)).square().mean()
+            loss.backward()
+            optimizer.step()
+            monitor.log(loss=loss)
+    assert "Layer BCLLayer" in report(tmp_path)
+
+
+def test_what_fails_in_drawing_is_not_the_folder_s_fault(folder, monkeypatch):
+    """Else it would tell people to delete what is whole."""
+    for error in (MemoryError, RuntimeError):
+
+        def fails(*_, error=error):
+            raise error("font")
+
+        monkeypatch.setattr(plots, "save", fails)
+        result = typer_testing.CliRunner().invoke(cli.app, ["report", str(folder)])
+        assert isinstance(result.exception, error) and "delete" not in result.output
 
 
 def lines(folder, change):

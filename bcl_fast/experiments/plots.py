@@ -17,6 +17,7 @@ from torch import Tensor
 from ..records import replacing
 
 # Okabe and Ito's colors: told apart with any color vision. Dashes and markers tell the lines apart without color.
+LARGEST = 1e200  # of what is drawn: an axis is wider than its curve, and its ends are numbers too
 BCL = {"color": "#0072B2", "marker": "o", "linestyle": "-"}
 CONTROL = {"color": "#D55E00", "marker": "s", "linestyle": "--"}
 TARGETS = {"color": "#CC79A7", "marker": "^", "linestyle": "-."}
@@ -49,13 +50,13 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     """An empty figure with a title; sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    figure.suptitle(title, fontsize=14)
+    figure.suptitle(_verbatim(title), fontsize=14)
     return figure
 
 
 def tidy(axes: Axes, title: str) -> None:
     """A title, a light grid, and no box."""
-    axes.set_title(title, fontsize=11)
+    axes.set_title(_verbatim(title), fontsize=11)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -96,7 +97,7 @@ def win_rate_picture(runs: Mapping[str, Run]) -> Figure:
         places = range(0, len(steps), max(1, len(steps) // 8))
         axes.set_xticks(places, [f"{steps[i]:,}" for i in places])
         axes.set_xlabel("step, as measured (not to scale)")
-        axes.set_title(name, fontsize=11)
+        axes.set_title(_verbatim(name), fontsize=11)
     if len(rate) <= FEW:
         panels[0].set_yticks(range(len(rate)))
     panels[0].set_ylabel("feature, by win rate at the last step")
@@ -112,7 +113,7 @@ def force_picture(title: str, run: Run, move: str = "Adam's move") -> Figure:
     for axes, name, label in zip(figure.subplots(1, 2), ("gradient", "adam"), ("the gradient", move), strict=True):
         for place, style in zip(places, STYLES, strict=False):
             x, y = run.tensors["pull"][place], run.tensors[name][place]
-            some = (x > 0) & (y > 0) & (x + y).isfinite()  # a logarithm has no place for others
+            some = (x > 0) & (y > 0) & (x < LARGEST) & (y < LARGEST)  # a logarithm has no place for others
             points = f"step {steps[place]:,}" + ("" if some.all() else f" ({int((~some).sum())} left out)")
             look = dict(s=18, alpha=0.8, color=style["color"], marker=style["marker"])
             axes.scatter(x[some].tolist(), y[some].tolist(), label=points, **look)
@@ -261,7 +262,13 @@ def over_steps(axes: Axes, title: str) -> None:
 
 def _line(axes: Axes, rows: Rows, key: str, label: str, style: dict[str, str]) -> None:
     look = dict(markersize=4, linewidth=1.5, markevery=max(1, len(rows) // MARKERS), **style)
-    axes.plot([r["step"] for r in rows], [r[key] for r in rows], label=label, **look)
+    values = [None if r[key] is None or abs(r[key]) > LARGEST else r[key] for r in rows]
+    axes.plot([r["step"] for r in rows], values, label=_verbatim(label), **look)
+
+
+def _verbatim(name: str) -> str:
+    """A name of the user's as it is: between dollars stands mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _finite(tensor: Tensor) -> Tensor:
