@@ -156,4 +156,4 @@ def record(
     effective_weight = weight.to(dtype, copy=True) if som_offset is None else (weight + som_offset).to(dtype)
     bias = None if bias is None else bias.to(dtype)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.record(step, x.to(dtype), effective_weight, bias, activation, neighbors, config)
+        return reference.record(step, x.to(dtype, copy=True), effective_weight, bias, activation, neighbors, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import operators
-from .bound import Optimizers, closure_of, holders, optimizers_of, with_closure
+from .bound import PATIENCE, Optimizers, closure_of, holders, optimizers_of, with_closure
 from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
 from .layer import BCLLayer
 from .observers import Observer, call_all
@@ -45,8 +47,8 @@ class Meter:
 
     Args:
         model: holds at least one BCLLayer; may be wrapped by torch.compile or DistributedDataParallel.
-        optimizer: one or several; forces are measured of the layers whose weight one of them holds, unless two layers
-            share it.
+        optimizer: one or several; forces are measured of the layers whose weight one of them holds, where they can be
+            told apart: not where two layers share it, or somebody else writes it between two backwards of a step.
         every: how many steps of a layer lie between two that are measured, >= 1.
         callback: is called with what was `Measured` during the backward, or in the step of the optimizer.
 
@@ -70,19 +72,21 @@ class Meter:
             got = ", ".join(type(each).__name__ for each in self.optimizers) or "no optimizer"
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
         self._watches: list[_Watch] = []
-        self._entered = ExitStack()
+        self._entered, self._process = ExitStack(), os.getpid()
         self.backward = NO_BACKWARD  # the last in which any of the layers took part
 
     @property
     def measures(self) -> bool:
-        """Whether this process does: of several ranks only the first."""
+        """Whether this process does: of several ranks only the first, and none that was forked from it."""
         group = torch.distributed
-        return not (group.is_available() and group.is_initialized() and group.get_rank() != 0)
+        other = group.is_available() and group.is_initialized() and group.get_rank() != 0
+        return not other and os.getpid() == self._process
 
     @property
     def seen(self) -> bool:
-        """Whether any backward of a layer came."""
-        return any(watch.took_part or watch.steps for watch in self._watches)
+        """Whether any backward of a layer came, if one can."""
+        trained = any(watch.layer.weight.requires_grad for watch in self._watches)
+        return self.backward != NO_BACKWARD or not trained
 
     @property
     def just_measured(self) -> dict[str, int]:
@@ -99,6 +103,12 @@ class Meter:
     def idle(self) -> list[str]:
         """The layers of which no step was measured, though they are trained."""
         return [each.name for each in self._watches if each.measured is None and each.layer.weight.requires_grad]
+
+    @property
+    def deserted(self) -> list[str]:
+        """The layers that go on though the optimizer given for them has ceased to step, and that said nothing of it."""
+        found = (watch for watch in self._watches if watch.measured is not None and watch.changed < PATIENCE)
+        return [watch.name for watch in found if watch.waiting > max(PATIENCE, 2 * watch.longest)]
 
     def __enter__(self) -> Meter:
         if self._watches:
@@ -152,12 +162,16 @@ class _Watch(Observer):
         self.measured_in = NO_BACKWARD  # its last backward
         self.took_part = False
         self.late = False  # the optimizer has stepped, its pull is still to come: as LBFGS's, bound within the block
+        self.changed = 0  # backwards in a row for which somebody had written the weight, without a step
+        self.waiting = self.longest = 0  # backwards since the last step, and the most that a step had
         self._forget()
 
     def _forget(self) -> None:
         self.record: Record | None = None  # of the last backward of this step
+        self.first: Tensor | None = None  # the weight before its first
+        self.left: Tensor | None = None  # the weight after its last
         self.pull: Tensor | None = None  # the sum of its pulls
-        self.left: Tensor | None = None  # the weight after that backward
+        self.apart = self.alone  # whether the forces can be told apart
         self.begin: Tensor | None = None  # the weight as the optimizer's update begins, and what is pulled within it
         self.gradient: Tensor | None = None  # as the optimizer gets it
 
@@ -169,17 +183,35 @@ class _Watch(Observer):
         return weight.to(operators.exact(weight.dtype), copy=True)
 
     def consumed(self, record: Record | None) -> None:
+        self.waiting += 1
         if self.due and not self.took_part:
             self.find_optimizer()
         self.took_part, self.meter.backward = True, running_backward()
         if self.due and record is not None:
             self.record = record
-            if self.begin is None and self.left is not None and not self.left.equal(record.weight):
-                self.pull = None  # which was taken back: somebody has written the weight since, as for another try
+            self._look_at_writes(record.weight)
             self.left = self.weight()
             self.pulled(self.left - record.weight)
         if self.optimizer is None:
             self.end_step()
+
+    def _look_at_writes(self, weight: Tensor) -> None:
+        """What it means that somebody has written the weight between two backwards of a step."""
+        if self.first is None or self.left is None:
+            self.first = weight
+        elif self.begin is None and not self.left.equal(weight):
+            if self.first.equal(weight):  # another try: the pulls so far are undone
+                self.pull = None
+            else:
+                self.apart = False
+            self.changed += 1
+            if self.changed == PATIENCE:
+                self.due = False
+                warnings.warn(
+                    f"the weight of {self.name!r} was written {PATIENCE} times while Monitor waited for a step of "
+                    f"{type(self.optimizer).__name__}, and is not measured: give it the optimizer that steps",
+                    stacklevel=2,
+                )
 
     def pulled(self, move: Tensor) -> None:
         self.pull = move if self.pull is None else self.pull + move
@@ -208,8 +240,9 @@ class _Watch(Observer):
         self.late = self.due and bound.kept is not None and bound.optimizer is self.optimizer is not None
         if self.late:
             return
-        took_part, measured = self.took_part, None
-        self.took_part = False
+        took_part, measured = self.took_part and not self._skipped(), None
+        self.longest, self.waiting = max(self.longest, self.waiting), 0
+        self.took_part, self.changed = False, 0
         if self.due:
             if took_part and self.record is not None:
                 with operators.no_autocast(self.record.x.device.type):
@@ -223,6 +256,11 @@ class _Watch(Observer):
             self.meter.callback(measured)
             self.measured, self.measured_in = measured.step, self.meter.backward
 
+    def _skipped(self) -> bool:
+        """Whether a scaler has let a fused optimizer step over gradients that overflowed, which that then does not."""
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        return self.due and found_inf is not None and bool(found_inf > 0)
+
     def _measured(self, record: Record) -> Measured:
         nearest = nearest_cosine(record.weight, record.neighbors)
         metrics = step_metrics(record)
@@ -230,7 +268,7 @@ class _Watch(Observer):
         features = {"nearest": nearest}
         gradient = self.layer.weight.grad if self.gradient is None else self.gradient
         begin, pull = self.begin, self.pull
-        if self.alone and gradient is not None and begin is not None and pull is not None:
+        if self.apart and gradient is not None and begin is not None and pull is not None:
             norms = force_norms(gradient.to(begin.dtype), begin - pull, begin, self.weight())
             metrics |= forces(norms)
             features |= norms

@@ -100,13 +100,15 @@ class Monitor:
 
     def __exit__(self, *error: object) -> None:
         self._entered = False
-        idle = self._meter.idle
+        idle, deserted = self._meter.idle, self._meter.deserted
         without = [name for name in self._meter.measured if self._given and name not in self._served]
         lost = sorted(self._given - self._kept) if self._meter.measured else []
         self._meter.__exit__()
         if self._folder is not None:
             self._folder.close()
-        if idle and not any(error):
+        if any(error):
+            return
+        if idle:
             warnings.warn(
                 f"Monitor has measured no step of {_listed(idle)}: a step is a backward in train() that "
                 "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
