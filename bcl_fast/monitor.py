@@ -7,10 +7,11 @@ import hashlib
 import io
 import json
 import math
+import os
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -26,6 +27,11 @@ from .layer import BCLLayer
 from .meter import Measured, Meter
 from .records import DamagedFile, plain, replacing, trusting
 from .spec import check_number
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 LINES, STEPS, BOARD, LOCK = "monitor.jsonl", "steps", "tensorboard", "monitor.lock"
 REMEDY = "delete it, or the folder, and monitor anew"
@@ -78,9 +84,18 @@ class Monitor:
             raise TypeError(f"callback must be callable or None, got {callback!r}")
         if tensorboard and out is None:
             raise ValueError("tensorboard=True needs a folder, got out=None")
-        self._folder = None if out is None else _Folder(Path(out), tensorboard, _checked_shape(image_shape))
+        if out is not None and not isinstance(out, (str, Path)):
+            raise TypeError(f"out must be a str, a Path or None, got {out!r}")
         self._callback = callback
         self._meter = Meter(model, optimizer, every, self._take)
+        shape, inputs = _checked_shape(image_shape), {layer.in_features for layer in self._meter.layers.values()}
+        if shape is not None and math.prod(shape) not in inputs:
+            raise ValueError(
+                f"image_shape must be of as many numbers as the inputs of a layer, {_listed(sorted(inputs))}, got "
+                f"{image_shape!r}"
+            )
+        # Absolute: the training may go to another folder.
+        self._folder = None if out is None else _Folder(Path(out).expanduser().absolute(), tensorboard, shape)
         self._entered = self._warned = False
         self._given: set[str] = set()  # the names of numbers that `log` was given
         self._kept: set[str] = set()  # those of which it has kept any
@@ -114,7 +129,13 @@ class Monitor:
                 "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
                 stacklevel=2,
             )
-        if (lost or without) and not any(error):
+        if deserted:
+            warnings.warn(
+                f"Monitor has seen no step in the last backwards of {_listed(deserted)}: if another optimizer than the "
+                "one it was given has taken over, give it both",
+                stacklevel=2,
+            )
+        if lost or without:
             what = f"no number named {_listed(lost)}" if lost else f"nothing with {_listed(without)}"
             warnings.warn(
                 f"log() has kept {what}: it keeps what comes between a step that was measured and the next backward; "
@@ -123,6 +144,8 @@ class Monitor:
             )
 
     def _take(self, measured: Measured) -> None:
+        if not self._meter.measures:
+            return
         if self._folder is not None:
             self._folder.write(measured)
         if self._callback is not None:
@@ -141,7 +164,9 @@ class Monitor:
             raise ValueError("numbers must have other names than step, which is the line's own")
         if not self._entered:
             raise RuntimeError("log() works within the `with` block of its Monitor")
-        if self._meter.measures and not self._meter.seen and not self._warned:
+        if not self._meter.measures:
+            return
+        if not self._meter.seen and not self._warned:
             self._warned = True
             warnings.warn(
                 "log() comes before any backward of a BCLLayer in train(), and would keep numbers with the step before "
@@ -151,9 +176,11 @@ class Monitor:
         steps = self._meter.just_measured
         self._given |= numbers.keys()
         self._served |= steps.keys()
-        self._kept |= numbers.keys() if steps else set()
-        if steps and self._folder is not None:
-            self._folder.log(steps, {name: _number(name, value) for name, value in numbers.items()})
+        if steps:
+            self._kept |= numbers.keys()
+            read = {name: _number(name, value) for name, value in numbers.items()}
+            if self._folder is not None:
+                self._folder.log(steps, read)
 
 
 class _Folder:
@@ -173,8 +200,13 @@ class _Folder:
                 from torch.utils.tensorboard import SummaryWriter
             except ModuleNotFoundError as error:
                 raise ImportError(f'tensorboard=True needs {error.name}: pip install "bcl-fast[demo]"') from error
-        about = {
-            name: {"shape": list(layer.weight.shape), "backend": layer.backend, "config": layer.config.to_dict()}
+        about: dict[str, dict[str, Any]] = {
+            name: {
+                "shape": list(layer.weight.shape),
+                "step": int(layer.step),
+                "backend": layer.backend,
+                "config": layer.config.to_dict(),
+            }
             for name, layer in layers.items()
         }
         try:
@@ -182,30 +214,22 @@ class _Folder:
         except (FileExistsError, NotADirectoryError) as error:
             raise ValueError(f"out must be a folder to write to, got {self.out}: a file is in its place") from error
         with ExitStack() as opened:
-            opened.enter_context(self._alone())
-            lines = self.out / LINES
+            opened.enter_context(_locked(self.out))
+            lines, repeated = self.out / LINES, None
             if lines.exists() and _cut_after_last_line(lines):
-                there = _shapes(Monitored.read(self.out).runs[-1])
+                found = Monitored.read(self.out)
+                there = _shapes(found.runs[-1])
                 if there != _shapes({"layers": about}):
                     raise ValueError(
                         f"out must be a new folder or one of the same layers, got {self.out}, which has {there}"
                     )
+                repeated = min((about[name]["step"] for name, rows in found.layers.items() if rows), default=None)
             self._start = time.perf_counter()
             self._append({"bcl_fast": __version__, "environment": environment(), "layers": about})
             if self._boards:
-                self._board = SummaryWriter(str(self.out / BOARD))
+                self._board = SummaryWriter(str(self.out / BOARD), purge_step=repeated)
                 opened.callback(self._board.close)
             self._opened = opened.pop_all()
-
-    def _alone(self) -> AbstractContextManager[Any]:
-        """The lock of this folder, which ends with this process at the latest: two would mix into one curve."""
-        from filelock import FileLock, Timeout  # which torch requires
-
-        try:
-            return FileLock(self.out / LOCK, timeout=0).acquire()
-        except Timeout as error:
-            message = f"out must be a folder that no other Monitor writes to, got {self.out}, to which one does now"
-            raise ValueError(message) from error
 
     def close(self) -> None:
         self._opened.close()
@@ -213,7 +237,8 @@ class _Folder:
 
     def log(self, steps: Mapping[str, int], numbers: Mapping[str, float]) -> None:
         self._append({"steps": steps, "log": numbers})
-        self._show(max(steps.values()), numbers)
+        for layer, step in steps.items():
+            self._show(step, {f"{layer}/{name}": number for name, number in numbers.items()})
 
     def write(self, measured: Measured) -> None:
         layer, step, record = measured.layer, measured.step, measured.record
@@ -242,10 +267,10 @@ class _Folder:
 
 
 class Monitored(NamedTuple):
-    """What a folder of a `Monitor` holds."""
+    """What a folder of a `Monitor` holds: of steps that a later start has repeated what that has measured."""
 
     folder: Path
-    runs: list[dict[str, Any]]  # how each start was: `bcl_fast`, `environment`, `layers`
+    runs: list[dict[str, Any]]  # how each start was: `bcl_fast`, `environment`, `layers`; and if it has `measured` any
     layers: dict[str, list[dict[str, Any]]]  # the lines of each layer, by step
     logged: dict[str, list[dict[str, Any]]]  # the user's own numbers with the steps of each layer, by `step`
 
@@ -253,7 +278,7 @@ class Monitored(NamedTuple):
     def read(cls, folder: Path) -> Monitored:
         """Raises DamagedFile, which names the file and the line, where it is not what a `Monitor` wrote.
 
-        A last line that a crash has cut short is left out, and so is what was measured again after a checkpoint.
+        A last line that a crash has cut short is left out, and so is what a later start has gone back behind.
         """
         path = folder / LINES
         with trusting(path, REMEDY):
@@ -269,7 +294,7 @@ class Monitored(NamedTuple):
 
     def _take(self, line: dict[str, Any]) -> None:
         if "environment" in line:
-            self.runs.append({name: line[name] for name in ("bcl_fast", "environment", "layers")})
+            self.runs.append({name: line[name] for name in ("bcl_fast", "environment", "layers")} | {"measured": False})
             for name in line["layers"]:  # in the order of the model; lines come in that of the backward
                 self.layers.setdefault(name, [])
                 self.logged.setdefault(name, [])
@@ -283,9 +308,11 @@ class Monitored(NamedTuple):
             if name != "layer" and not isinstance(number, (int, float, type(None))):
                 raise TypeError(f"{name} must be a number, got {number!r}")
         if measured:
-            for rows in (self.layers[line["layer"]], self.logged[line["layer"]]):
-                while rows and rows[-1]["step"] >= line["step"]:
-                    rows.pop()
+            if not self.runs[-1]["measured"]:  # what was to be repeated is, in all layers
+                self.runs[-1]["measured"] = True
+                for name, about in self.runs[-1]["layers"].items():
+                    self._drop(name, about["step"])
+            self._drop(line["layer"], line["step"])
             self.layers[line["layer"]].append(line)
             return
         for layer, step in line["steps"].items():
@@ -295,6 +322,11 @@ class Monitored(NamedTuple):
             if not rows or rows[-1]["step"] != step:
                 rows.append({"step": step})
             rows[-1].update(line["log"])
+
+    def _drop(self, layer: str, step: int) -> None:
+        for rows in (self.layers[layer], self.logged[layer]):
+            while rows and rows[-1]["step"] >= step:
+                rows.pop()
 
     def glances(self, layer: str) -> Sequence[dict[str, Tensor]]:
         """What was kept of each line of a layer, read as it is asked for; nothing where only the lines came along."""
@@ -322,7 +354,7 @@ class _Glances(Sequence[dict[str, Tensor]]):
         return kept
 
 
-def _listed(names: Sequence[str]) -> str:
+def _listed(names: Sequence[Any]) -> str:
     return ", ".join(map(repr, names))
 
 
@@ -331,8 +363,33 @@ def _number(name: str, value: Any) -> float:
         value = value.detach()
     try:
         return float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TypeError(f"{name} must be one number, got {value!r}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other monitors out, whose steps would mix into one curve, for as long as this process lives.
+
+    File systems without locks, and Windows, keep none out.
+    """
+    with (folder / LOCK).open("a") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"out must be a folder that no other Monitor writes to, got {folder}, to which one does now"
+            raise ValueError(message) from error
+        except OSError:
+            pass
+        process = os.getpid()
+        try:
+            yield
+        finally:
+            # Not by closing alone, since workers forked in the block hold the file too; nor by one of these.
+            if fcntl is not None and os.getpid() == process:
+                with suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _path(folder: Path, layer: str, step: int) -> Path:

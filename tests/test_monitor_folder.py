@@ -1,7 +1,9 @@
 """The folder of a Monitor is whole whatever happens, goes on where it was left, and what is wrong with one is named."""
 
+import errno
 import gzip
 import json
+import os
 
 import pytest
 import torch
@@ -55,6 +57,59 @@ def test_resuming_goes_on_and_what_was_repeated_counts_once(tmp_path):
     assert (tmp_path / LINES).read_text() == before and not other[0]._observers
 
 
+@pytest.mark.filterwarnings("ignore:Monitor has measured no step")
+def test_a_training_that_begins_anew_leaves_no_row_of_the_one_before(tmp_path):
+    """Nor does one of which a layer is frozen; one that measures nothing takes nothing away."""
+    for layers, steps, expected in (("02", 7, [0, 3, 6]), ("02", 0, [0, 3, 6]), ("0", 4, [0, 3])):
+        model = two_layers()
+        model[2].weight.requires_grad = "2" in layers
+        optimizer = SGD(model.parameters(), 0.1)
+        with Monitor(model, optimizer, 3, tmp_path) as monitor:
+            run(model, optimizer, steps, monitor=monitor)
+        found = Monitored.read(tmp_path)
+        for rows in (found.layers, found.logged):
+            assert {name: [row["step"] for row in rows[name]] for name in "02"} == {
+                name: expected if name in layers else [] for name in "02"
+            }
+
+
+def forked(layer, monitor):
+    layer(batch()).sum().backward()
+    monitor.log(child=1)
+    monitor.__exit__(None, None, None)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_neither_writes_nor_unlocks(tmp_path):
+    layer = make()
+    with Monitor(layer, every=1, out=tmp_path) as monitor:
+        layer(batch()).sum().backward()
+        process = torch.multiprocessing.get_context("fork").Process(target=forked, args=(layer, monitor))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        with pytest.raises(ValueError, match="to which one does now"):
+            Monitor(make(), out=tmp_path).__enter__()
+    found = Monitored.read(tmp_path)
+    assert len(found.layers["BCLLayer"]) == 1 and found.logged["BCLLayer"] == []
+
+
+def test_the_folder_stays_where_it_is_and_one_without_locks_is_written_to(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    fcntl = pytest.importorskip("fcntl", reason="this system has no such locks")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    layer = make()
+    with Monitor(layer, every=1, out="here"):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        layer(batch()).sum().backward()
+    assert len(list(Monitored.read(tmp_path / "here").glances("BCLLayer"))) == 1
+
+
 def test_a_start_that_was_cut_short_is_started_anew(tmp_path):
     (tmp_path / LINES).write_text('{"bcl_fast": "0.')
     layer = make()
@@ -77,10 +132,11 @@ def test_numbers_of_the_user_are_read_at_measured_steps_alone(tmp_path):
             layer(batch(seed=step)).sum().backward()
             monitor.log(number=Number(), tensor=torch.tensor([float(step)], requires_grad=True))
             monitor.log(again=Number())
-        with pytest.raises(TypeError, match=r"bad must be one number, got tensor\(\[1., 1.\]\)"):
-            for _ in range(3):
-                layer(batch()).sum().backward()
-                monitor.log(bad=torch.ones(2))
+        for bad, got in ((torch.ones(2), r"tensor\(\[1., 1.\]\)"), (10**400, "1000")):
+            with pytest.raises(TypeError, match=rf"bad must be one number, got {got}"):
+                for _ in range(3):
+                    layer(batch()).sum().backward()
+                    monitor.log(bad=bad)
     expected = [{"step": step, "number": 0.5, "tensor": float(step), "again": 0.5} for step in (0, 3, 6)]
     assert Monitored.read(tmp_path).logged == {"BCLLayer": expected} and Number.reads == 6
 
@@ -126,6 +182,10 @@ def test_what_would_be_lost_or_kept_with_another_step_is_told(tmp_path):
         monitor.log(step=3, loss=1.0)
     with pytest.raises(RuntimeError, match=r"log\(\) works within the `with` block"):
         monitor.log(loss=1.0)
+    layer.weight.requires_grad = False
+    with Monitor(layer, every=1, out=None) as monitor:
+        monitor.log(number=1)  # nothing can come before it
+    layer.weight.requires_grad = True
     with Monitor(layer, every=1, out=tmp_path) as monitor, pytest.warns(UserWarning, match="call it after the whole"):
         for step in range(3):
             output = layer(batch(seed=step))
@@ -159,14 +219,19 @@ def test_tensorboard_gets_every_number(tmp_path):
     model = two_layers()
     optimizer = SGD(model.parameters(), 0.1)
     with Monitor(model, optimizer, 2, tmp_path, tensorboard=True) as monitor:
-        run(model, optimizer, 3, monitor=monitor)
+        run(model, optimizer, 1, monitor=monitor)
+        saved = state(model)
+        run(model, optimizer, 4, 1, monitor=monitor)
+    model.load_state_dict(saved)  # as if it had stopped behind its checkpoint
+    with Monitor(model, optimizer, 2, tmp_path, tensorboard=True) as monitor:
+        run(model, optimizer, 4, 1, monitor=monitor)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     lines = Monitored.read(tmp_path).layers["2"]
     for name in ("wt_sim", "alive", "adam_over_pull", "dead"):
         got = [(event.step, event.value) for event in events.Scalars(f"2/{name}")]
         assert got == [(line["step"], pytest.approx(line[name])) for line in lines]
-    assert [event.step for event in events.Scalars("loss")] == [0, 2]
+    assert [event.step for event in events.Scalars("2/loss")] == [0, 1, 3] == [line["step"] for line in lines]
 
 
 def test_inputs_that_are_images_are_seen(tmp_path):
@@ -201,7 +266,9 @@ def test_inputs_that_are_images_are_seen(tmp_path):
         (dict(optimizer=[SGD(nn.Linear(2, 2).parameters())]), ValueError, "optimizer must hold .*'0', '2'.*got SGD"),
         (dict(optimizer=[]), ValueError, "optimizer must hold .*'0', '2'.*got no optimizer without any"),
         (dict(image_shape=7), TypeError, "image_shape must be .*, got 7"),
-        (dict(image_shape=(2, 4, 4)), ValueError, "image_shape must have 1 or 3 channels"),
+        (dict(image_shape=(6, 5)), ValueError, r"image_shape must be of as many numbers as .* 11, 13, got \(6, 5\)"),
+        (dict(out=3), TypeError, "out must be a str, a Path or None, got 3"),
+        (dict(image_shape=(2, 4, 4), out=None), ValueError, "image_shape must have 1 or 3 channels"),
         (dict(callback=3), TypeError, "callback must be callable or None, got 3"),
         (dict(out=None, tensorboard=True), ValueError, "tensorboard=True needs a folder, got out=None"),
     ],
