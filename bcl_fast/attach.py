@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ _READERS = {
     "transformers DabDetrMHAttentionMap": "k_linear",
     "transformers DetrMHAttentionMap": "k_proj",
     "transformers FalconMambaMixer": "dt_proj",
+    "transformers JambaMambaMixer": "dt_proj",
     "transformers LayoutLMv2Encoder": "rel_pos_bias rel_pos_x_bias rel_pos_y_bias",
     "transformers LongcatFlashTopkRouter": "classifier",
     "transformers MambaMixer": "dt_proj",
@@ -41,6 +43,10 @@ _READERS = {
     "transformers TDNNLayer": "kernel",
     "transformers WavLMAttention": "q_proj k_proj v_proj out_proj",
 }
+# What a class or an object may have of its own that no other layer would do.
+_METHODS = """
+    forward __call__ _call_impl get_extra_state set_extra_state _save_to_state_dict _load_from_state_dict
+""".split()
 _TENSORS = {"weight", "bias", "neighbors", "step", "_refreshed_at", "som_offset"}  # of both kinds of layers
 _Place = tuple[nn.Module, str]  # a module, and the name of one of its children
 Predicate = Callable[[str, nn.Linear], bool]
@@ -101,7 +107,7 @@ def attach_bcl(model: nn.Module, name: str | Iterable[str] | Predicate, **argume
 
     `name` is the name of one, such as "encoder.0", several names, or a predicate `(name, linear) -> bool` that is
     asked about every `nn.Linear` inside the model. `arguments` are those of `BCLLayer.from_linear`. The model's
-    optimizer stays valid, every place that holds a layer gets the new one, and hooks go along.
+    optimizer stays valid, every place that holds a layer gets the new one, and hooks and attributes go along.
 
     Raises, and leaves the model as it was: TypeError or ValueError for an argument or option that is wrong; ValueError
     for names that are no `nn.Linear` inside the model (and lists those that are), are given twice or none at all; and
@@ -141,13 +147,13 @@ def detach_bcl(model: nn.Module) -> list[str]:
     """Replace every BCLLayer inside `model`, attached or built so, by an `nn.Linear` on the same parameters.
 
     It computes what the layer did in `eval()`: a SOM offset is added to the weight, in place, so that the optimizer
-    stays valid and continues as for an `nn.Linear` that never competed. Mode and users' hooks are kept, every place
-    that holds a layer gets the new one, bindings end, and pulls that wait for a step are dropped. Modules that wrap
-    others (DistributedDataParallel, torch.compile) are looked into.
+    stays valid and continues as for an `nn.Linear` that never competed. Mode and users' hooks and attributes are kept,
+    every place that holds a layer gets the new one, bindings end, and pulls that wait for a step are dropped. Modules
+    that wrap others (DistributedDataParallel, torch.compile) are looked into.
 
     Returns the names of the layers replaced, of several names the first one, in the order of the model; none, where
     there is no BCLLayer. Raises ValueError, and leaves the model as it was, where `model` is a BCLLayer itself, and for
-    layers whose place no `nn.Linear` can take, each with its reason: a forward of its own, a parametrized weight, a
+    layers whose place no `nn.Linear` can take, each with its reason: methods of its own, a parametrized weight, a
     module compiled by itself, an offset on a weight that another module has too.
     """
     if isinstance(model, BCLLayer):
@@ -244,6 +250,9 @@ def _why_not_attach(linear: nn.Linear, places: list[_Place]) -> str | None:
         for kind in type(parent).__mro__:
             if key in _READERS.get(f"{kind.__module__.partition('.')[0]} {kind.__name__}", "").split():
                 return f"belongs to a {kind.__name__}, which reads its weight and never calls it"
+    used = [name for name in _attributes(linear) if name in _ours() or hasattr(BCLLayer, name)]
+    if used:
+        return f"has attributes {_listed(used)}, which mean something else on a BCLLayer"
     return _why_fixed(linear, places, nn.Linear)
 
 
@@ -251,8 +260,9 @@ def _why_fixed(module: nn.Linear, places: list[_Place], kind: type[nn.Linear]) -
     """Why another layer in these places could not do all that `module` does, which is to be a `kind`; or None."""
     if not {"weight", "bias"} <= module._parameters.keys():
         return "is parametrized (weight_norm, spectral_norm, prune, ...): make that permanent, or remove it, before"
-    if type(module).forward is not kind.forward or "forward" in module.__dict__:
-        return f"is a {type(module).__name__} with a forward of its own"
+    for name in _METHODS:
+        if getattr(type(module), name) is not getattr(kind, name) or name in module.__dict__:
+            return f"is a {type(module).__name__} with a {name} of its own"
     if more := {*module._parameters, *module._buffers, *module._modules} - _TENSORS:
         return f"holds {_listed(sorted(more))}, which would be lost"
     if hasattr(module.weight, "device_mesh"):
@@ -314,7 +324,7 @@ def _make_plain(model: nn.Module, swaps: list[_Swap]) -> None:
 
 
 def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in all places of `old`, with the hooks that users have put on it."""
+    """Put `new` in all places of `old`, with the hooks and the attributes that users have put on it."""
     for name in _HOOKS:
         hooks, own = getattr(old, name), getattr(new, name)
         if isinstance(own, dict):
@@ -324,8 +334,23 @@ def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
             hooks.update(mine)
         else:
             setattr(new, name, hooks)
+    hooks_of_loading: dict[int, Any] = new._load_state_dict_pre_hooks
+    for hook in hooks_of_loading.values():
+        if getattr(hook, "with_module", False) and hook.module() is old:  # torch's, the only kind that holds its module
+            hook.module = weakref.ref(new)
+    vars(new).update({name: value for name, value in _attributes(old).items() if name not in _ours()})
     for parent, name in places:
         parent._modules[name] = new  # a __setattr__ of its own might raise, and leave half of them exchanged
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What is in a module's dict besides what an nn.Linear has, and what calls this very object."""
+    usual = {*vars(nn.Linear(1, 1, device="meta")), *_METHODS, "_compiled_call_impl"}
+    return {name: value for name, value in vars(module).items() if name not in usual}
+
+
+def _ours() -> set[str]:
+    return set(_attributes(BCLLayer(1, 2, device="meta")))
 
 
 # --- Optimizers ------------------------------------------------------------------------------------------------------

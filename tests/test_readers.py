@@ -41,6 +41,12 @@ def mamba(model, name):
     return model, (torch.arange(6)[None],), {}
 
 
+def jamba():
+    kind, Config = of_transformers("jamba", "JambaMambaMixer", "JambaConfig")
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, intermediate_size=WIDTH)
+    return kind(Config(**SMALL, **heads, mamba_d_state=4, use_mamba_kernels=False), 0), (torch.randn(2, 5, WIDTH),), {}
+
+
 def layoutlmv2():
     kind, Config = of_transformers("layoutlmv2", "LayoutLMv2Encoder", "LayoutLMv2Config")
     config = Config(**SMALL, num_attention_heads=2, intermediate_size=8)
@@ -81,6 +87,7 @@ BUILDERS = {
     "DabDetrMHAttentionMap": dab_detr,
     "DetrMHAttentionMap": lambda: attention_map("detr", "DetrMHAttentionMap"),
     "FalconMambaMixer": lambda: mamba("falcon_mamba", "FalconMambaForCausalLM"),
+    "JambaMambaMixer": jamba,
     "LayoutLMv2Encoder": layoutlmv2,
     "LongcatFlashTopkRouter": longcat,
     "MambaMixer": lambda: mamba("mamba", "MambaForCausalLM"),
