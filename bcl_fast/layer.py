@@ -164,8 +164,7 @@ class BCLLayer(nn.Linear):
             self._start_afresh(f"{missing[0]} is missing from a state_dict that has the rest of the competition")
         elif not missing:
             self._written = Written()
-            if (wrong := state.wrong(self.neighbors, self.step, self.som_offset)) is not None:
-                raise ValueError(wrong.message)
+            self._check_numbers()
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
@@ -368,8 +367,7 @@ class BCLLayer(nn.Linear):
     def _look_at_state(self, weight: Tensor) -> None:
         """Check the state once, whoever has written it (one synchronization on a GPU).
 
-        While a CUDA graph is captured nothing is looked at; kernels clamp. A competition of which nobody has written
-        the neighbors and the step starts afresh, with a warning; anything else that is wrong is a ValueError.
+        While a CUDA graph is captured nothing is looked at; kernels clamp.
         """
         if counters.capturing(weight.device):
             return
@@ -378,15 +376,20 @@ class BCLLayer(nn.Linear):
         state.check_kinds(self, weight, self._k, self._config.som_space)
         if written.nobody:
             self._start_afresh("neighbors were never written (to_empty, skip_init)")
-        elif (wrong := state.wrong(self.neighbors, self.step, self.som_offset)) is not None:
-            ours = self.step is written.step or self.neighbors is written.neighbors
-            if ours or wrong.buffer != "neighbors":
-                raise ValueError(wrong.message)
-            self._start_afresh(wrong.message)
+        else:
+            self._check_numbers()
         if self._refreshed_at is not written.refreshed_at:
             self._refreshed_at.fill_(-1)
         self._written = state.written_by(self)
         self._written.weight = written.weight  # which was not looked at
+
+    def _check_numbers(self) -> None:
+        """Start afresh, with a warning, where neighbors are none, as the mean of models'; else a ValueError."""
+        wrong = state.wrong(self.neighbors, self.step, self.som_offset)
+        if wrong is not None and wrong.buffer == "neighbors":
+            self._start_afresh(wrong.message)
+        elif wrong is not None:
+            raise ValueError(wrong.message)
 
     # --- The pull ----------------------------------------------------------------------------------------------------
 

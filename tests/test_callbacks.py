@@ -161,6 +161,41 @@ def test_lightning_binds_what_its_optimizer_gets_later(lightning, others, tmp_pa
     assert [float(row[f"bcl/{LAYER}/adam"]) > 0 for row in rows] == [True] * 2
 
 
+@quiet_lightning
+def test_lightning_averages_what_trains_on(lightning, tmp_path):
+    """EMAWeightAveraging averages buffers too, whose neighbors are then none: its checkpoint loads, and trains."""
+    from bcl_fast.integrations.lightning import BCLCallback
+
+    averaging = getattr(lightning.callbacks, "EMAWeightAveraging", None)
+    if averaging is None:
+        pytest.skip("this version of Lightning has no EMAWeightAveraging")
+    module = lightning.Module("sgd", network(recompute_every=1))
+    fit(lightning, module, [BCLCallback(every=0), averaging(decay=0.9)], tmp_path / "one", epochs=3)
+    averaged, fresh = state(module.network), network(seed=3, recompute_every=1)
+    with pytest.warns(UserWarning, match="neighbors must be.* the competition starts afresh"):
+        fresh.load_state_dict(averaged)
+    assert int(fresh[1].step) == 0 and fresh[1].weight.equal(averaged["1.weight"])
+    with pytest.warns(UserWarning, match="neighbors must be.* the competition starts afresh"):
+        fit(lightning, module, BCLCallback(every=0), tmp_path / "two", epochs=1)
+    assert same(state(module.network), train(fresh))
+
+
+@quiet_lightning
+def test_lightning_names_layers_that_no_optimizer_holds(lightning, tmp_path):
+    from bcl_fast.integrations.lightning import BCLCallback
+
+    module = lightning.Module("sgd", network().append(BCLLayer(5, 5, **OPTIONS)))
+    module.configure_optimizers = lambda: OPTIMIZERS["sgd"](module.network[1].parameters())
+    with pytest.warns(UserWarning, match="no optimizer holds the weights of 'network.4': every backward pulls them"):
+        fit(lightning, module, BCLCallback(every=0), tmp_path, epochs=1)
+    for arguments, message in (
+        (dict(every=-1), "every must be an integer >= 0, got -1"),
+        (dict(every=0, out="here"), "out needs steps that are measured, every >= 1, got 'here' with every=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BCLCallback(**arguments)
+
+
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 

@@ -213,11 +213,6 @@ def at(row, column, value):
 
 # Buffer, how it is spoilt, and what the message must show of it.
 BAD = {
-    "out of range": ("neighbors", at(2, 1, D), "11"),
-    "far out of range": ("neighbors", at(2, 1, 2**40), str(2**40)),
-    "negative": ("neighbors", at(2, 1, -1), "-1"),
-    "itself": ("neighbors", at(2, 1, 2), "2"),
-    "doubled": ("neighbors", at(2, 1, lambda neighbors: neighbors[2, 0].item()), "2"),
     "float neighbors": ("neighbors", torch.Tensor.float, "torch.float32"),
     "half neighbors": ("neighbors", torch.Tensor.half, "torch.float16"),
     "negative step": ("step", lambda step: step - 8, "-5"),
@@ -241,25 +236,34 @@ def test_a_bad_checkpoint_is_refused_by_name(kind):
         assert caught.match(shown)
 
 
-@pytest.mark.parametrize("kind", ["out of range", "far out of range", "negative", "itself", "doubled"])
-@pytest.mark.parametrize("how", ["attribute", "in place"])
-def test_a_buffer_written_by_hand_is_checked(kind, how):
-    """Refused by name, or, where it passes for memory that nobody wrote, a fresh start that says so."""
-    model, spoil = trained(3), BAD[kind][1]
-    if how == "in place":
-        spoil(model[1].neighbors)
-    else:
-        model[1].neighbors = spoil(model[1].neighbors.clone())
-    twin = of_linear(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            got = train(model)
-        except ValueError as error:
-            assert "neighbors must" in str(error)
-            return
-    assert any("neighbors" in str(warning.message) for warning in caught)
-    assert same(got, train(twin))
+# What no neighbors are, as the mean of several models' buffers.
+NO_NEIGHBORS = {
+    "out of range": (at(2, 1, D), "11"),
+    "far out of range": (at(2, 1, 2**40), str(2**40)),
+    "negative": (at(2, 1, -1), "-1"),
+    "itself": (at(2, 1, 2), "2"),
+    "doubled": (at(2, 1, lambda neighbors: neighbors[2, 0].item()), ","),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NEIGHBORS)
+@pytest.mark.parametrize("how", ["attribute", "in place", "loaded", "assigned"])
+def test_neighbors_that_are_none_start_afresh(kind, how):
+    """And say so, once."""
+    model, (spoil, shown) = trained(3), NO_NEIGHBORS[kind]
+    with pytest.warns(UserWarning, match=f"neighbors must .*got .*{shown}.* for feature 2: .* afresh") as caught:
+        if how == "in place":
+            spoil(model[1].neighbors)
+        elif how == "attribute":
+            model[1].neighbors = spoil(model[1].neighbors.clone())
+        else:
+            state_dict = checkpoint(model)
+            spoil(state_dict["1.neighbors"])
+            model.load_state_dict(state_dict, assign=how == "assigned")
+            assert int(model[1].step) == 0
+        twin = of_linear(model)
+        got = train(model)
+    assert len(caught) == 1 and same(got, train(twin))
 
 
 @pytest.mark.parametrize(

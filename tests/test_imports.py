@@ -54,7 +54,7 @@ ALLOWED = {
     "glance": {"diagnostics", "reference"},
     "meter": {"spec", "bound", "diagnostics", "layer", "observers", "operators", "private", "reference"},
     "monitor": {"__init__", "spec", "bound", "environment", "glance", "layer", "meter", "records"},
-    "integrations": {"attach", "bound", "layer", "meter", "monitor"},
+    "integrations": {"spec", "attach", "bound", "layer", "meter", "monitor", "integrations"},
     "testing": {"spec", "reference", "structures"},
     "measure": {"spec", "reference", "capture", "backends", "layer", "structures", "measure"},
     "experiments": {"__init__", "spec", "environment", "attach", "layer", "losses", "diagnostics", "experiments"}

@@ -10,11 +10,11 @@ try:
 except ModuleNotFoundError:  # the older package of the same classes
     from pytorch_lightning import Callback
 
-from ..attach import bind_optimizer
 from ..bound import holders
 from ..layer import BCLLayer
-from ..meter import Measured, bcl_layers
+from ..meter import Measured
 from ..monitor import Monitor
+from .start import bind_layers, check_arguments
 
 
 class BCLCallback(Callback):
@@ -30,15 +30,13 @@ class BCLCallback(Callback):
     """
 
     def __init__(self, every: int = 100, out: str | Path | None = None) -> None:
+        check_arguments(every, out)
         self.every, self.out = every, out
         self._monitor: Monitor | None = None
         self._without: dict[str, BCLLayer] = {}  # that no optimizer holds yet
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        held = holders(layers := bcl_layers(pl_module), trainer.optimizers)
-        self._without = {name: layer for name, layer in layers.items() if name not in held}
-        if held or not layers or any(layer.weight.requires_grad for layer in layers.values()):
-            bind_optimizer(pl_module, trainer.optimizers)  # or its error: there is nothing to wait for
+        self._without = bind_layers(pl_module, trainer.optimizers)
 
         def log(measured: Measured) -> None:
             numbers = measured.named("bcl/")

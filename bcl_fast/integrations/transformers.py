@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback
 
-from ..attach import bind_optimizer
 from ..meter import Measured
 from ..monitor import Monitor
+from .start import bind_layers, check_arguments
 
 
 class BCLCallback(TrainerCallback):
@@ -26,13 +26,14 @@ class BCLCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Trainer, every: int = 100, out: str | Path | None = None) -> None:
+        check_arguments(every, out)
         self.trainer, self.every, self.out = trainer, every, out
         self._monitor: Monitor | None = None
         self._numbers: dict[str, float] = {}  # of the step that is under way
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         model, optimizer = others["model"], others["optimizer"]
-        bind_optimizer(model, optimizer)
+        bind_layers(model, optimizer)
         self._end()
         if self.every != 0:
             self._monitor = Monitor(model, optimizer, self.every, self.out, callback=self._take).__enter__()
