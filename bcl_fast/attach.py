@@ -186,6 +186,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _layers(model: nn.Module) -> dict[str, BCLLayer]:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     return {name: module for name, module in model.named_modules() if isinstance(module, BCLLayer)}
 
 

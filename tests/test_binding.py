@@ -114,5 +114,9 @@ def test_a_wrong_optimizer_is_named_and_binds_nothing(how):
 
 
 def test_a_model_without_a_layer_has_nothing_to_bind():
+    model = deep()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match="model must be an nn.Module, got SGD"):
+        bind_optimizer(optimizer, model)
     with pytest.raises(ValueError, match="model must have a BCLLayer to bind, got none"):
         bind_optimizer(deep(), torch.optim.SGD(deep().parameters(), 0.1))
