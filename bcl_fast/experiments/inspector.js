@@ -186,9 +186,9 @@
     const colors = signed ? SIGNED : GRAY;
     const size = height * width;
     const color = (i) => (channels === 3 ? [level(i), level(size + i), level(2 * size + i)] : colors[level(i)]);
-    const signedScale = largest ? `\u2212${number(largest)} to ${number(largest)}` : "0 everywhere";
+    const signedScale = largest ? `colors from \u2212${number(largest)} to ${number(largest)}` : "0 everywhere";
     const scale = signed ? signedScale : `${number(low)} (black) to ${number(high)} (white)`;
-    const canvas = make("canvas", { role: "img", "aria-label": `${label}, on a scale: ${scale}` });
+    const canvas = make("canvas", { role: "img", "aria-label": `${label}; ${scale}` });
     fill(canvas, width, height, color);
     return { canvas, scale };
   }
@@ -292,9 +292,9 @@
     const rescues = ` It pulls ${pulls} of the ${count(data.features_of)} features.`;
     const words = make("p", {}, make("b", {}, `Sample ${sample}`),
       `: won by feature ${winner}${kept}; coverage ${coverage}, need ${need}.${rescues}`);
-    // Kept are the inputs of samples that pull some feature.
     const there = data.length !== null && step.chosen.includes(sample);
     const picture = there ? [portrait(data, inputOf(data, step, sample))] : [];
+    if (data.length !== null && !there) words.append(" Kept are the inputs of samples that pull a feature most.");
     return make("div", { class: "sample row" }, ...picture, words);
   }
 

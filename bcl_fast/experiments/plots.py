@@ -14,6 +14,7 @@ from matplotlib.figure import Figure  # without pyplot: no window, no global sta
 from matplotlib.image import AxesImage
 from torch import Tensor
 
+from ..diagnostics import ALIVE_ABOVE, REDUNDANT_ABOVE
 from ..records import replacing
 
 # Okabe and Ito's colors: told apart with any color vision. Dashes and markers tell the lines apart without color.
@@ -193,7 +194,11 @@ ALIKE = {
         "rp_corr": "rescue pull, correlation (rp_corr)",
     },
 }
-COUNTS = {"alive": "alive: win rate above .01", "dead": "dead", "redundant": "redundant: cosine with another above .95"}
+COUNTS = {
+    "alive": f"alive: win rate above {ALIVE_ABOVE:g}",
+    "dead": "dead",
+    "redundant": f"redundant: cosine with another above {REDUNDANT_ABOVE:g}",
+}
 FORCES = {"gradient": "norm of the gradient", "pull": "norm of the pull", "adam": "norm of the optimizer's move"}
 
 
@@ -208,11 +213,12 @@ def course_picture(title: str, lines: Rows, scalars: Rows) -> Figure:
     for name in names:
         axes = next(grid)
         _line(axes, [row for row in scalars if name in row], name, name, BCL)
-        over_steps(axes, name)
+        over_steps(axes, name, even=True)
     for heading, labels in ALIKE.items():
         _lines(next(grid), heading, lines, labels).set_ylim(min(-0.1, _least(lines, labels) - 0.05), 1.05)
     if counts:
-        _lines(next(grid), "How many features are", lines, {key: COUNTS[key] for key in counts}).set_ylim(bottom=0)
+        heading, labels = "How many features are alive, dead or redundant", {key: COUNTS[key] for key in counts}
+        _lines(next(grid), heading, lines, labels).set_ylim(bottom=0)
     if forces:
         axes = _lines(next(grid), "Forces: mean over features", lines, {key: FORCES[key] for key in forces})
         if any(line.get(key) for key in forces for line in lines):  # a logarithm has no place for others
@@ -234,7 +240,7 @@ def _number(value: Any) -> bool:
 def _lines(axes: Axes, heading: str, rows: Rows, labels: Mapping[str, str]) -> Axes:
     for (key, label), style in zip(labels.items(), STYLES, strict=False):
         _line(axes, [row for row in rows if key in row], key, label, style)
-    over_steps(axes, heading)
+    over_steps(axes, heading, even=True)
     if len(rows) == 1:
         axes.set_xticks([rows[0]["step"]])
     return axes
@@ -249,12 +255,14 @@ def _least(rows: Rows, keys: Iterable[str]) -> float:
 # --- Parts of pictures ------------------------------------------------------------------------------------------------
 
 
-def over_steps(axes: Axes, title: str) -> None:
-    """The same for curves over training steps, with their legend."""
-    # Logarithmic: the collapse begins within the first steps. Linear up to 1, for step 0.
-    axes.set_xscale("symlog", linthresh=1, linscale=0.3, subs=range(2, 10))
+def over_steps(axes: Axes, title: str, even: bool = False) -> None:
+    """The same for curves over training steps, with their legend; `even`: steps measured at equal distances."""
+    if even:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    else:  # Logarithmic: the collapse begins within the first steps. Linear up to 1, for step 0.
+        axes.set_xscale("symlog", linthresh=1, linscale=0.3, subs=range(2, 10))
+        axes.set_xlim(left=-0.2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlim(left=-0.2)
     axes.set_xlabel("step")
     tidy(axes, title)
     axes.legend(frameon=False)
