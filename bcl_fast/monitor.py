@@ -223,7 +223,14 @@ class _Folder:
                     raise ValueError(
                         f"out must be a new folder or one of the same layers, got {self.out}, which has {there}"
                     )
-                repeated = min((about[name]["step"] for name, rows in found.layers.items() if rows), default=None)
+                begun = {name: len(rows) for name, rows in found.layers.items() if rows}
+                repeated = min((about[name]["step"] for name in begun), default=None)
+                if repeated == 0:
+                    warnings.warn(
+                        f"{self.out} holds {sum(begun.values()):,} measured steps of an earlier training, whose place "
+                        "this one, which begins at step 0, takes on the page: give each a folder of its own",
+                        stacklevel=3,
+                    )
             self._start = time.perf_counter()
             self._append({"bcl_fast": __version__, "environment": environment(), "layers": about})
             if self._boards:

@@ -21,7 +21,7 @@ class BCLCallback(Callback):
     """Binds the BCL layers of a LightningModule to its optimizers, and logs what they do to the trainer's loggers.
 
     They are bound as the training starts, when the optimizers are there and a checkpoint is loaded, and those that an
-    optimizer gets later (BaseFinetuning) before their first batch. Accumulation, clipping, precisions and several
+    optimizer gets later (BaseFinetuning) as the next batch begins. Accumulation, clipping, precisions and several
     optimizers are Lightning's affair, as for any module.
 
     Args:
