@@ -129,12 +129,14 @@ class Meter:
 
     @never_compiled
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
-        closure = closure_of(args, kwargs)
         due = [watch for watch in self._watches if watch.due and watch.optimizer is optimizer]
-        due = [watch for watch in due if watch.took_part or closure is not None]
+        if not due:
+            return None
+        closure = closure_of(args, kwargs)
         for watch in due:
-            watch.begin_update()
-        if closure is None or not due:
+            if watch.took_part or closure is not None:
+                watch.begin_update()
+        if closure is None:
             return None
 
         def evaluate() -> Any:
@@ -240,7 +242,7 @@ class _Watch(Observer):
         self.late = self.due and bound.kept is not None and bound.optimizer is self.optimizer is not None
         if self.late:
             return
-        took_part, measured = self.took_part and not self._skipped(), None
+        took_part, measured = self.took_part and not (self.due and self._skipped()), None
         self.longest, self.waiting = max(self.longest, self.waiting), 0
         self.took_part, self.changed = False, 0
         if self.due:
@@ -259,7 +261,7 @@ class _Watch(Observer):
     def _skipped(self) -> bool:
         """Whether a scaler has let a fused optimizer step over gradients that overflowed, which that then does not."""
         found_inf = getattr(self.optimizer, "found_inf", None)
-        return self.due and found_inf is not None and bool(found_inf > 0)
+        return found_inf is not None and bool(found_inf > 0)
 
     def _measured(self, record: Record) -> Measured:
         nearest = nearest_cosine(record.weight, record.neighbors)
