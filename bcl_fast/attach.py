@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -252,8 +253,8 @@ def _why_not_attach(linear: nn.Linear, places: list[_Place]) -> str | None:
         for kind in type(parent).__mro__:
             if key in _READERS.get(f"{kind.__module__.partition('.')[0]} {kind.__name__}", "").split():
                 return f"belongs to a {kind.__name__}, which reads its weight and never calls it"
-    used = [name for name in _attributes(linear) if name in _ours() or hasattr(BCLLayer, name)]
-    if used:
+    own = vars(linear).keys() - _usual(nn.Linear)
+    if used := sorted(name for name in own if name in _usual(BCLLayer) or hasattr(BCLLayer, name)):
         return f"has attributes {_listed(used)}, which mean something else on a BCLLayer"
     return _why_fixed(linear, places, nn.Linear)
 
@@ -340,19 +341,15 @@ def _exchange(places: list[_Place], old: nn.Module, new: nn.Module) -> None:
     for hook in hooks_of_loading.values():
         if getattr(hook, "with_module", False) and hook.module() is old:  # torch's, the only kind that holds its module
             hook.module = weakref.ref(new)
-    vars(new).update({name: value for name, value in _attributes(old).items() if name not in _ours()})
+    vars(new).update({name: vars(old)[name] for name in vars(old).keys() - _usual(BCLLayer)})
     for parent, name in places:
         parent._modules[name] = new  # a __setattr__ of its own might raise, and leave half of them exchanged
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What is in a module's dict besides what an nn.Linear has, and what calls this very object."""
-    usual = {*vars(nn.Linear(1, 1, device="meta")), *_METHODS, "_compiled_call_impl"}
-    return {name: value for name, value in vars(module).items() if name not in usual}
-
-
-def _ours() -> set[str]:
-    return set(_attributes(BCLLayer(1, 2, device="meta")))
+@functools.cache
+def _usual(kind: type[nn.Linear]) -> frozenset[str]:
+    """What is in the dict of a layer of this kind by itself, and what calls that very object."""
+    return frozenset({*vars(kind(1, 2, device="meta")), *_METHODS, "_compiled_call_impl"})
 
 
 # --- Optimizers ------------------------------------------------------------------------------------------------------

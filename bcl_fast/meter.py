@@ -72,7 +72,8 @@ class Meter:
             got = ", ".join(type(each).__name__ for each in self.optimizers) or "no optimizer"
             raise ValueError(f"optimizer must hold the weight of one of {list(self.layers)}, got {got} without any")
         self._watches: list[_Watch] = []
-        self._entered, self._process = ExitStack(), os.getpid()
+        self._entered = ExitStack()
+        self._process: int | None = None  # that has entered the block
         self.backward = NO_BACKWARD  # the last in which any of the layers took part
 
     @property
@@ -80,7 +81,7 @@ class Meter:
         """Whether this process does: of several ranks only the first, and none that was forked from it."""
         group = torch.distributed
         other = group.is_available() and group.is_initialized() and group.get_rank() != 0
-        return not other and os.getpid() == self._process
+        return not other and self._process in (None, os.getpid())
 
     @property
     def seen(self) -> bool:
@@ -113,6 +114,7 @@ class Meter:
     def __enter__(self) -> Meter:
         if self._watches:
             raise RuntimeError("a monitor that is entered already measures, and would count every pull twice")
+        self._process, self.backward = os.getpid(), NO_BACKWARD
         if self.measures:
             weights = Counter(id(layer.weight) for layer in self.layers.values())
             self._watches = [_Watch(self, name, each, weights[id(each.weight)]) for name, each in self.layers.items()]
@@ -125,7 +127,7 @@ class Meter:
 
     def __exit__(self, *error: object) -> None:
         self._entered.close()
-        self._watches = []  # with what was kept of a step that never came
+        self._watches, self._process = [], None  # with what was kept of a step that never came
 
     @never_compiled
     def _before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:

@@ -76,8 +76,7 @@ def test_a_training_that_begins_anew_leaves_no_row_of_the_one_before(tmp_path):
             }
 
 
-def forked(layer, monitor):
-    layer(batch()).sum().backward()
+def forked(monitor):
     monitor.log(child=1)
     monitor.__exit__(None, None, None)
 
@@ -87,7 +86,7 @@ def test_a_forked_process_neither_writes_nor_unlocks(tmp_path):
     layer = make()
     with Monitor(layer, every=1, out=tmp_path) as monitor:
         layer(batch()).sum().backward()
-        process = torch.multiprocessing.get_context("fork").Process(target=forked, args=(layer, monitor))
+        process = torch.multiprocessing.get_context("fork").Process(target=forked, args=(monitor,))
         process.start()
         process.join()
         assert process.exitcode == 0
