@@ -75,7 +75,7 @@ class Monitor:
         model: nn.Module,
         optimizer: Optimizers | None = None,
         every: int = 100,
-        out: str | Path | None = "runs/monitor",
+        out: str | os.PathLike[str] | None = "runs/monitor",
         tensorboard: bool = False,
         image_shape: tuple[int, ...] | None = None,
         callback: Callable[[Measured], None] | None = None,
@@ -84,8 +84,8 @@ class Monitor:
             raise TypeError(f"callback must be callable or None, got {callback!r}")
         if tensorboard and out is None:
             raise ValueError("tensorboard=True needs a folder, got out=None")
-        if out is not None and not isinstance(out, (str, Path)):
-            raise TypeError(f"out must be a str, a Path or None, got {out!r}")
+        if out is not None and not isinstance(out, (str, os.PathLike)):
+            raise TypeError(f"out must be a str, a path or None, got {out!r}")
         self._callback = callback
         self._meter = Meter(model, optimizer, every, self._take)
         shape, inputs = _checked_shape(image_shape), {layer.in_features for layer in self._meter.layers.values()}
@@ -154,11 +154,11 @@ class Monitor:
     def log(self, **numbers: float | Tensor) -> None:
         """Keep numbers of your own with the step that was measured, such as the loss; call it after each whole step.
 
-        They are kept with every layer of which a step was measured since the last backward; several calls add up. Where
-        there is none nothing is read: tensors on a GPU are not waited for. Optimizers that step in turn, as a GAN's,
-        have a call after each. Raises RuntimeError outside of the `with` block. Warns where it comes before any step,
-        as it then does before every one, and at the end of the block of names and layers for which it never came in
-        time.
+        They are kept with every layer of which a step was measured since the last backward, those of several calls side
+        by side. Where there is none nothing is read: tensors on a GPU are not waited for. Optimizers that step in turn,
+        as a GAN's, have a call after each. Raises RuntimeError outside of the `with` block. Warns where it comes before
+        any step, as it then does before every one, and at the end of the block of names and layers for which it never
+        came in time.
         """
         if "step" in numbers:
             raise ValueError("numbers must have other names than step, which is the line's own")

@@ -270,7 +270,7 @@ def test_inputs_that_are_images_are_seen(tmp_path):
         (dict(optimizer=[]), ValueError, "optimizer must hold .*'0', '2'.*got no optimizer without any"),
         (dict(image_shape=7), TypeError, "image_shape must be .*, got 7"),
         (dict(image_shape=(6, 5)), ValueError, r"image_shape must be of as many numbers as .* 11, 13, got \(6, 5\)"),
-        (dict(out=3), TypeError, "out must be a str, a Path or None, got 3"),
+        (dict(out=3), TypeError, "out must be a str, a path or None, got 3"),
         (dict(image_shape=(2, 4, 4), out=None), ValueError, "image_shape must have 1 or 3 channels"),
         (dict(callback=3), TypeError, "callback must be callable or None, got 3"),
         (dict(out=None, tensorboard=True), ValueError, "tensorboard=True needs a folder, got out=None"),
