@@ -100,7 +100,7 @@ class MaskedLinear(torch.autograd.Function):
             GENERAL if batched else ctx.backend,
             PendingPull(ticket, ctx.observed, statistics.pull(x)),
         )
-        if ctx.observed is not UNOBSERVED and not private.keeps_graph():
+        if bypass and ctx.observed is not UNOBSERVED and not private.keeps_graph():
             ctx.observed = UNOBSERVED
         with operators.no_autocast(x.device.type):
             x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None

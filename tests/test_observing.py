@@ -1,5 +1,7 @@
 """What observers of a layer are shown, and that nothing changes by it."""
 
+import weakref
+
 import pytest
 import torch
 from helpers.backends import ON_CPU
@@ -81,3 +83,12 @@ def test_without_an_observer_nothing_dense_is_kept(monkeypatch):
     train_once = layer(x).sum()
     train_once.backward()
     assert layer._pulls.idle
+
+
+def test_a_graph_that_lives_on_keeps_nothing_of_what_was_observed():
+    """As that of a loss which somebody logs."""
+    layer, seen = make(), []
+    with layer.observe(lambda record: seen.append(weakref.ref(record.activation))):
+        loss = layer(batch()).sum()
+        loss.backward()
+    assert loss.grad_fn is not None and seen[0]() is None
