@@ -142,14 +142,15 @@ class BCLLayer(nn.Linear):
         if "step" in self._buffers:  # nn.Linear calls this before the buffers exist
             self._reset_competition()
 
-    def _reset_competition(self) -> None:
+    def _reset_competition(self, keep: str = "") -> None:
         for name, value in state.fresh(self, self.neighbors.device).items():
-            self._buffers[name].copy_(value)
+            if name != keep:
+                self._buffers[name].copy_(value)
         self._refreshed_at.fill_(-1)
         self._written = state.written_by(self)
 
-    def _start_afresh(self, why: str) -> None:
-        self._reset_competition()
+    def _start_afresh(self, why: str, keep: str = "") -> None:
+        self._reset_competition(keep)
         warnings.warn(f"{why}: the competition starts afresh at step 0", stacklevel=6)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -164,7 +165,7 @@ class BCLLayer(nn.Linear):
             self._start_afresh(f"{missing[0]} is missing from a state_dict that has the rest of the competition")
         elif not missing:
             self._written = Written()
-            self._check_numbers()
+            self._check_numbers(ours=True)
 
     def _start_runtime(self) -> None:
         """What belongs to this object in this process, and is neither copied nor saved."""
@@ -377,18 +378,22 @@ class BCLLayer(nn.Linear):
         if written.nobody:
             self._start_afresh("neighbors were never written (to_empty, skip_init)")
         else:
-            self._check_numbers()
+            self._check_numbers(ours=self.step is written.step or self.neighbors is written.neighbors)
         if self._refreshed_at is not written.refreshed_at:
             self._refreshed_at.fill_(-1)
         self._written = state.written_by(self)
         self._written.weight = written.weight  # which was not looked at
 
-    def _check_numbers(self) -> None:
-        """Start afresh, with a warning, where neighbors are none, as the mean of models'; else a ValueError."""
+    def _check_numbers(self, ours: bool) -> None:
+        """Start afresh, with a warning, where neighbors are none, as the mean of models'; else a ValueError.
+
+        An offset beside buffers of `ours` stays, as a part of the weight; beside others' it may be any memory.
+        """
         wrong = state.wrong(self.neighbors, self.step, self.som_offset)
         if wrong is not None and wrong.buffer == "neighbors":
-            self._start_afresh(wrong.message)
-        elif wrong is not None:
+            self._start_afresh(wrong.message, keep="som_offset" if ours else "")
+            wrong = state.wrong(self.neighbors, self.step, self.som_offset)
+        if wrong is not None:
             raise ValueError(wrong.message)
 
     # --- The pull ----------------------------------------------------------------------------------------------------

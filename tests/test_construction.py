@@ -246,24 +246,28 @@ NO_NEIGHBORS = {
 }
 
 
-@pytest.mark.parametrize("kind", NO_NEIGHBORS)
 @pytest.mark.parametrize("how", ["attribute", "in place", "loaded", "assigned"])
-def test_neighbors_that_are_none_start_afresh(kind, how):
-    """And say so, once."""
-    model, (spoil, shown) = trained(3), NO_NEIGHBORS[kind]
-    with pytest.warns(UserWarning, match=f"neighbors must .*got .*{shown}.* for feature 2: .* afresh") as caught:
-        if how == "in place":
-            spoil(model[1].neighbors)
-        elif how == "attribute":
-            model[1].neighbors = spoil(model[1].neighbors.clone())
-        else:
-            state_dict = checkpoint(model)
-            spoil(state_dict["1.neighbors"])
-            model.load_state_dict(state_dict, assign=how == "assigned")
-            assert int(model[1].step) == 0
-        twin = of_linear(model)
-        got = train(model)
-    assert len(caught) == 1 and same(got, train(twin))
+@pytest.mark.parametrize("space", ["weight", "offset"])
+def test_neighbors_that_are_none_start_afresh(how, space):
+    """And say so, once. The offset is a part of the weight, which stays."""
+    for spoil, shown in NO_NEIGHBORS.values():
+        model = trained(3, som_space=space)
+        with pytest.warns(UserWarning, match=f"neighbors must .*got .*{shown}.* for feature 2: .* afresh") as caught:
+            if how == "in place":
+                spoil(model[1].neighbors)
+            elif how == "attribute":
+                model[1].neighbors = spoil(model[1].neighbors.clone())
+            else:
+                state_dict = checkpoint(model)
+                spoil(state_dict["1.neighbors"])
+                model.load_state_dict(state_dict, assign=how == "assigned")
+                assert int(model[1].step) == 0
+            twin = of_linear(model, som_space=space)
+            if space == "offset":
+                assert model[1].som_offset.any()
+                twin[1].som_offset.copy_(model[1].som_offset)
+            got = train(model)
+        assert len(caught) == 1 and same(got, train(twin))
 
 
 @pytest.mark.parametrize(
