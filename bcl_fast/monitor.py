@@ -189,6 +189,9 @@ class _Folder:
     def __init__(self, out: Path, tensorboard: bool, image_shape: Shape | None) -> None:
         self.out, self._boards, self._image_shape = out, tensorboard, image_shape
         self._shapes: dict[str, Shape | None] = {}  # of the images that a layer gets
+        self._layers: Mapping[str, BCLLayer] = {}
+        self._earlier: dict[str, list[int]] = {}  # the steps of each layer that were there before this start
+        self._measures = False  # whether this start has measured any
         self._board: Any = None
         self._opened = ExitStack()
         self._start = 0.0
@@ -197,16 +200,11 @@ class _Folder:
         """Make the folder, or go on with one of the same layers, and write down how this start is."""
         if self._boards:
             try:
-                from torch.utils.tensorboard import SummaryWriter
+                import torch.utils.tensorboard  # noqa: F401
             except ModuleNotFoundError as error:
                 raise ImportError(f'tensorboard=True needs {error.name}: pip install "bcl-fast[demo]"') from error
-        about: dict[str, dict[str, Any]] = {
-            name: {
-                "shape": list(layer.weight.shape),
-                "step": int(layer.step),
-                "backend": layer.backend,
-                "config": layer.config.to_dict(),
-            }
+        about = {
+            name: {"shape": list(layer.weight.shape), "backend": layer.backend, "config": layer.config.to_dict()}
             for name, layer in layers.items()
         }
         try:
@@ -215,7 +213,7 @@ class _Folder:
             raise ValueError(f"out must be a folder to write to, got {self.out}: a file is in its place") from error
         with ExitStack() as opened:
             opened.enter_context(_locked(self.out))
-            lines, repeated = self.out / LINES, None
+            lines, self._earlier = self.out / LINES, {}
             if lines.exists() and _cut_after_last_line(lines):
                 found = Monitored.read(self.out)
                 there = _shapes(found.runs[-1])
@@ -223,20 +221,29 @@ class _Folder:
                     raise ValueError(
                         f"out must be a new folder or one of the same layers, got {self.out}, which has {there}"
                     )
-                begun = {name: len(rows) for name, rows in found.layers.items() if rows}
-                repeated = min((about[name]["step"] for name in begun), default=None)
-                if repeated == 0:
-                    warnings.warn(
-                        f"{self.out} holds {sum(begun.values()):,} measured steps of an earlier training, whose place "
-                        "this one, which begins at step 0, takes on the page: give each a folder of its own",
-                        stacklevel=3,
-                    )
-            self._start = time.perf_counter()
+                self._earlier = {name: [row["step"] for row in rows] for name, rows in found.layers.items() if rows}
+            self._layers, self._measures, self._start = layers, False, time.perf_counter()
             self._append({"bcl_fast": __version__, "environment": environment(), "layers": about})
-            if self._boards:
-                self._board = SummaryWriter(str(self.out / BOARD), purge_step=repeated)
-                opened.callback(self._board.close)
             self._opened = opened.pop_all()
+
+    def _begin(self, layer: str, step: int) -> None:
+        """As the first step is measured, when any checkpoint is loaded: from where on the earlier ones are void."""
+        self._measures, repeated = True, None
+        if self._earlier:
+            void = {name: int(each.step) for name, each in self._layers.items()} | {layer: step}
+            self._append({"void": void})
+            repeated = min(void[name] for name in self._earlier)
+            if all(steps[0] >= void[name] for name, steps in self._earlier.items()):
+                warnings.warn(
+                    f"{self.out} holds {sum(map(len, self._earlier.values())):,} measured steps of an earlier "
+                    "training, whose place this one takes on the page: give each a folder of its own",
+                    stacklevel=2,
+                )
+        if self._boards:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.out / BOARD), purge_step=repeated)
+            self._opened.callback(self._board.close)
 
     def close(self) -> None:
         self._opened.close()
@@ -249,6 +256,8 @@ class _Folder:
 
     def write(self, measured: Measured) -> None:
         layer, step, record = measured.layer, measured.step, measured.record
+        if not self._measures:
+            self._begin(layer, step)
         if self._shapes.get(layer) is None:  # a first batch of one sample shows no image
             given = self._image_shape
             fits = given is not None and math.prod(given) == record.x.shape[1]
@@ -277,7 +286,7 @@ class Monitored(NamedTuple):
     """What a folder of a `Monitor` holds: of steps that a later start has repeated what that has measured."""
 
     folder: Path
-    runs: list[dict[str, Any]]  # how each start was: `bcl_fast`, `environment`, `layers`; and if it has `measured` any
+    runs: list[dict[str, Any]]  # how each start was: `bcl_fast`, `environment`, `layers`
     layers: dict[str, list[dict[str, Any]]]  # the lines of each layer, by step
     logged: dict[str, list[dict[str, Any]]]  # the user's own numbers with the steps of each layer, by `step`
 
@@ -301,13 +310,17 @@ class Monitored(NamedTuple):
 
     def _take(self, line: dict[str, Any]) -> None:
         if "environment" in line:
-            self.runs.append({name: line[name] for name in ("bcl_fast", "environment", "layers")} | {"measured": False})
+            self.runs.append({name: line[name] for name in ("bcl_fast", "environment", "layers")})
             for name in line["layers"]:  # in the order of the model; lines come in that of the backward
                 self.layers.setdefault(name, [])
                 self.logged.setdefault(name, [])
             return
         if not self.runs:
             raise ValueError("it comes before any start")
+        if "void" in line:
+            for layer, step in line["void"].items():
+                self._drop(layer, step)
+            return
         measured = "log" not in line
         if measured and not isinstance(line["step"], int):
             raise TypeError(f"step must be an integer, got {line['step']!r}")
@@ -315,10 +328,6 @@ class Monitored(NamedTuple):
             if name != "layer" and not isinstance(number, (int, float, type(None))):
                 raise TypeError(f"{name} must be a number, got {number!r}")
         if measured:
-            if not self.runs[-1]["measured"]:  # what was to be repeated is, in all layers
-                self.runs[-1]["measured"] = True
-                for name, about in self.runs[-1]["layers"].items():
-                    self._drop(name, about["step"])
             self._drop(line["layer"], line["step"])
             self.layers[line["layer"]].append(line)
             return

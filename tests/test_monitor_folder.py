@@ -5,6 +5,7 @@ import errno
 import gzip
 import json
 import os
+import warnings
 
 import pytest
 import torch
@@ -33,7 +34,8 @@ def test_a_crash_loses_no_line_and_leaves_nothing_on_the_model(tmp_path):
     assert len(Monitored.read(tmp_path).layers["0"]) == 3
 
 
-def test_resuming_goes_on_and_what_was_repeated_counts_once(tmp_path):
+@pytest.mark.parametrize("within", [False, True], ids=["loaded before the block", "loaded within"])
+def test_resuming_goes_on_and_what_was_repeated_counts_once(within, tmp_path):
     model = two_layers()
     optimizer = SGD(model.parameters(), 0.1)
     with Monitor(model, optimizer, 2, tmp_path) as monitor:
@@ -43,9 +45,12 @@ def test_resuming_goes_on_and_what_was_repeated_counts_once(tmp_path):
     with (tmp_path / LINES).open("a") as file:
         file.write('{"layer": "0", "step": 8, "lo')  # as a crash may leave it
     resumed = two_layers(seed=1)
-    resumed.load_state_dict(saved)
+    if not within:
+        resumed.load_state_dict(saved)
     optimizer = SGD(resumed.parameters(), 0.1)
-    with Monitor(resumed, optimizer, 2, tmp_path) as monitor:
+    with warnings.catch_warnings(), Monitor(resumed, optimizer, 2, tmp_path) as monitor:
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved)
         run(resumed, optimizer, 4, 3, monitor=monitor)
     found = Monitored.read(tmp_path)
     for rows in (*found.layers.values(), *found.logged.values()):
@@ -66,7 +71,7 @@ def test_a_training_that_begins_anew_leaves_no_row_of_the_one_before(tmp_path):
         model[2].weight.requires_grad = "2" in layers
         optimizer = SGD(model.parameters(), 0.1)
         anew = pytest.warns(UserWarning, match="holds 6 measured steps of an earlier training, whose place")
-        told = anew if (tmp_path / LINES).exists() else contextlib.nullcontext()
+        told = anew if steps and (tmp_path / LINES).exists() else contextlib.nullcontext()
         with told, Monitor(model, optimizer, 3, tmp_path) as monitor:
             run(model, optimizer, steps, monitor=monitor)
         found = Monitored.read(tmp_path)
