@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .bound import Optimizers, holders, optimizers_of
 from .layer import BCLLayer
 from .pulls import Pulls
+from .spec import listed
 from .state import has_numbers
 from .transforms import called_not_read
 
@@ -77,11 +78,11 @@ class AttachedBCL:
     def layer(self) -> BCLLayer:
         """The attached layer, where it is one; a ValueError that names them where they are several."""
         if len(self.layers) > 1:
-            raise ValueError(f"layer is for a single attached layer, got {_listed(self.layers)}: use layers[name]")
+            raise ValueError(f"layer is for a single attached layer, got {listed(self.layers)}: use layers[name]")
         return self._swaps[0].layer
 
     def __repr__(self) -> str:
-        return f"AttachedBCL({_listed(self.layers)})"
+        return f"AttachedBCL({listed(self.layers)})"
 
     def bind_optimizer(self, optimizer: Optimizers) -> list[str]:
         """Bind all layers, as `BCLLayer.bind_optimizer` does, of several optimizers each to the one with its weight.
@@ -159,7 +160,7 @@ def detach_bcl(model: nn.Module) -> list[str]:
     """
     if isinstance(model, BCLLayer):
         raise ValueError("model must hold BCLLayers inside, got a BCLLayer itself: its to_linear() is an nn.Linear")
-    layers, places, swaps = _layers(model), _places(model), []
+    layers, places, swaps = layers_of(model), _places(model), []
     for name, layer in layers.items():
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")  # without parameters of its own
         swaps.append(_Swap(name, places[layer], linear, layer))
@@ -176,17 +177,14 @@ def bind_optimizer(model: nn.Module, optimizer: Optimizers) -> list[str]:
     Returns the names of the layers bound, in the order of the model. Raises ValueError, and binds none, where no weight
     of a BCLLayer is held, or one by two optimizers; TypeError for what is no optimizer.
     """
-    return _bind(_layers(model), optimizer, every=False)
+    return _bind(layers_of(model), optimizer, every=False)
 
 
 # --- Names and places ------------------------------------------------------------------------------------------------
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _layers(model: nn.Module) -> dict[str, BCLLayer]:
+def layers_of(model: nn.Module) -> dict[str, BCLLayer]:
+    """Every BCLLayer of a model, and the model itself if it is one, by its name in there."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     return {name: module for name, module in model.named_modules() if isinstance(module, BCLLayer)}
@@ -222,7 +220,7 @@ def _names(linears: dict[str, nn.Linear], name: Any) -> list[str]:
             if not isinstance(each, str):
                 raise TypeError(f"{allowed}, got {each!r} among them")
         if twice := [each for each in dict.fromkeys(names) if names.count(each) > 1]:
-            raise ValueError(f"name must hold each name once, got {_listed(twice)} several times")
+            raise ValueError(f"name must hold each name once, got {listed(twice)} several times")
     else:
         raise TypeError(f"{allowed}, got {name!r}")
     if not names:
@@ -233,7 +231,7 @@ def _names(linears: dict[str, nn.Linear], name: Any) -> list[str]:
 def _refusal(linears: dict[str, nn.Linear], unknown: list[str], refused: dict[str, str]) -> ValueError:
     found = []
     if unknown:
-        found.append(f"be an nn.Linear inside the model, one of {list(linears)}, got {_listed(unknown)}")
+        found.append(f"be an nn.Linear inside the model, one of {list(linears)}, got {listed(unknown)}")
     if refused:
         reasons = "; ".join(f"{name!r} {reason}" for name, reason in refused.items())
         found.append(f"be a plain nn.Linear that is called, but {reasons}")
@@ -255,7 +253,7 @@ def _why_not_attach(linear: nn.Linear, places: list[_Place]) -> str | None:
                 return f"belongs to a {kind.__name__}, which reads its weight and never calls it"
     own = vars(linear).keys() - _usual(nn.Linear)
     if used := sorted(name for name in own if name in _usual(BCLLayer) or hasattr(BCLLayer, name)):
-        return f"has attributes {_listed(used)}, which mean something else on a BCLLayer"
+        return f"has attributes {listed(used)}, which mean something else on a BCLLayer"
     return _why_fixed(linear, places, nn.Linear)
 
 
@@ -267,7 +265,7 @@ def _why_fixed(module: nn.Linear, places: list[_Place], kind: type[nn.Linear]) -
         if getattr(type(module), name) is not getattr(kind, name) or name in module.__dict__:
             return f"is a {type(module).__name__} with a {name} of its own"
     if more := {*module._parameters, *module._buffers, *module._modules} - _TENSORS:
-        return f"holds {_listed(sorted(more))}, which would be lost"
+        return f"holds {listed(sorted(more))}, which would be lost"
     if hasattr(module.weight, "device_mesh"):
         return "has a weight that is spread over ranks (FSDP, DTensor, tensor parallelism)"
     if any(key == "_orig_mod" and type(parent).__name__ == "OptimizedModule" for parent, key in places):
@@ -365,7 +363,7 @@ def _bind(layers: dict[str, BCLLayer], optimizer: Any, every: bool) -> list[str]
     if not found or (every and without):
         needed = "the weights of all attached layers" if every else "the weight of a BCLLayer of the model"
         kinds = ", ".join(type(each).__name__ for each in optimizers) or "no optimizer"
-        raise ValueError(f"optimizer must hold {needed}, got {kinds} without {_listed(without)}")
+        raise ValueError(f"optimizer must hold {needed}, got {kinds} without {listed(without)}")
     for name, each in found.items():
         layers[name].bind_optimizer(each)
     return list(found)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import BCLConfig
+from .spec import BCLConfig, listed
 
 # Stage -> the module under kernels/ that holds it for Triton; in every other backend its own module holds all stages.
 STAGES = {
@@ -103,7 +103,7 @@ def resolve_backend(
     if backend is None:
         return _fastest(device_type, dtype) if fused else "reference"
     if backend not in NAMES:
-        raise ValueError(f"backend must be None or one of {', '.join(map(repr, NAMES))}, got {backend!r}")
+        raise ValueError(f"backend must be None or one of {listed(NAMES)}, got {backend!r}")
     if not fused and backend != "reference":
         raise ValueError(f"backend={backend!r} needs fused=True; fused=False is the reference")
     reason = why_not(backend, device_type, dtype) if device_type != "meta" else None

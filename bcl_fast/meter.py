@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import operators
+from .attach import layers_of
 from .bound import PATIENCE, Optimizers, closure_of, holders, optimizers_of, with_closure
 from .diagnostics import alive, force_norms, forces, nearest_cosine, redundant, step_metrics
 from .layer import BCLLayer
@@ -86,8 +87,7 @@ class Meter:
     @property
     def seen(self) -> bool:
         """Whether any backward of a layer came, if one can."""
-        trained = any(watch.layer.weight.requires_grad for watch in self._watches)
-        return self.backward != NO_BACKWARD or not trained
+        return self.backward != NO_BACKWARD or not any(each.layer.weight.requires_grad for each in self._watches)
 
     @property
     def just_measured(self) -> dict[str, int]:
@@ -281,12 +281,9 @@ class _Watch(Observer):
 
 def bcl_layers(model: nn.Module) -> dict[str, BCLLayer]:
     """Every BCLLayer of a model by its name in there, without what torch.compile and DistributedDataParallel add."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
     while hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         model = cast(nn.Module, model._orig_mod if hasattr(model, "_orig_mod") else model.module)
     found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BCLLayer):
-            found[".".join(part for part in name.split(".") if part != "_orig_mod") or "BCLLayer"] = module
+    for name, layer in layers_of(model).items():
+        found[".".join(part for part in name.split(".") if part != "_orig_mod") or "BCLLayer"] = layer
     return found

@@ -26,7 +26,7 @@ from .glance import Shape, check_glance, glance, image_shape_of
 from .layer import BCLLayer
 from .meter import Measured, Meter
 from .records import DamagedFile, plain, replacing, trusting
-from .spec import check_number
+from .spec import check_number, listed
 
 try:
     import fcntl
@@ -91,7 +91,7 @@ class Monitor:
         shape, inputs = _checked_shape(image_shape), {layer.in_features for layer in self._meter.layers.values()}
         if shape is not None and math.prod(shape) not in inputs:
             raise ValueError(
-                f"image_shape must be of as many numbers as the inputs of a layer, {_listed(sorted(inputs))}, got "
+                f"image_shape must be of as many numbers as the inputs of a layer, {listed(sorted(inputs))}, got "
                 f"{image_shape!r}"
             )
         # Absolute: the training may go to another folder.
@@ -125,18 +125,18 @@ class Monitor:
             return
         if idle:
             warnings.warn(
-                f"Monitor has measured no step of {_listed(idle)}: a step is a backward in train() that "
+                f"Monitor has measured no step of {listed(idle)}: a step is a backward in train() that "
                 "accumulates into the weight of the layer, and where an optimizer holds that, then a step of it",
                 stacklevel=2,
             )
         if deserted:
             warnings.warn(
-                f"Monitor has seen no step in the last backwards of {_listed(deserted)}: if another optimizer than the "
+                f"Monitor has seen no step in the last backwards of {listed(deserted)}: if another optimizer than the "
                 "one it was given has taken over, give it both",
                 stacklevel=2,
             )
         if lost or without:
-            what = f"no number named {_listed(lost)}" if lost else f"nothing with {_listed(without)}"
+            what = f"no number named {listed(lost)}" if lost else f"nothing with {listed(without)}"
             warnings.warn(
                 f"log() has kept {what}: it keeps what comes between a step that was measured and the next backward; "
                 "call it after each step, that of every optimizer",
@@ -368,10 +368,6 @@ class _Glances(Sequence[dict[str, Tensor]]):
                 kept = torch.load(io.BytesIO(file.read()), weights_only=True)
             check_glance(kept)
         return kept
-
-
-def _listed(names: Sequence[Any]) -> str:
-    return ", ".join(map(repr, names))
 
 
 def _number(name: str, value: Any) -> float:

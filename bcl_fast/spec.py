@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,10 +49,15 @@ def check_number(
     return number
 
 
+def listed(names: Iterable[Any]) -> str:
+    """Names as the messages of errors have them."""
+    return ", ".join(map(repr, names))
+
+
 def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     """Return `value` if it is one of `allowed`, or raise a ValueError that names all of them."""
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {listed(allowed)}, got {value!r}")
     return value
 
 
@@ -125,7 +130,7 @@ class BCLConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = [name for name in options if name not in known]
         if unknown:
-            raise TypeError(f"unknown option {', '.join(map(repr, unknown))}; known options: {', '.join(known)}")
+            raise TypeError(f"unknown option {listed(unknown)}; known options: {', '.join(known)}")
         return cls(**options)
 
     @classmethod

@@ -48,11 +48,11 @@ ALLOWED = {
     "state": {"counters", "operators"},
     "layer": {"spec", "backends", "counters", "observers", "operators", "autograd", "checks", "private", "pulls"}
     | {"reference", "state", "structures", "transforms"},
-    "attach": {"bound", "layer", "pulls", "state", "transforms"},
+    "attach": {"spec", "bound", "layer", "pulls", "state", "transforms"},
     "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},
     "glance": {"diagnostics", "reference"},
-    "meter": {"spec", "bound", "diagnostics", "layer", "observers", "operators", "private", "reference"},
+    "meter": {"spec", "attach", "bound", "diagnostics", "layer", "observers", "operators", "private", "reference"},
     "monitor": {"__init__", "spec", "bound", "environment", "glance", "layer", "meter", "records"},
     "integrations": {"spec", "attach", "bound", "layer", "meter", "monitor", "integrations"},
     "testing": {"spec", "reference", "structures"},

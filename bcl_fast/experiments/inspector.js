@@ -103,7 +103,6 @@
 
   // Halves and shares, since the difference of two numbers may be none.
   const between = (low, high, share) => low * (1 - share) + high * share;
-  const shareOf = (value, [low, high]) => (high > low ? (value / 2 - low / 2) / (high / 2 - low / 2) : 0);
 
   function rangeOf(steps, name) {
     const ends = steps.flatMap((step) => (name in STRIPS ? step[STRIPS[name]] : step.range[name]));
@@ -111,7 +110,8 @@
     return finite.length ? [Math.min(...finite), Math.max(...finite)] : [0, 0];
   }
 
-  const levelOf = (value, range) => Math.round(shareOf(value, range) * 255);
+  const levelOf = (value, [low, high]) =>
+    high > low ? Math.round(((value / 2 - low / 2) / (high / 2 - low / 2)) * 255) : 0;
 
   // --- Parts of the page ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from ..attach import bind_optimizer
 from ..bound import holders, optimizers_of
 from ..layer import BCLLayer
 from ..meter import bcl_layers
-from ..spec import check_number
+from ..spec import check_number, listed
 
 
 def check_arguments(every: int, out: str | Path | None) -> None:
@@ -36,7 +36,7 @@ def bind_layers(model: Any, optimizer: Any) -> dict[str, BCLLayer]:
         bind_optimizer(model, optimizer)
     if pulled:
         warnings.warn(
-            f"no optimizer holds the weights of {', '.join(map(repr, pulled))}: every backward pulls them all the "
+            f"no optimizer holds the weights of {listed(pulled)}: every backward pulls them all the "
             "same; requires_grad_(False) makes a layer an nn.Linear, frozen=True stops its pull",
             stacklevel=2,
         )
