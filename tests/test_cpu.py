@@ -114,6 +114,16 @@ def test_competition_at_primes(k):
     assert max(map(relative_error, got, own)) <= 1e-5
 
 
+def test_scores_far_below_are_zero_and_make_no_subnormal_numbers():
+    """A loser by a margin beyond the exponential's range weighs nothing, as in torch's own sigmoid."""
+    activation = torch.tensor([[100.0, 1.0, 2.0], [3.0, 50.0, 4.0]])
+    neighbors = torch.tensor([[1, 2], [0, 2], [0, 1]])
+    for dtype in (torch.float32, torch.float64):
+        a = activation.to(dtype) * (1 if dtype == torch.float32 else 10)
+        score = cpu.competition(a, neighbors, 5.0, a, "decoupled", 0.0, 0.0).rank_score
+        assert score.equal(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], dtype=dtype))
+
+
 def test_infinite_similarities_are_the_largest_numbers():
     similarity = columns("random", 40, 40)
     similarity[::3, ::5], similarity[1::3, ::7] = torch.inf, -torch.inf

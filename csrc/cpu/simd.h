@@ -87,9 +87,12 @@ template <class Real>
 INLINE typename Simd<Real>::V sigmoid(typename Simd<Real>::V x) {
     typedef Simd<Real> S;
     const Real most = sizeof(Real) == 4 ? 87 : 708;  // beyond, e^x leaves the normal numbers; NaN passes through
+    const typename S::I lost = x < -most;
     x = x > most ? S::all(most) : x;
-    x = x < -most ? S::all(-most) : x;
-    return Real(1) / (Real(1) + exponential(-x));
+    x = lost ? S::all(-most) : x;
+    const typename S::V y = Real(1) / (Real(1) + exponential(-x));
+    // Not e^-87: its product with a gradient is no normal number, and some processors take 100 cycles for such operands.
+    return lost ? S::all(0) : y;
 }
 
 template <class Real> constexpr Real largest = sizeof(Real) == 4 ? Real(__FLT_MAX__) : Real(__DBL_MAX__);
