@@ -66,13 +66,22 @@ INLINE Outcome<Real> compete(const Real* strength, const int32_t* neighbors, int
 template <class Real>
 INLINE void pull_neighbors(const Competition<Real>& c, const int32_t* neighbors, int64_t b, int64_t winner,
                            const Real* score) {
-    constexpr int L = Simd<Real>::L;
+    constexpr int L = Simd<Real>::L, TOGETHER = 8;  // sums side by side: none waits for its own last addition
     c.winner[b] = winner;
-    for (int64_t j = 0; j < c.k; j++) {
-        const int64_t f = c.pair_feature[b * c.k + j] = neighbors[winner * c.k + j];
-        Real claimed = 0;
-        for (int64_t q = 0; q < c.k; q++) claimed += score[int64_t(neighbors[f * c.k + q]) * L];
-        c.pair_pull[b * c.k + j] = score[f * L] / (1 + claimed);
+    const int32_t* near = neighbors + winner * c.k;
+    for (int64_t from = 0; from < c.k; from += TOGETHER) {
+        const int64_t count = c.k - from < TOGETHER ? c.k - from : TOGETHER;
+        const int32_t* nearest[TOGETHER];
+        Real claimed[TOGETHER] = {};
+        for (int i = 0; i < TOGETHER; i++) nearest[i] = neighbors + near[from + (i < count ? i : 0)] * c.k;
+        for (int64_t q = 0; q < c.k; q++)
+#pragma GCC unroll 8
+            for (int i = 0; i < TOGETHER; i++) claimed[i] += score[int64_t(nearest[i][q]) * L];
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t f = near[from + i];
+            c.pair_feature[b * c.k + from + i] = f;
+            c.pair_pull[b * c.k + from + i] = score[f * L] / (1 + claimed[i]);
+        }
     }
 }
 

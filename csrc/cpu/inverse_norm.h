@@ -30,6 +30,7 @@ Real inverse_norm_of(const Real* row, int64_t N) {
                 const typename S::V v = S::load(row + n + u * L);
                 sum[u] += v * v;
             }
+        for (; n + L <= to; n += L) sum[0] += S::load(row + n) * S::load(row + n);
         const typename S::V all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
         double part = 0;
         for (int i = 0; i < L; i++) part += all[i];
