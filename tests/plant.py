@@ -167,8 +167,8 @@ FAULTS = (
     Fault(
         "a stop at a tie on the CPU",
         "csrc/cpu",
-        "p < B && !(need[p] * top < T)",
-        "p < B && need[p] * top > T",
+        "p < B && !(need[p] * top < least)",
+        "p < B && need[p] * top > least",
         "test_stages.py tie_at_the_boundary and cpu",
     ),
     Fault(
