@@ -18,7 +18,7 @@ from . import cpu_structs, native
 from .norms import with_norms
 from .structures import Competition, Pull, leading
 
-PANEL = 1 << 19  # similarities held at once by the neighbor search
+TILE = 512  # features of a tile of the neighbor search, which holds TILE * TILE similarities at once
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
 NO_MEMORY, BAD_SIZE, BAD_PAIR_FEATURE, BAD_RESCUE_ROW = 1, 2, 3, 4  # what the library returns instead of 0
 SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
@@ -78,13 +78,43 @@ def _rows(matrix: Tensor) -> Tensor:
 
 
 def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
+def _rows_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in a dtype; small steps feel a call of `to` that changes nothing."""
+    return _rows(matrix if matrix.dtype == dtype else matrix.to(dtype))
+
+
+class _Lists:
+    """The most similar others of each of D features so far, the most similar first: near [D, k], and how similar."""
+
+    def __init__(self, D: int, k: int, dtype: torch.dtype) -> None:
+        self.near = torch.full((D, k), torch.iinfo(torch.int64).max)
+        self.best = torch.full((D, k), -torch.inf, dtype=dtype)
+
+    def pointers(self, first: int) -> tuple[int, int]:
+        """Where the lists from feature `first` on lie."""
+        at = first * self.near.shape[1]
+        return self.near.data_ptr() + at * self.near.itemsize, self.best.data_ptr() + at * self.best.itemsize
+
+
     """The panel [R, D] of similarities of features first .. first + R - 1 -> their nearest others [R, k] int64."""
     similarity = _rows(similarity)
     R, D = similarity.shape
-    k = min(neighborhood_k, D - 1)
-    near = torch.empty(R, k, dtype=torch.int64)
-    pointers, stride = (similarity.data_ptr(), near.data_ptr()), similarity.stride(0)
-    struct = cpu_structs.Neighbors(*pointers, stride, R, D, first, k)
+    lists = _Lists(R, min(neighborhood_k, D - 1), similarity.dtype)
+    _look(similarity, first, 0, lists.pointers(0), (None, None), lists)
+    return lists.near
+
+
+def _look(
+    similarity: Tensor,
+    first_row: int,
+    first_column: int,
+    rows: tuple[int, int],
+    columns: tuple[Any, Any],
+    lists: _Lists,
+) -> None:
+    """Take the similarities of a tile into the lists of its rows and, where there are any, of its columns."""
+    sizes = similarity.stride(0), *similarity.shape, first_row, first_column, lists.near.shape[1]
+    struct = cpu_structs.Neighbors(similarity.data_ptr(), *rows, *columns, *sizes)
     _call("neighbors", similarity.dtype, struct)
     return near
 
@@ -94,11 +124,15 @@ def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
     rows, norm, _ = with_norms(weight)
     unit = rows / norm
     D = weight.shape[0]
-    panel = max(16, PANEL // D)
-    near = torch.empty(D, min(neighborhood_k, D - 1), dtype=torch.int64)
-    for first in range(0, D, panel):
-        near[first : first + panel] = nearest(unit[first : first + panel] @ unit.T, first, neighborhood_k)
-    return near
+    lists = _Lists(D, min(neighborhood_k, D - 1), unit.dtype)
+    memory = unit.new_empty(min(D, TILE) ** 2)
+    for i in range(0, D, TILE):
+        for j in range(i, D, TILE):
+            one, other = unit[i : i + TILE], unit[j : j + TILE]
+            tile = memory[: len(one) * len(other)].view(len(one), len(other))
+            torch.mm(one, other.T, out=tile)
+            _look(tile, i, j, lists.pointers(i), (None, None) if i == j else lists.pointers(j), lists)
+    return lists.near
 
 
 def competition(

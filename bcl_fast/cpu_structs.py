@@ -17,7 +17,10 @@ def fields(names: str, kind: type) -> list[tuple[str, type]]:
 class Neighbors(Structure):
     """Step 1, of a panel of similarities."""
 
-    _fields_ = [*fields("similarity near", c_void_p), *fields("stride rows D first k", c_int64)]
+    _fields_ = [
+        *fields("similarity row_near row_best column_near column_best", c_void_p),
+        *fields("stride rows columns first_row first_column k", c_int64),
+    ]
 
 
 class Competition(Structure):

@@ -17,7 +17,7 @@ import torch
 
 from . import cpu_structs, cuda_structs
 
-CPU_ABI = 6  # of csrc/cpu/api.cpp
+CPU_ABI = 7  # of csrc/cpu/api.cpp
 CUDA_ABI = 3  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
 INEXACT = "was built with -ffast-math or a part of it, which changes results: install again without such flags"

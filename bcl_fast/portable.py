@@ -22,6 +22,9 @@ from .structures import Competition, Pull, leading
 # Elements of one working tile: on a CPU half a level-2 cache of float32, on an accelerator enough to fill it.
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 25
 
+# Features of a tile of the neighbor search, and of a group in it, of which the largest alone is looked at at first.
+NEAR_TILE, GROUP = 1024, 16
+
 # Where torch is built with FBGEMM it sorts flat integers of at least this many elements by radix.
 RADIX_SORT, RADIX_MIN = "fbgemm" in torch.backends.quantized.supported_engines, 1 << 15
 
@@ -55,24 +58,70 @@ def _largest(score: Tensor, index: Tensor | None, count: int) -> Tensor:
     return preference.masked_fill_(score > last, C).topk(count, dim=1, sorted=False).indices
 
 
+def _nearest_places(similarity: Tensor, k: int) -> Tensor:
+    """Places of the k largest of each row of [R, C], the largest first, of equal ones the smaller place first: [R, k].
+
+    Where there are many columns they come in groups, of which the k with the largest maxima hold all that is sought:
+    what lies in another is beaten by each of these maxima, or equals one of a smaller place.
+    """
+    R, C = similarity.shape
+    if C <= GROUP * 2 * k:
+        backwards = _largest(similarity.flip(1), None, k)
+        near = (C - 1 - backwards).sort(dim=1).values
+        return near.gather(1, similarity.gather(1, near).argsort(dim=1, descending=True, stable=True))
+    whole = C // GROUP * GROUP
+    groups = similarity[:, :whole].unflatten(1, (-1, GROUP))
+    chosen = _nearest_places(groups.amax(dim=2), k).sort(dim=1).values
+    places = (chosen[:, :, None] * GROUP + torch.arange(GROUP, device=similarity.device)).flatten(1)
+    places = torch.cat([places, torch.arange(whole, C, device=similarity.device).expand(R, -1)], dim=1)
+    return places.gather(1, _nearest_places(similarity.gather(1, places), k))
+
+
 def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     """The panel [R, D] of similarities of features first .. first + R - 1 -> their nearest others [R, k] int64."""
     R, D = similarity.shape
     similarity = similarity.nan_to_num(nan=-2.0)
     own = torch.arange(R, device=similarity.device)
     similarity[own, own + first] = -torch.inf
-    backwards = _largest(similarity.flip(1), None, min(neighborhood_k, D - 1))
-    near = (D - 1 - backwards).sort(dim=1).values
-    return near.gather(1, similarity.gather(1, near).argsort(dim=1, descending=True, stable=True))
+    return _nearest_places(similarity, min(neighborhood_k, D - 1))
+
+
+def _merged(best: Tensor, near: Tensor, similarity: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The lists best, near [R, k] with what of similarity [R, C] belongs there; `first`: the first column's feature.
+
+    Its features follow those in the lists, so that a stable order puts the smaller index first.
+    """
+    k = best.shape[1]
+    places = _nearest_places(similarity, min(k, similarity.shape[1]))
+    best, near = torch.cat([best, similarity.gather(1, places)], dim=1), torch.cat([near, places + first], dim=1)
+    best, order = best.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], near.gather(1, order[:, :k])
 
 
 def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
-    """Stage `neighbors` (step 1), by row panels: no [D, D] matrix is held."""
+    """Stage `neighbors` (step 1), by tiles above the diagonal alone: a similarity is one for both of its features.
+
+    Holds a copy of the weight and one tile; no [D, D] matrix.
+    """
     rows, norm, _ = with_norms(weight)
     unit = rows / norm
     D = weight.shape[0]
-    panels = [nearest(unit[a:b] @ unit.T, a, neighborhood_k) for a, b in _tiles(D, D, weight.device)]
-    return torch.cat(panels)
+    k = min(neighborhood_k, D - 1)
+    if D <= NEAR_TILE:
+        return nearest(unit @ unit.T, 0, k)
+    best, near = unit.new_full((D, k), -torch.inf), torch.zeros(D, k, dtype=torch.int64, device=unit.device)
+    starts = range(0, D, NEAR_TILE)
+    for i in starts:
+        here = slice(i, i + NEAR_TILE)
+        for j in starts[i // NEAR_TILE :]:
+            there = slice(j, j + NEAR_TILE)
+            similarity = (unit[here] @ unit[there].T).nan_to_num_(nan=-2.0)
+            if i == j:
+                similarity.fill_diagonal_(-torch.inf)
+            else:
+                best[there], near[there] = _merged(best[there], near[there], similarity.T.contiguous(), i)
+            best[here], near[here] = _merged(best[here], near[here], similarity, j)
+    return near
 
 
 def _margin(activation: Tensor, neighbors: Tensor) -> Tensor:

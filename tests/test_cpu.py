@@ -165,7 +165,7 @@ def test_neighbors_of_another_shape_are_refused(shape, dtype):
 
 
 BAD_SIZES = {
-    "neighbors": [dict(k=5), dict(D=0), dict(k=-1)],
+    "neighbors": [dict(k=-1), dict(rows=-1), dict(columns=-1)],
     "competition": [dict(B=-1), dict(D=0), dict(D=2**31), dict(k=0), dict(N=-1)],
     "selection": [dict(B=2**31), dict(D=-1), dict(r=8), dict(r=-1)],
     "targets": [dict(B=2**31), dict(N=-1), dict(D=-1), dict(k=-1), dict(r=-1)],
@@ -175,7 +175,7 @@ BAD_SIZES = {
 @pytest.mark.parametrize("stage", BAD_SIZES)
 def test_the_interface_refuses_sizes_that_no_input_has(stage):
     """Before it looks at any memory: here there is none."""
-    struct, good = cpu_structs.STRUCTS[stage], dict(B=7, D=5, N=3, k=2, r=2, rows=7)
+    struct, good = cpu_structs.STRUCTS[stage], dict(B=7, D=5, N=3, k=2, r=2, rows=7, columns=5)
     names = {name for name, _ in struct._fields_}
     for bad in BAD_SIZES[stage]:
         sizes = {name: size for name, size in (good | bad).items() if name in names}

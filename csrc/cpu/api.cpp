@@ -50,7 +50,7 @@ const Stages<double>& stages_double = choose<double>();
 }  // namespace bcl
 
 // The number changes with any function below, with any struct of interface.h, and with what a Status means.
-API int bcl_cpu_abi() { return 6; }
+API int bcl_cpu_abi() { return 7; }
 API const char* bcl_cpu_isa() { return bcl::isa; }
 
 #define STAGE(name, Struct)                                                                                   \

@@ -26,10 +26,13 @@ enum Status { DONE = 0, NO_MEMORY = 1, BAD_SIZE = 2, BAD_PAIR_FEATURE = 3, BAD_R
 enum Rule { RANK = 0, CLAMPED_COSINE = 1, COSINE = 2 };
 
 template <class Real>
-struct Neighbors {  // step 1, of a panel of rows
-    const Real* similarity;  // [rows, D] of features first .. first + rows - 1
-    int64_t* near;           // [rows, k]
-    int64_t stride, rows, D, first, k;
+struct Neighbors {  // step 1, of a tile: similarities of some features with some, which go to the lists of both
+    const Real* similarity;    // [rows, columns] of features first_row, ... with features first_column, ...
+    int64_t* row_near;         // [rows, k] the k most similar so far; at first any that are larger than every index
+    Real* row_best;            // [rows, k] their similarities, falling; at first -inf
+    int64_t* column_near;      // [columns, k] the same of the columns; or null: only the rows look
+    Real* column_best;         // [columns, k]
+    int64_t stride, rows, columns, first_row, first_column, k;
 };
 
 template <class Real>

@@ -21,7 +21,8 @@ struct Field {
         return fields;                                                                                \
     }
 
-LAYOUT(Neighbors, AT(similarity), AT(near), AT(stride), AT(rows), AT(D), AT(first), AT(k))
+LAYOUT(Neighbors, AT(similarity), AT(row_near), AT(row_best), AT(column_near), AT(column_best), AT(stride), AT(rows),
+       AT(columns), AT(first_row), AT(first_column), AT(k))
 LAYOUT(Competition, AT(activation), AT(neighbors), AT(x), AT(rank_score), AT(novelty), AT(win_rate), AT(winner),
        AT(pair_feature), AT(pair_pull), AT(x_inverse_norm), AT(need), AT(winner_share), AT(som_strength),
        AT(activation_stride), AT(x_stride), AT(B), AT(D), AT(N), AT(k), AT(temperature), AT(rescue_onset),
