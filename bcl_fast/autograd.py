@@ -1,15 +1,39 @@
-"""The masked backward of the layer's product (step 12)."""
+"""Training forwards as autograd knows them, and their masked backward (step 12)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from . import operators, owners, private
 from .backends import GENERAL
-from .structures import UNOBSERVED, Observed, PendingPull, Statistics
+from .owners import Owner
+from .spec import BCLConfig
+from .structures import UNOBSERVED, Observed, PackedStatistics, PendingPull, Statistics, made_of
+
+
+class Competed(NamedTuple):
+    """What a training forward found."""
+
+    activation: Tensor  # [B, D], in the dtype of the statistics
+    shifted: Tensor | None  # W + O [D, N] in offset space
+    statistics: Statistics | PackedStatistics
+
+
+class TrainedLayer(Protocol):
+    """A layer as its forwards outside compilers see it."""
+
+    neighbors: Tensor
+    _config: BCLConfig
+    _backend: str
+
+    @property
+    def _pulls(self) -> Owner: ...
+    @property
+    def _observed_now(self) -> bool: ...
+    def _compete(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Competed: ...
 
 
 class _Once(torch.autograd.Function):
@@ -27,12 +51,86 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _products(
+    masked: Tensor, x: Tensor, weight: Tensor | None, dtypes: tuple[torch.dtype, torch.dtype]
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients of x, unless weight is None, and of weight, from the masked one [B, D]; dtypes: product, weight."""
+    dtype, weight_dtype = dtypes
+    with operators.no_autocast(x.device.type):
+        x_gradient = None if weight is None else _to(masked @ _to(weight, dtype), x.dtype)
+        return x_gradient, _to(masked.T @ _to(x, dtype), weight_dtype)
+
+
+def _to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in a dtype: small steps feel a call of `to` that changes nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class Training(torch.autograd.Function):
+    """A training forward outside compilers: product, competition and choices, and the backward that follows from them.
+
+    x [B, N], weight [D, N], bias [D] or None receive gradients; the output [B, D] and the products of the backward have
+    `dtype`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: TrainedLayer, dtype: torch.dtype
+    ) -> Tensor:
+        with operators.no_autocast(x.device.type):
+            activation, shifted, statistics = layer._compete(x, weight, bias, dtype)
+        # The weight is needed for dX alone; without it a second backward works after the pull changed it.
+        kept = (weight if shifted is None else shifted) if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(x, kept, *statistics.tensors)
+        # Not saved: a checkpoint compares what is with what a recomputation saves, which may fall into another step.
+        ctx.observed = Observed(activation.clone(), layer.neighbors.clone()) if layer._observed_now else UNOBSERVED
+        ctx.moves, ctx.weight, ctx.sizes = layer._pulls.moves, weight, statistics.sizes
+        ctx.dtype, ctx.gradient_mask, ctx.backend = dtype, layer._config.gradient_mask, layer._backend
+        # What is saved may come back copied (save_on_cpu) or made anew (checkpoint); this forward's own ticket may not.
+        ctx.ticket = statistics.ticket
+        return _to(activation, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # once: checkpoint gives them away
+        if not torch.is_grad_enabled():
+            return Training._gradients(ctx, grad_output, *saved)
+        with torch.no_grad():
+            gradients = Training._gradients(ctx, grad_output, *saved)
+        origins = grad_output, saved[0], ctx.weight
+        return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
+
+    @staticmethod
+    def _gradients(
+        ctx: Any, grad_output: Tensor, x: Tensor, weight: Tensor | None, *tensors: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        statistics, ticket, gradient_mask = made_of(tensors, ctx.sizes), ctx.ticket, ctx.gradient_mask
+        if statistics.ticket is not ticket:
+            owners.require_still(statistics.ticket, ticket, ctx.moves)
+        pending = PendingPull(ticket, ctx.observed, statistics.pull(x))
+        winner = statistics.winner if gradient_mask == "winner_take_all" else ticket  # which nobody looks at
+        found = statistics.mask, winner, gradient_mask, ctx.dtype
+        if not operators.can_bypass_dispatcher(grad_output):
+            masked, bias_gradient = operators.call("masked_gradient", grad_output, *found, False, ctx.backend, pending)
+        else:
+            owners.hand_over(pending, ctx.dtype, compiled=False)
+            batched = private.is_batched_gradient(grad_output)
+            last = not batched and not private.keeps_graph()  # nothing of this forward is read again
+            masked, bias_gradient = operators.masked(grad_output, *found, GENERAL if batched else ctx.backend, last)
+            if last:
+                ctx.observed = UNOBSERVED
+        weight_dtype = ctx.weight.dtype
+        x_gradient, weight_gradient = _products(masked, x, weight, (ctx.dtype, weight_dtype))
+        bias_gradient = _to(bias_gradient, weight_dtype) if ctx.needs_input_grad[2] else None
+        return x_gradient, weight_gradient, bias_gradient, None, None
+
+
 class MaskedLinear(torch.autograd.Function):
-    """The output of a linear layer, already computed, with the backward that gives each feature what it won.
+    """The output of a linear layer, already computed, with the masked backward, for torch.compile.
 
     x [B, N], weight [D, N], bias [D] or None receive gradients. shifted is W + O [D, N] in offset space, else None;
-    activation [B, D] is the product, dtype is that of the output and of the gradients' products, moves is how often the
-    weight had moved. What follows are the fields of `Statistics`, one by one: autograd saves tensors.
+    activation [B, D] is the product, dtype is that of the output and of the gradients' products. What follows are the
+    fields of `Statistics`, one by one: autograd saves tensors.
     """
 
     @staticmethod
@@ -46,65 +144,23 @@ class MaskedLinear(torch.autograd.Function):
         dtype: torch.dtype,
         gradient_mask: str,
         backend: str,
-        moves: int,
-        observed: Observed,
         *statistics: Tensor,
     ) -> Tensor:
-        # The weight is needed for dX alone; without it a second backward works after the pull changed it.
         kept = (weight if shifted is None else shifted) if x.requires_grad else None
         ctx.save_for_backward(x, kept, *statistics)
-        # Not saved: a checkpoint compares what is with what a recomputation saves, which may fall into another step.
-        ctx.observed = observed
-        ctx.dtype, ctx.gradient_mask, ctx.backend = dtype, gradient_mask, backend
-        ctx.weight_dtype, ctx.compiled = weight.dtype, torch.compiler.is_compiling()
-        # What is saved may come back copied (save_on_cpu) or made anew (checkpoint); this forward's own ticket may not.
-        ticket = Statistics(*statistics).ticket
-        ctx.ticket, ctx.moves, ctx.weight = (None, 0, None) if ctx.compiled else (ticket, moves, weight)
+        ctx.dtype, ctx.gradient_mask, ctx.backend, ctx.weight_dtype = dtype, gradient_mask, backend, weight.dtype
         return activation.to(dtype) if activation.dtype != dtype else activation.detach()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *statistics = ctx.saved_tensors  # once: checkpoint gives them away
-        saved = x, weight, Statistics(*statistics)
-        if ctx.compiled or not torch.is_grad_enabled():
-            return MaskedLinear._gradients(ctx, grad_output, *saved)
-        with torch.no_grad():
-            gradients = MaskedLinear._gradients(ctx, grad_output, *saved)
-        origins = grad_output, x, ctx.weight
-        return tuple(None if gradient is None else _Once.apply(gradient, *origins) for gradient in gradients)
-
-    @staticmethod
-    def _gradients(
-        ctx: Any,
-        grad_output: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        statistics: Statistics,
-    ) -> tuple[Tensor | None, ...]:
-        ticket = statistics.ticket
-        if ctx.ticket is not None and ticket is not ctx.ticket:
-            owners.require_still(ticket, ctx.ticket, ctx.moves)
-            ticket = ctx.ticket
-        bypass = not ctx.compiled and operators.can_bypass_dispatcher(grad_output)
-        batched = bypass and private.is_batched_gradient(grad_output)
-        reuse = bypass and not batched and not private.keeps_graph()  # else the mask is read again
+        x, weight, *tensors = ctx.saved_tensors
+        found = Statistics(*tensors)
+        pending = PendingPull(found.ticket, UNOBSERVED, found.pull(x))
+        options = ctx.gradient_mask, ctx.dtype, True, ctx.backend
         masked, bias_gradient = operators.call(
-            "masked_gradient",
-            grad_output,
-            statistics.mask,
-            statistics.winner,
-            ctx.gradient_mask,
-            ctx.dtype,
-            ctx.compiled,
-            reuse,
-            GENERAL if batched else ctx.backend,
-            PendingPull(ticket, ctx.observed, statistics.pull(x)),
+            "masked_gradient", grad_output, found.mask, found.winner, *options, pending
         )
-        if bypass and ctx.observed is not UNOBSERVED and not private.keeps_graph():
-            ctx.observed = UNOBSERVED
-        with operators.no_autocast(x.device.type):
-            x_gradient = (masked @ weight.to(ctx.dtype)).to(x.dtype) if weight is not None else None
-            weight_gradient = (masked.T @ x.to(ctx.dtype)).to(ctx.weight_dtype)
+        gradients = _products(masked, x, weight, (ctx.dtype, ctx.weight_dtype))
         _, _, needs_bias, *others = ctx.needs_input_grad
         bias_gradient = bias_gradient.to(ctx.weight_dtype) if needs_bias else None
-        return x_gradient, weight_gradient, bias_gradient, *[None] * len(others)
+        return *gradients, bias_gradient, *[None] * len(others)

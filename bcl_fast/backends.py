@@ -30,6 +30,7 @@ STAGES = {
 }
 # Backends that decide on the device whether neighbors are due, and count steps there: nothing waits for the host.
 REFRESH = ("triton", "cuda")
+WHOLE = ("cpu",)  # backends whose `forward` makes all statistics of a forward in one call, packed into one tensor
 ON_GPU = ("triton", "cuda")  # without a GPU they run in Triton's interpreter and on the host, slowly
 NAMES = ("reference", "portable", "cpu", *ON_GPU)
 # Type of device -> what `fused=True` means there, the first of these that serves; else, or where none does: GENERAL.

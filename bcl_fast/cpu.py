@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import cpu_structs, native
 from .norms import with_norms
-from .structures import Competition, Pull, leading
+from .spec import StatisticsOptions
+from .structures import Competition, PackedPull, PackedSizes, PackedStatistics, Pull, leading
 
 TILE = 512  # features of a tile of the neighbor search, which holds TILE * TILE similarities at once
 RULES = {"rank": 0, "clamped_cosine": 1, "cosine": 2}
@@ -77,7 +78,6 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
 def _rows_of(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The same in a dtype; small steps feel a call of `to` that changes nothing."""
     return _rows(matrix if matrix.dtype == dtype else matrix.to(dtype))
@@ -96,6 +96,7 @@ class _Lists:
         return self.near.data_ptr() + at * self.near.itemsize, self.best.data_ptr() + at * self.best.itemsize
 
 
+def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     """The panel [R, D] of similarities of features first .. first + R - 1 -> their nearest others [R, k] int64."""
     similarity = _rows(similarity)
     R, D = similarity.shape
@@ -116,11 +117,13 @@ def _look(
     sizes = similarity.stride(0), *similarity.shape, first_row, first_column, lists.near.shape[1]
     struct = cpu_structs.Neighbors(similarity.data_ptr(), *rows, *columns, *sizes)
     _call("neighbors", similarity.dtype, struct)
-    return near
 
 
 def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
-    """Stage `neighbors` (step 1), by row panels: no [D, D] matrix is held."""
+    """Stage `neighbors` (step 1), by tiles above the diagonal alone: a similarity is one for both of its features.
+
+    Holds a copy of the weight and one tile; no [D, D] matrix.
+    """
     rows, norm, _ = with_norms(weight)
     unit = rows / norm
     D = weight.shape[0]
@@ -230,14 +233,77 @@ def targets(pull: Pull) -> Tensor:
 def targets_pull_(weight: Tensor, som_offset: Tensor | None, som_lr: Tensor, pull: Pull) -> None:
     """Stage `targets_pull_` (sums of step 9a, steps 10 and 13), in place on weight or, if given, som_offset."""
     destination = weight if som_offset is None else som_offset
-    both = (weight,) if som_offset is None else (weight, som_offset)
-    if pull.rescue_rows.shape[1] < pull.x.shape[0] and all(tensor.is_contiguous() for tensor in both):
-        _targets(destination, (weight, som_offset, float(som_lr)), pull)
-        return
+    contiguous = weight.is_contiguous() and destination.is_contiguous()
+    if contiguous and pull.rescue_rows.shape[1] < pull.x.shape[0]:
+        return _targets(destination, (weight, som_offset, float(som_lr)), pull)
     increment = targets(pull).sub_(weight)
     if som_offset is not None:
         increment.sub_(som_offset)
     destination.addcmul_(increment.mul_(pull.som_strength[:, None]), som_lr)
+
+
+class _Forward:
+    """How the forwards of one shape are called: the struct of the interface, filled but for what differs."""
+
+    def __init__(
+        self, config: StatisticsOptions, activation: torch.Size, neighbors: torch.Size, N: int, dtype: torch.dtype
+    ) -> None:
+        (B, D), (features, k) = activation, neighbors
+        self.valid = 1 <= D == features and k >= 1
+        self.sizes = PackedSizes(B, D, N, k, min(config.rescue_k or B, B), dtype)
+        *sizes, _ = self.sizes
+        pointers_and_strides = [None] * 7 + [0] * 2
+        forces = config.temperature, config.rescue_onset, config.pull_onset, config.forces == "coupled"
+        choices = config.need_weighting, RULES[config.affinity], config.rescue_weighting == "soft"
+        self.struct = cpu_structs.Forward(*pointers_and_strides, *sizes, *forces, *choices)
+
+
+_forward_of = functools.lru_cache(maxsize=256)(_Forward)
+_pull_of = functools.lru_cache(maxsize=256)(lambda sizes: cpu_structs.Pull(*[None] * 7, 0, *sizes[:-1]))
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: Tensor,
+    neighbors: Tensor,
+    ticket: Tensor,
+    config: StatisticsOptions,
+) -> PackedStatistics:
+    """Steps 2 to 11 as one call of the library, for a forward outside compilers: `operators.statistics_` has shapes."""
+    dtype = activation.dtype
+    plan = _forward_of(config, activation.shape, neighbors.shape, x.shape[1], dtype)
+    if not plan.valid or neighbors.dtype != torch.int64:
+        raise native.bad_neighbors(neighbors, activation.shape[1])
+    activation, neighbors, x = activation.contiguous(), neighbors.contiguous(), _rows_of(x, dtype)
+    mask, packed = torch.empty_like(activation), neighbors.new_empty(plan.sizes.words)
+    struct = cpu_structs.Forward.from_buffer_copy(plan.struct)  # its own: other threads run forwards meanwhile
+    struct.activation, struct.neighbors, struct.x = activation.data_ptr(), neighbors.data_ptr(), x.data_ptr()
+    struct.x_stride = x.stride(0)
+    if bias is not None:
+        bias = bias.to(dtype).contiguous()
+        struct.bias = bias.data_ptr()
+    if config.affinity != "rank":
+        weight = _rows_of(weight, dtype)
+        struct.weight, struct.weight_stride = weight.data_ptr(), weight.stride(0)
+    struct.mask, struct.packed = mask.data_ptr(), packed.data_ptr()
+    _call("forward", dtype, struct)
+    return PackedStatistics(mask if config.gradient_mask == "soft" else mask.new_empty(0), ticket, packed, plan.sizes)
+
+
+def pull_(weight: Tensor, som_offset: Tensor | None, step: Tensor, som_lr: Tensor, pull: PackedPull) -> bool:
+    """`targets_pull_` of what a `forward` left, and step += 1, as one call. False where nothing was done: it cannot."""
+    destination = weight if som_offset is None else som_offset
+    if pull.sizes.r >= pull.sizes.B or not (weight.is_contiguous() and destination.is_contiguous()):
+        return False
+    x, dtype = _rows_of(pull.x, weight.dtype), weight.dtype
+    struct = cpu_structs.Pull.from_buffer_copy(_pull_of(pull.sizes))
+    struct.x, struct.packed, struct.weight = x.data_ptr(), pull.packed.data_ptr(), weight.data_ptr()
+    struct.offset, struct.destination = native.pointer(som_offset), destination.data_ptr()
+    struct.som_lr, struct.step, struct.x_stride = som_lr.data_ptr(), step.data_ptr(), x.stride(0)
+    _call("pull", dtype, struct)
+    return True
 
 
 def gradient(
@@ -248,9 +314,10 @@ def gradient(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Stage `gradient` (step 12): the masked gradient [B, D], into `out` if given, rounded to `dtype`; its sum [D]."""
-    grad_output = grad_output.to(torch.promote_types(grad_output.dtype, torch.float32))
+    if grad_output.dtype not in SUFFIX:
+        grad_output = grad_output.float()
     masked, total = _masked(grad_output, mask, winner, out)
-    return masked.to(dtype or masked.dtype), total
+    return masked if dtype is None or masked.dtype == dtype else masked.to(dtype), total
 
 
 def _masked(

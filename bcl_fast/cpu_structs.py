@@ -15,7 +15,7 @@ def fields(names: str, kind: type) -> list[tuple[str, type]]:
 
 
 class Neighbors(Structure):
-    """Step 1, of a panel of similarities."""
+    """Step 1, of a tile of similarities."""
 
     _fields_ = [
         *fields("similarity row_near row_best column_near column_best", c_void_p),
@@ -63,6 +63,26 @@ class Targets(Structure):
     ]
 
 
+class Forward(Structure):
+    """Steps 2 to 11 of a forward, for `cpu_steps`."""
+
+    _fields_ = [
+        *fields("activation neighbors x bias weight mask packed", c_void_p),
+        *fields("x_stride weight_stride B D N k r", c_int64),
+        *fields("temperature rescue_onset pull_onset", c_double),
+        *fields("coupled need rule soft", c_int),
+    ]
+
+
+class Pull(Structure):
+    """The pull of such a forward."""
+
+    _fields_ = [
+        *fields("x packed weight offset destination som_lr step", c_void_p),
+        *fields("x_stride B D N k r", c_int64),
+    ]
+
+
 class Gradient(Structure):
     """Step 12."""
 
@@ -81,6 +101,8 @@ STRUCTS: dict[str, type[Structure]] = {
     "inverse_norm": InverseNorm,
     "selection": Selection,
     "targets": Targets,
+    "forward": Forward,
+    "pull": Pull,
     "gradient": Gradient,
     "rank": Rank,
 }

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, counters, operators, private, state
-from .autograd import MaskedLinear
+from . import backends, counters, eager, operators, private, state
+from .autograd import Competed, MaskedLinear, Training
 from .checks import check_input, check_weight, no_global_sync, ranks
 from .observers import Observer
 from .pulls import LOW_PRECISION, Pulls
 from .spec import BCLConfig, check_number
 from .state import Written
-from .structures import UNOBSERVED, Observed
 from .transforms import called_not_read, plain, scriptable, traced_by_fx
 
 if TYPE_CHECKING:
@@ -267,27 +266,20 @@ class BCLLayer(nn.Linear):
                 else:
                     self._pulls.received = True
             return self._linear(input, weight, bias, offset)
-        moves = self._check_training(weight, offset, compiling)
+        self._check_training(weight, offset, compiling)
         check_input(input, weight)
         if input.numel() == 0:
             self._pulls.received = True
             return self._linear(input, weight, bias, offset)
         x = input if input.dim() == 2 else input.reshape(-1, self.in_features)
         dtype = operators.product_dtype(weight)
-        with operators.no_autocast(input.device.type):
-            with torch.no_grad():
-                shifted = None if offset is None else weight + offset
-                effective_weight = weight if shifted is None else shifted
-                if x.dtype == weight.dtype == dtype and dtype not in LOW_PRECISION:
-                    activation = F.linear(x, effective_weight, bias)
-                else:
-                    activation = operators.call("product", x, effective_weight, bias, dtype)
-                statistics = self._statistics(x, effective_weight, bias, activation, compiling)
-                observed = UNOBSERVED
-                if not compiling and self._observers and self._observed_now:
-                    observed = Observed(activation.clone(), self.neighbors.clone())
-            options = dtype, self._config.gradient_mask, self._backend, moves, observed
-            output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *statistics)
+        if compiling:
+            with operators.no_autocast(input.device.type), torch.no_grad():
+                activation, shifted, statistics = self._compete(x, weight, bias, dtype)
+            options = dtype, self._config.gradient_mask, self._backend
+            output = MaskedLinear.apply(x, weight, bias, shifted, activation, *options, *statistics.tensors)
+        else:
+            output = Training.apply(x, weight, bias, self, dtype)
         return output if input.dim() == 2 else output.reshape(*input.shape[:-1], self.out_features)
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None, offset: Tensor | None) -> Tensor:
@@ -307,24 +299,29 @@ class BCLLayer(nn.Linear):
     def __prepare_scriptable__(self) -> nn.Linear:
         return scriptable(self, self.som_offset)
 
-    def _statistics(
-        self, x: Tensor, effective_weight: Tensor, bias: Tensor | None, activation: Tensor, compiling: bool
-    ) -> tuple[Tensor, ...]:
-        """Steps 1 to 11 of one forward, by the operator `statistics_`: the fields of `Statistics`."""
-        buffers, written = self._buffers, self._written
+    def _compete(self, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Competed:
+        """Steps 1 to 11 of a forward on x [B, N], whose product has `dtype`."""
+        buffers, written, compiling = self._buffers, self._written, torch.compiler.is_compiling()
+        offset = buffers["som_offset"]
+        shifted = None if offset is None else weight + offset
+        effective_weight = weight if shifted is None else shifted
+        if x.dtype == weight.dtype == dtype and dtype not in LOW_PRECISION:
+            activation = F.linear(x, effective_weight, bias)
+        else:
+            activation = operators.call("product", x, effective_weight, bias, dtype)
         neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
         if not compiling and not written.still(neighbors, step, refreshed_at):
             self._look_at_state(self.weight)
             neighbors, step, refreshed_at = buffers["neighbors"], buffers["step"], buffers["_refreshed_at"]
             written = self._written
         given = x, effective_weight, bias, activation, neighbors, step, refreshed_at, self._pulls.ticket, self._backend
-        found = operators.call("statistics_", *given, self._options)
+        found = eager.statistics(*given, self._options)
         if not compiling:
             written.neighbors_version = neighbors._version  # a refresh is our own
-        return found
+        return Competed(activation, shifted, found)
 
-    def _check_training(self, weight: Tensor, offset: Tensor | None, compiling: bool) -> int:
-        """Raise where training would go wrong; returns how often the weight has moved (0 under torch.compile)."""
+    def _check_training(self, weight: Tensor, offset: Tensor | None, compiling: bool) -> None:
+        """Raise where training would go wrong."""
         if (transform := private.transform(compiling)) is not None:
             raise RuntimeError(
                 f"{transform} would drop the gradient mask and the pull of a BCLLayer in training: call eval() before"
@@ -337,7 +334,6 @@ class BCLLayer(nn.Linear):
         # In this order: what depends on som_lr would be compiled anew for each value of a schedule.
         if self._config.sync == "global" and ranks() > 1 and (self._pulls_now or self._config.couples):
             raise no_global_sync()
-        return 0 if compiling else self._pulls.moves
 
     # --- State that somebody else has written ------------------------------------------------------------------------
 
@@ -425,7 +421,7 @@ class BCLLayer(nn.Linear):
 
     @property
     def _observed_now(self) -> bool:
-        return any(observer.due for observer in self._observers)
+        return bool(self._observers) and any(observer.due for observer in self._observers)
 
     @contextmanager
     def _observed_by(self, observer: Observer) -> Iterator[None]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, counters
-from .owners import owner_of
+from .owners import hand_over, owner_of
 from .private import NO_BACKWARD, running_backward
 from .projection import project_
 from .spec import STATISTICS_FIELDS, StatisticsOptions
@@ -194,6 +194,30 @@ def _refresh_neighbors_(
         counters.write_counter_(refreshed_at, now)
 
 
+def begin_(
+    x: Tensor,
+    weight: Tensor,
+    activation: Tensor,
+    neighbors: Tensor,
+    step: Tensor,
+    refreshed_at: Tensor,
+    ticket: Tensor,
+    backend: str,
+    config: StatisticsOptions,
+) -> Tensor:
+    """What comes before the statistics of a forward: checks, and neighbors where they are due. Its own ticket."""
+    if config.check_finite:
+        require_finite(x=x, weight=weight, activation=activation)
+        require_norms(x)
+    ticket, due, task = ticket.clone(), True, running_backward()
+    if task != NO_BACKWARD and (recomputed := owner_of(ticket)) is not None:
+        ticket.neg_()
+        due = recomputed.recompute(task)
+    if due:
+        _refresh_neighbors_(weight, neighbors, step, refreshed_at, config.recompute_every, backend)
+    return ticket
+
+
 def _called_by_compiled_code(
     x: Tensor,
     weight: Tensor,
@@ -234,15 +258,7 @@ def statistics_(
     Writes neighbors [D, k] and refreshed_at where the refresh is due. That is part of this operator because a compiler
     must then run it in the forward: one without a lasting effect it may move to the backward.
     """
-    if config.check_finite:
-        require_finite(x=x, weight=weight, activation=activation)
-        require_norms(x)
-    ticket, due, task = ticket.clone(), True, running_backward()
-    if task != NO_BACKWARD and (recomputed := owner_of(ticket)) is not None:
-        ticket.neg_()
-        due = recomputed.recompute(task)
-    if due:
-        _refresh_neighbors_(weight, neighbors, step, refreshed_at, config.recompute_every, backend)
+    ticket = begin_(x, weight, activation, neighbors, step, refreshed_at, ticket, backend, config)
     bias = None if bias is None else bias.to(activation.dtype)
     found = backends.stage("competition", backend)(
         activation, neighbors, config.temperature, x, config.forces, config.rescue_onset, config.pull_onset
@@ -295,8 +311,29 @@ def statistics__fake(
     return mask, indices(B), torch.empty_like(ticket), *pairs, *rescue, floats(D), floats(D)
 
 
+def masked(
+    grad_output: Tensor,
+    mask: Tensor,
+    winner: Tensor,
+    gradient_mask: str,
+    dtype: torch.dtype,
+    backend: str,
+    last: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """What `masked_gradient` returns; it may take the place of the mask, where that is read for the `last` time."""
+    soft = gradient_mask == "soft"
+    masked, bias_gradient = backends.stage("gradient", backend)(
+        grad_output,
+        mask if soft else None,
+        winner if gradient_mask == "winner_take_all" else None,
+        mask if soft and last and mask.dtype == dtype else None,
+        dtype,
+    )
+    return (masked.clone() if masked is grad_output else masked), bias_gradient
+
+
 @_operator(
-    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, ScalarType dtype, bool compiled, bool reuse,"
+    "(Tensor grad_output, Tensor mask, Tensor winner, str gradient_mask, ScalarType dtype, bool compiled,"
     f" str backend, Tensor ticket, {_OBSERVED}, {_PULL}) -> (Tensor, Tensor)",
     packed=PendingPull.of,
     host=True,
@@ -308,30 +345,16 @@ def masked_gradient(
     gradient_mask: str,
     dtype: torch.dtype,
     compiled: bool,
-    reuse: bool,
     backend: str,
     pending: PendingPull,
 ) -> tuple[Tensor, Tensor]:
     """Step 12 before its products: grad_output * G [B, D] in `dtype`, and the bias gradient [D] in that of statistics.
 
-    With `reuse` the product takes the place of a mask of its dtype, which nobody reads again. No schema says so: only
-    who calls this function without the dispatcher may ask for it.
-
     Also hands `pending`, the pull of this forward, to the layer that its ticket names. That is part of this operator
     because it must happen once per backward, also in a compiled one.
     """
-    owner = owner_of(pending.ticket)
-    if owner is not None:
-        owner.receive(pending, dtype, compiled)
-    soft = gradient_mask == "soft"
-    masked, bias_gradient = backends.stage("gradient", backend)(
-        grad_output,
-        mask if soft else None,
-        winner if gradient_mask == "winner_take_all" else None,
-        mask if soft and reuse and mask.dtype == dtype else None,
-        dtype,
-    )
-    return (masked.clone() if masked is grad_output else masked), bias_gradient
+    hand_over(pending, dtype, compiled)
+    return masked(grad_output, mask, winner, gradient_mask, dtype, backend)
 
 
 @_fake

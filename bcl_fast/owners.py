@@ -19,6 +19,8 @@ from .structures import PendingPull
 class Owner(Protocol):
     """The pulls of a layer, as the operators see them."""
 
+    @property
+    def moves(self) -> int: ...
     def receive(self, pending: PendingPull, dtype: torch.dtype, compiled: bool) -> None: ...
     def recompute(self, task: int) -> bool: ...
     def require_still(self, moves: int) -> None: ...
@@ -45,6 +47,13 @@ def register_owner(owner: Owner) -> Tensor:
 def owner_of(ticket: Tensor) -> Owner | None:
     """The owner that a ticket names; None where its pull is consumed or its layer is gone."""
     return _owners.get(abs(int(ticket)))
+
+
+def hand_over(pending: PendingPull, dtype: torch.dtype, compiled: bool) -> None:
+    """Give a pull to its owner, whose forward had a product of this dtype, unless it is consumed or nobody's."""
+    owner = owner_of(pending.ticket)
+    if owner is not None:
+        owner.receive(pending, dtype, compiled)
 
 
 def require_still(found: Tensor, own: Tensor, moves: int) -> None:

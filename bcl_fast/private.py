@@ -41,6 +41,18 @@ def never_compiled(function: Function) -> Function:
     return disabled
 
 
+def skipped_by_compilers(function: Any) -> Any:
+    """`never_compiled` at no cost a call, for what autograd alone calls: a compiler looks neither at it nor below it.
+
+    A compiler that traces autograd's own calls meets the mark of `torch.compiler.disable`.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True
+    return function
+
+
 def accumulation_hooks(weight: Tensor) -> dict[int, Any]:
     """What `register_post_accumulate_grad_hook` has hung on a weight, in the order in which autograd calls them."""
     return weight._post_accumulate_grad_hooks or {}

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, counters, operators, owners, private
+from . import backends, counters, eager, operators, owners, private
 from .bound import Bound, Moves, PulledLayer, WarnOnce
 from .checks import ranks
 from .observers import call_all
-from .structures import Observed, PendingPull, Pull
+from .structures import Observed, PendingPull, Pull, unpacked
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -95,7 +95,7 @@ class Pulls:
                     "under torch.compile one forward of a BCLLayer per backward is supported, got a second"
                 )
             # The compiled backward reuses its buffers for other values after this call.
-            pending = pending._replace(pull=Pull(*(tensor.clone() for tensor in pending.pull)))
+            pending = pending._replace(pull=Pull(*(tensor.clone() for tensor in unpacked(pending.pull))))
             if layer._observed_now:  # compiled code knows no observers: nobody comes or goes by a new compilation
                 product = pending.pull.x, layer.effective_weight, layer.bias, dtype
                 observed = Observed(operators.call("product", *product), layer.neighbors.clone())
@@ -171,7 +171,7 @@ class Pulls:
             handle.remove()
         pulls = weakref.ref(self)
 
-        @private.never_compiled
+        @private.skipped_by_compilers
         def consume(weight: Tensor) -> None:
             owner = pulls()
             if owner is not None:
@@ -234,7 +234,7 @@ class Pulls:
             backward.pulled = True
             self._pull(layer, weight, arrived)
 
-    @private.never_compiled
+    @private.skipped_by_compilers
     def _end(self, task: int, backward: _Backward, captured: bool) -> None:
         """At the end of a backward: one that never accumulates into the weight (autograd.grad) leaves nothing behind.
 
@@ -273,16 +273,16 @@ class Pulls:
             state = weight, offset, layer.bias, activation, neighbors, layer.config
             record = backends.record(counters.read_counter(step), last.pull.x, *state)
         self.bound.arrived, pulls_now = True, layer._pulls_now
-        if pulls_now and ranks() > 1:
+        if pulls_now and layer._config.sync == "local" and ranks() > 1:
             self._warn_once("BCLLayer(sync='local'): statistics and pulls are per rank, replicas drift")
         if pulls_now and not self.bound.active and len(pulls) == 1 and weight.dtype not in LOW_PRECISION:
             options = layer._som_lr_cell, layer._config.target_projection, layer._backend
-            operators.call("targets_pull_", weight, offset, step, *options, last.pull)
+            eager.pull_(weight, offset, step, *options, last.pull)
             self._moves.add()
         else:
             if pulls_now:
                 for pending in pulls:
-                    self.bound.keep(layer, pending.pull)
+                    self.bound.keep(layer, unpacked(pending.pull))
                 if not self.bound.active:
                     self.bound.apply(layer, found_inf=None)
             counters.advance_(step, layer._backend)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bcl_fast import BCLLayer, reference
+from bcl_fast.autograd import Competed
 from bcl_fast.measure.implementations import CONFIG, Size, batch
 from bcl_fast.measure.precisions import PRECISIONS, ROUNDING, forward, multiplying
-from bcl_fast.structures import PendingPull, Pull, Statistics
+from bcl_fast.structures import PendingPull, Pull, unpacked
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,19 @@ def choices(
         layer.weight.data.copy_(weight)
     received: list[PendingPull] = []
     layer._pulls.receive = lambda pending, dtype, compiled: received.append(pending)
-    found: list[Statistics] = []
-    statistics = layer._statistics
+    found: list[Competed] = []
+    compete = layer._compete
 
-    def watched(*arguments: Tensor) -> Statistics:
-        found.append(Statistics(*statistics(*arguments)))
+    def watched(*arguments: Any) -> Competed:
+        found.append(compete(*arguments))
         return found[-1]
 
-    layer._statistics = watched
+    layer._compete = watched
     x, grad_output = batch(size, device)
     with multiplying(precision), forward(precision, device):
         output = layer(x)
     output.backward(grad_output.to(output.dtype))
-    return _judged(received[0].pull, found[0].winner, layer, precision)
+    return _judged(unpacked(received[0].pull), found[0].statistics.winner, layer, precision)
 
 
 @torch.no_grad()

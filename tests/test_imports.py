@@ -31,7 +31,7 @@ ALLOWED = {
     "projection": {"norms"},
     "reference": {"spec", "norms", "structures"},
     "portable": {"spec", "norms", "structures"},
-    "cpu": {"norms", "native", "cpu_structs", "structures"},
+    "cpu": {"spec", "norms", "native", "cpu_structs", "structures"},
     "triton": {"structures"},
     "cuda": {"cuda_structs", "native", "private", "structures", "triton"},
     "backends": {"spec"},
@@ -39,15 +39,17 @@ ALLOWED = {
     "private": set(),
     "owners": {"structures"},
     "operators": {"spec", "backends", "counters", "owners", "private", "projection", "structures"},
-    "autograd": {"backends", "operators", "owners", "private", "structures"},
+    "eager": {"spec", "backends", "operators", "structures"},
+    "autograd": {"spec", "backends", "operators", "owners", "private", "structures"},
     "checks": set(),
     "transforms": set(),
     "observers": {"reference"},  # the name of a type alone
     "bound": {"spec", "counters", "observers", "operators", "private", "rounding", "state", "structures"},
-    "pulls": {"backends", "counters", "observers", "operators", "owners", "private", "bound", "checks", "structures"},
+    "pulls": {"backends", "counters", "eager", "observers", "operators", "owners", "private", "bound", "checks"}
+    | {"structures"},
     "state": {"counters", "operators"},
-    "layer": {"spec", "backends", "counters", "observers", "operators", "autograd", "checks", "private", "pulls"}
-    | {"reference", "state", "structures", "transforms"},
+    "layer": {"spec", "backends", "counters", "eager", "observers", "operators", "autograd", "checks", "private"}
+    | {"pulls", "reference", "state", "structures", "transforms"},
     "attach": {"spec", "bound", "layer", "pulls", "state", "transforms"},
     "capture": {"spec", "backends", "counters", "operators", "checks", "layer"},
     "diagnostics": {"spec", "norms", "reference"},

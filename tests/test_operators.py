@@ -89,7 +89,7 @@ def test_opcheck_masked_gradient(backend, kind):
     for dtype, seen in ((torch.float32, observed), (torch.float64, (None, None)), (torch.bfloat16, (None, None))):
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         _, found, pull = forward(backend, BCLConfig(gradient_mask=kind), exact)
-        arguments = columns("random", B, D).to(dtype), found.mask, found.winner, kind, dtype, False, False, backend
+        arguments = columns("random", B, D).to(dtype), found.mask, found.winner, kind, dtype, False, backend
         torch.library.opcheck(torch.ops.bcl_fast.masked_gradient.default, (*arguments, found.ticket, *seen, *pull))
 
 

@@ -85,7 +85,7 @@ def test_operators_are_what_they_declare(config):
     check = torch.library.opcheck
     check(torch.ops.bcl_fast.statistics_.default, statistics_arguments("triton", config))
     weight, found, pull = forward("triton", config)
-    arguments = found.mask, found.winner, config.gradient_mask, torch.float32, False, False, "triton", found.ticket
+    arguments = found.mask, found.winner, config.gradient_mask, torch.float32, False, "triton", found.ticket
     check(torch.ops.bcl_fast.masked_gradient.default, (torch.ones(9, 5), *arguments, None, None, *pull))
     options = config.target_projection, "triton"
     for offset in (None, torch.zeros_like(weight)):

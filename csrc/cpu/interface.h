@@ -88,6 +88,38 @@ struct Targets {  // steps 9a, 10 and 13
     double som_lr;
 };
 
+// A forward outside compilers, as one call: competition, norms and selection, and with coupled forces step 11.
+//
+// What its pull needs lies in one piece of memory, `packed`, of 8-byte words: winner [B], pair_feature [B, k] and
+// rescue_rows [D, r] as int64, then pair_pull [B, k], rescue_weight [D, r], winner_share [D] and som_strength [D] as
+// Real, side by side.
+template <class Real>
+struct Forward {
+    const Real* activation;    // [B, D]
+    const int64_t* neighbors;  // [D, k], as in Competition
+    const Real* x;             // [B, N]
+    const Real* bias;          // [D] or null
+    const Real* weight;        // [D, N], or null where the rule needs no norms of it
+    Real* mask;                // [B, D] rank_score, or with coupled forces rank_score * novelty * win_rate * novelty
+    int64_t* packed;
+    int64_t x_stride, weight_stride, B, D, N, k, r;
+    double temperature, rescue_onset, pull_onset;
+    int coupled, need, rule, soft;
+};
+
+// The pull of such a forward: Targets on what lies in `packed`.
+template <class Real>
+struct Pull {
+    const Real* x;          // [B, N]
+    const int64_t* packed;
+    const Real* weight;     // [D, N]
+    const Real* offset;     // [D, N] or null
+    Real* destination;      // [D, N]
+    const Real* som_lr;     // scalar
+    int64_t* step;          // scalar, advances by one
+    int64_t x_stride, B, D, N, k, r;
+};
+
 template <class Real>
 struct Gradient {  // step 12
     const Real *gradient, *mask;  // [B, D]
@@ -110,6 +142,8 @@ struct Stages {
     int (*inverse_norm)(const InverseNorm<Real>&, int threads);
     int (*selection)(const Selection<Real>&, int threads);
     int (*targets)(const Targets<Real>&, int threads);
+    int (*forward)(const Forward<Real>&, int threads);
+    int (*pull)(const Pull<Real>&, int threads);
     int (*gradient)(const Gradient<Real>&, int threads);
     int (*rank)(const Rank<Real>&, int threads);
 };

@@ -33,5 +33,10 @@ LAYOUT(Selection, AT(activation), AT(bias), AT(x_inverse_norm), AT(weight_invers
 LAYOUT(Targets, AT(x), AT(pair_feature), AT(pair_pull), AT(rescue_rows), AT(rescue_weight), AT(winner_share),
        AT(som_strength), AT(weight), AT(offset), AT(destination), AT(x_stride), AT(B), AT(D), AT(N), AT(k), AT(r),
        AT(som_lr))
+LAYOUT(Forward, AT(activation), AT(neighbors), AT(x), AT(bias), AT(weight), AT(mask), AT(packed), AT(x_stride),
+       AT(weight_stride), AT(B), AT(D), AT(N), AT(k), AT(r), AT(temperature), AT(rescue_onset), AT(pull_onset),
+       AT(coupled), AT(need), AT(rule), AT(soft))
+LAYOUT(Pull, AT(x), AT(packed), AT(weight), AT(offset), AT(destination), AT(som_lr), AT(step), AT(x_stride), AT(B), AT(D),
+       AT(N), AT(k), AT(r))
 LAYOUT(Gradient, AT(gradient), AT(mask), AT(masked), AT(sum), AT(stride), AT(B), AT(D))
 LAYOUT(Rank, AT(key), AT(rank), AT(stride), AT(B), AT(D))

@@ -1,11 +1,8 @@
 // The stages, compiled once per instruction set: BYTES is the width of a vector, ISA names the copy.
-#include "competition.h"
+#include "forward.h"
 #include "gradient.h"
-#include "inverse_norm.h"
 #include "neighbors.h"
 #include "rank.h"
-#include "selection.h"
-#include "targets.h"
 
 #define NAME_(isa, real) isa##_##real
 #define NAME(isa, real) NAME_(isa, real)
@@ -16,7 +13,8 @@ namespace {
 
 template <class Real>
 constexpr Stages<Real> STAGES = {neighbors<Real>, competition<Real>, inverse_norm<Real>, selection<Real>,
-                                 targets<Real>,   gradient<Real>,    rank<Real>};
+                                 targets<Real>,   forward<Real>,     pull<Real>,         gradient<Real>,
+                                 rank<Real>};
 
 }  // namespace
 
