@@ -6,11 +6,12 @@ What every backend must do is in tests/test_stages.py; here is what is particula
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import cpu_builds
+from helpers.cpu_builds import PROBE, TESTS, over_instruction_sets
 from helpers.layouts import check_layout
 
 from bcl_fast import cpu, cpu_structs, native
@@ -224,44 +225,10 @@ def test_bits_do_not_depend_on_the_number_of_threads():
             assert one.equal(other)
 
 
-PROBE = """
-import torch
-from bcl_fast import cpu, reference as ref
-from bcl_fast.testing import columns, compete, neighbors_of, relative_error
-assert cpu.instruction_set() == {isa!r}, cpu.instruction_set()
-for B, D in ((1, 2), (17, 19), (1009, 67)):
-    a, near, need = columns("random", B, D), neighbors_of(D, 8), torch.rand(B)
-    got, own = (compete(module.competition, a, near) for module in (cpu, ref))
-    assert got.winner.equal(own.winner) and max(map(relative_error, got, own)) <= 1e-5
-    for rule in ("rank", "cosine"):
-        arguments = a, None, torch.ones(B), torch.ones(D), need, rule, "hard", 5
-        assert cpu.selection(*arguments)[0].sort().values.equal(ref.selection(*arguments)[0].sort().values)
-    assert cpu.rank(a).equal(ref.rank(a))
-"""
-
-
-def over_instruction_sets():
-    """Every test that takes `isa` runs with every copy of the stages that this processor can take."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        flags = ""
-    needs = {"baseline": "", "avx2": " avx2 ", "avx512": " avx512dq "}
-    return pytest.mark.parametrize(
-        "isa",
-        [
-            pytest.param(isa, marks=pytest.mark.skipif(flag not in flags, reason=f"this processor has no {isa}"))
-            for isa, flag in needs.items()
-        ],
-    )
-
-
 @over_instruction_sets()
 def test_every_instruction_set_chooses_alike(isa):
-    environment = os.environ | {"BCL_FAST_ISA": isa}
-    words = [sys.executable, "-c", PROBE.format(isa=isa)]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, output = cpu_builds.python(native.HERE, PROBE.format(isa=isa), BCL_FAST_ISA=isa)
+    assert code == 0, output
 
 
 # --- Under AddressSanitizer and UndefinedBehaviorSanitizer -----------------------------------------------------------
@@ -269,16 +236,6 @@ def test_every_instruction_set_chooses_alike(isa):
 COMPILER = shutil.which("g++")
 # Alignment is left out: vectors are loaded from wherever torch put a row, through memcpy.
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize=alignment", "-fno-sanitize-recover=all"]
-HERE = """
-import sys
-from pathlib import Path
-from bcl_fast import cpu_structs, native
-native.HERE = Path(sys.argv.pop(1))
-"""
-TESTS = """
-import pytest
-sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *sys.argv[1:]]))
-"""
 OVERRUN = """
 import torch
 rows, inverse = torch.ones(2, 33), torch.ones(2)
@@ -309,10 +266,8 @@ def sanitizers(tmp_path_factory):
 def under_sanitizers(sanitizers, isa, code, *words):
     """The exit code and output of a process."""
     folder, runtimes = sanitizers
-    environment = os.environ | {"BCL_FAST_ISA": isa, "LD_PRELOAD": runtimes, "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-c", HERE + code, folder, *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    environment = {"BCL_FAST_ISA": isa, "LD_PRELOAD": runtimes, "ASAN_OPTIONS": "detect_leaks=0"}
+    return cpu_builds.python(folder, code, *words, **environment)
 
 
 @over_instruction_sets()

@@ -14,7 +14,7 @@ const char* isa = "baseline";
 template <class Real> const Stages<Real>& baseline();
 template <> const Stages<float>& baseline<float>() { return baseline_float; }
 template <> const Stages<double>& baseline<double>() { return baseline_double; }
-#if defined(__x86_64__) && !defined(__clang__)
+#if defined(__x86_64__)
 template <class Real> const Stages<Real>& avx2();
 template <> const Stages<float>& avx2<float>() { return avx2_float; }
 template <> const Stages<double>& avx2<double>() { return avx2_double; }
@@ -26,7 +26,7 @@ template <> const Stages<double>& avx512<double>() { return avx512_double; }
 // The widest that this processor has; BCL_FAST_ISA=avx2 or baseline takes a narrower one, for tests.
 template <class Real>
 const Stages<Real>& choose() {
-#if defined(__x86_64__) && !defined(__clang__)
+#if defined(__x86_64__)
     const char* asked = getenv("BCL_FAST_ISA");
     const bool any = !asked || !*asked;
     __builtin_cpu_init();

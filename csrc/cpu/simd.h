@@ -32,31 +32,37 @@ struct Simd {
         for (int i = 0; i < BYTES / 8; i++) some |= words[i];
         return some != 0;
     }
+    // The elements of two vectors in turn, from the first half of each, or from the second.
+#if defined(__clang__)  // its shuffle takes constants alone
+    template <class, int... i> struct Turns {
+        static INLINE V low(V a, V b) { return __builtin_shufflevector(a, b, (i / 2 + i % 2 * L)...); }
+        static INLINE V high(V a, V b) { return __builtin_shufflevector(a, b, (L / 2 + i / 2 + i % 2 * L)...); }
+    };
+    typedef __make_integer_seq<Turns, int, L> Turn;
+#else
+    struct Turn {
+        static INLINE V low(V a, V b) { return shuffle(a, b, 0); }
+        static INLINE V high(V a, V b) { return shuffle(a, b, L / 2); }
+        static INLINE V shuffle(V a, V b, int first) {
+            I places;
+            for (int i = 0; i < L; i++) places[i] = first + i / 2 + i % 2 * L;
+            return __builtin_shuffle(a, b, places);
+        }
+    };
+#endif
     // Rows <-> columns of an L x L tile, by log2(L) perfect shuffles.
     static INLINE void transpose(V (&row)[L]) {
-#if defined(__clang__)  // without a shuffle by a variable: through memory
-        Real tile[L][L];
-        for (int i = 0; i < L; i++) store(tile[i], row[i]);
-        for (int i = 0; i < L; i++)
-            for (int j = 0; j < L; j++) row[i][j] = tile[j][i];
-#else
-        I low, high;
-        for (int i = 0; i < L; i++) {
-            low[i] = i / 2 + i % 2 * L;
-            high[i] = L / 2 + i / 2 + i % 2 * L;
-        }
         V next[L];
 #pragma GCC unroll 4
         for (int s = 1; s < L; s *= 2) {
 #pragma GCC unroll 8
             for (int i = 0; i < L / 2; i++) {
-                next[2 * i] = __builtin_shuffle(row[i], row[i + L / 2], low);
-                next[2 * i + 1] = __builtin_shuffle(row[i], row[i + L / 2], high);
+                next[2 * i] = Turn::low(row[i], row[i + L / 2]);
+                next[2 * i + 1] = Turn::high(row[i], row[i + L / 2]);
             }
 #pragma GCC unroll 16
             for (int i = 0; i < L; i++) row[i] = next[i];
         }
-#endif
     }
 };
 
