@@ -73,10 +73,10 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype = torch.float32) 
 
 
 def cpu_library() -> str:
-    """What the C++ library of the backend `cpu` is built on here, or why there is none."""
+    """Which instructions and whose threads the C++ library of the backend `cpu` uses, or why there is none."""
     from . import cpu
 
-    return cpu.missing() or f"{cpu.instruction_set()} instructions"
+    return cpu.missing() or f"{cpu.instruction_set()} instructions, {cpu.threading()}"
 
 
 def cuda_library() -> str:

@@ -1,7 +1,7 @@
 """The stages in C++ for CPU tensors (csrc/cpu): float32 and float64, any shape.
 
 The functions, their arguments and their results are those of the stages in `reference`. Threads are as many as torch
-uses; results do not depend on how many.
+uses, one where the library was built without OpenMP; results do not depend on how many.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from ctypes import Structure
+from os.path import basename
 from typing import Any
 
 import torch
@@ -49,6 +50,23 @@ def _inexpressible(dtype: torch.dtype) -> str | None:
 def instruction_set() -> str:
     """Which copy of the kernels this processor takes: avx512, avx2 or baseline."""
     return native.cpu().bcl_cpu_isa().decode()
+
+
+def threading() -> str:
+    """On whose threads the kernels run, in words: those of torch's OpenMP runtime, of another one, or on one alone."""
+    address = native.cpu().bcl_cpu_openmp()
+    if address is None:
+        return "one thread: built without OpenMP"
+    own, others = native.library_of(address), native.torch_openmp()
+    if own is None:
+        return "OpenMP, this system does not say whose"
+    if own == others:
+        return "OpenMP of torch"
+    if others is None:
+        return f"OpenMP runtime {basename(own)}, torch's is not known"
+    if basename(own) != basename(others):
+        own, others = basename(own), basename(others)
+    return f"another OpenMP runtime ({own}) than torch's ({others})"
 
 
 @functools.cache

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from . import cpu_structs, cuda_structs
+from . import cpu_structs, cuda_structs, private
 
-CPU_ABI = 7  # of csrc/cpu/api.cpp
+CPU_ABI = 8  # of csrc/cpu/api.cpp
 CUDA_ABI = 3  # of csrc/cuda/library.cu
 HERE = Path(__file__).parent
 INEXACT = "was built with -ffast-math or a part of it, which changes results: install again without such flags"
@@ -74,10 +74,42 @@ def cpu() -> ctypes.CDLL:
     if not library.bcl_cpu_exact():
         raise ImportError(f"its C++ library {INEXACT}")
     library.bcl_cpu_isa.restype = c_char_p
+    library.bcl_cpu_openmp.restype = c_void_p
     for name, struct in cpu_structs.STRUCTS.items():
         for suffix in ("f32", "f64"):
             getattr(library, f"bcl_cpu_{name}_{suffix}").argtypes = [POINTER(struct), c_int]
     return library
+
+
+class _Place(ctypes.Structure):
+    """What dladdr says of an address: the file of the library that holds it, and more."""
+
+    _fields_ = [("file", c_char_p), ("base", c_void_p), ("symbol", c_char_p), ("symbol_address", c_void_p)]
+
+
+def library_of(address: int) -> str | None:
+    """The file of the loaded library that holds an address; None where the system does not say."""
+    try:
+        dladdr = ctypes.CDLL(None).dladdr
+    except (AttributeError, OSError, TypeError):  # no such function, or no name for the process itself
+        return None
+    dladdr.argtypes = [c_void_p, POINTER(_Place)]
+    place = _Place()
+    found = dladdr(address, ctypes.byref(place)) and place.file
+    return os.path.realpath(os.fsdecode(found)) if found else None
+
+
+def torch_openmp() -> str | None:
+    """The file of the OpenMP runtime that torch calls; None where it was built without, or where nobody can tell."""
+    if not torch.backends.openmp.is_available():
+        return None
+    for library in (None, private.compiled_torch()):  # as the loader looks: first in what the whole process sees
+        try:
+            function = ctypes.CDLL(library).omp_get_max_threads
+        except (AttributeError, OSError, TypeError):
+            continue
+        return library_of(ctypes.cast(function, c_void_p).value or 0)
+    return None
 
 
 @functools.cache

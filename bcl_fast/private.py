@@ -15,6 +15,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 NO_BACKWARD = -1  # what torch says for the number of the running backward where none runs
 
 
+def compiled_torch() -> str:
+    """The file of torch's compiled part: torch says whether it has OpenMP, not of which runtime."""
+    return torch._C.__file__
+
+
 def running_backward() -> int:
     """The number of the backward that runs in this thread, or NO_BACKWARD: a pull belongs to one backward."""
     return torch._C._current_graph_task_id()

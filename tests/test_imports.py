@@ -25,7 +25,7 @@ ALLOWED = {
     "kernels": {"structures", "kernels.bits"},
     "cpu_structs": set(),
     "cuda_structs": {"cpu_structs"},
-    "native": {"cpu_structs", "cuda_structs"},
+    "native": {"cpu_structs", "cuda_structs", "private"},
     "norms": {"spec"},
     "losses": {"norms"},
     "projection": {"norms"},

@@ -49,8 +49,8 @@ const Stages<double>& stages_double = choose<double>();
 }  // namespace
 }  // namespace bcl
 
-// The number changes with any function below, with any struct of interface.h, and with what a Status means.
-API int bcl_cpu_abi() { return 7; }
+// The number changes with any function of the library, with any struct of interface.h, and with what a Status means.
+API int bcl_cpu_abi() { return 8; }
 API const char* bcl_cpu_isa() { return bcl::isa; }
 
 #define STAGE(name, Struct)                                                                                   \
