@@ -32,7 +32,9 @@ if MODE not in MODES:
 
 # Behind whatever CXXFLAGS, LDFLAGS and their like ask for: of words that contradict each other GCC and Clang take the
 # last, where they link too. Linked with -ffast-math or -Ofast, a library sets flush-to-zero for the whole process, and
-# NaN has no order. A product and a sum may be fused: a key is a product of a difference, where nothing can be.
+# NaN has no order. A product and a sum may be fused: no choice hangs on a sum of products. A key is a product of a
+# difference, a score one of two numbers, and neither is added to anything; tests/test_arm.py looks for fused
+# instructions where choices are made.
 EXACT = (
     "-O3 -fno-fast-math -fno-unsafe-math-optimizations -fno-finite-math-only -fno-associative-math "
     "-fno-reciprocal-math -fsigned-zeros"

@@ -40,6 +40,7 @@ def clang(tmp_path_factory):
 
 
 def test_clang_s_library_takes_the_widest_instructions_of_the_processor(clang):
+    """That every set chooses as the reference does is in tests/test_arm.py, by the same program as for ARM."""
     code, output = cpu_builds.python(clang, PROBE.format(isa=cpu_builds.widest()), BCL_FAST_ISA="")
     assert code == 0, output
 
