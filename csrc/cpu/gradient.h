@@ -39,7 +39,7 @@ int gradient(const Gradient<Real>& s, int threads) {
     if (!sums.data) return NO_MEMORY;
     memset(sums.data, 0, blocks.count * D * sizeof(double));
     const int64_t bytes = padded(D) * sizeof(Real);
-    const bool done = parallel(threads, s.B * D, blocks.count, bytes, [&](int64_t i, char* scratch) {
+    const bool done = parallel(threads, 0.5 * s.B * D, blocks.count, bytes, [&](int64_t i, char* scratch) {
         mask_rows(s, blocks.first(i), blocks.last(i), (Real*)scratch, sums.data + i * D);
     });
     if (!done) return NO_MEMORY;

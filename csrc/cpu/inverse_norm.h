@@ -43,7 +43,7 @@ Real inverse_norm_of(const Real* row, int64_t N) {
 
 template <class Real>
 int inverse_norm(const InverseNorm<Real>& s, int threads) {
-    parallel(threads, s.R * s.N, s.R, 0, [&](int64_t i, char*) {
+    parallel(threads, 0.05 * s.R * s.N, s.R, 0, [&](int64_t i, char*) {
         s.inverse[i] = inverse_norm_of(s.rows + i * s.stride, s.N);
     });
     return DONE;

@@ -78,7 +78,8 @@ template <class Real>
 int neighbors(const Neighbors<Real>& s, int threads) {
     if (s.k < 0 || s.rows < 0 || s.columns < 0) return BAD_SIZE;
     if (s.k == 0) return DONE;
-    const int64_t work = s.rows * s.columns, chunks = s.column_near ? (s.columns + COLUMNS - 1) / COLUMNS : 0;
+    const double work = 1.0 * s.rows * s.columns;
+    const int64_t chunks = s.column_near ? (s.columns + COLUMNS - 1) / COLUMNS : 0;
     parallel(threads, work, s.rows, 0, [&](int64_t r, char*) { search_row(s, r); });
     parallel(threads, work, chunks, 0, [&](int64_t i, char*) {
         const int64_t first = i * COLUMNS;

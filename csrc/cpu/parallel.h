@@ -10,7 +10,7 @@ namespace bcl {
 namespace {
 
 constexpr int64_t BLOCK_ROWS = 64, MAX_BLOCKS = 64;  // sums of blocks take at most 64 * 2 * D numbers
-constexpr int64_t MIN_WORK = 1 << 18;  // elements below which a second thread costs more than it helps
+constexpr double GRAIN = 50e3;         // nanoseconds of work for each thread: a team is not worth less
 constexpr int64_t LANES = 16;          // of the widest vector
 
 inline int64_t padded(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -26,12 +26,12 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-// f(i, scratch) for i in [0, n), `work` elements in all, on at most `threads` threads, each with `bytes` of its own.
-// False where memory ran out.
+// f(i, scratch) for i in [0, n), which take one thread `work` nanoseconds or so in all, on at most `threads` threads, each
+// with `bytes` of its own. False where memory ran out.
 template <class F>
-bool parallel(int threads, int64_t work, int64_t n, int64_t bytes, F f) {
+bool parallel(int threads, double work, int64_t n, int64_t bytes, F f) {
     int failed = 0;
-    if (work < MIN_WORK) threads = 1;
+    if (work < threads * GRAIN) threads = int(work / GRAIN);
     if (threads > n) threads = int(n);
 #if defined(_OPENMP)
     if (threads > 1) {

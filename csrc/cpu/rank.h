@@ -23,7 +23,7 @@ template <class Real>
 int rank(const Rank<Real>& s, int threads) {
     constexpr int64_t COLUMNS = 16;  // a cache line of float32
     const int64_t tiles = (s.D + COLUMNS - 1) / COLUMNS, bytes = SortMemory<Real>::bytes(s.B);
-    const bool done = parallel(threads, s.B * s.D, tiles, bytes, [&](int64_t i, char* scratch) {
+    const bool done = parallel(threads, 20.0 * s.B * s.D, tiles, bytes, [&](int64_t i, char* scratch) {
         const int64_t first = i * COLUMNS, last = first + COLUMNS < s.D ? first + COLUMNS : s.D;
         rank_columns(s, first, last, scratch);
     });

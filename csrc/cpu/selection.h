@@ -275,7 +275,7 @@ int selection(const Selection<Real>& s, int threads) {
     const ByNeed<Real> by_need = {order.data, need, norm};
     constexpr int64_t L = Simd<Real>::L;
     const int64_t tiles = (s.D + L - 1) / L, bytes = selection_scratch<Real>(B);
-    const bool done = parallel(threads, B * s.D, tiles, bytes, [&](int64_t i, char* scratch) {
+    const bool done = parallel(threads, 2.5 * B * s.D, tiles, bytes, [&](int64_t i, char* scratch) {
         const int64_t first = i * L, last = first + L < s.D ? first + L : s.D;
         select_tile(s, bounded ? &by_need : nullptr, first, scratch);
         for (int64_t d = first; d < last; d++) share(s, d);

@@ -133,7 +133,7 @@ int targets(const Targets<Real>& t, int threads) {
     if (!lists.exist()) return NO_MEMORY;
     lists.fill_pairs(t);
     const int64_t chunk = 64, chunks = (D + chunk - 1) / chunk;  // of features: they share the stretches of x in cache
-    parallel(threads, (B * k + D * r) * t.N, chunks, 0, [&](int64_t i, char*) {
+    parallel(threads, 0.03 * (B * k + D * r) * t.N, chunks, 0, [&](int64_t i, char*) {
         const int64_t first = i * chunk, last = first + chunk < D ? first + chunk : D;
         for (int64_t d = first; d < last; d++) lists.weigh(t, d);
         target_rows(t, lists, first, last);
