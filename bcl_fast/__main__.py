@@ -16,6 +16,7 @@ from .experiments.jobs import AGAIN, Job, path_of, read, run_jobs, workers_here
 from .experiments.run import Condition, Training, advance, row_steps, write_snapshots
 from .experiments.settings import LONG, jobs_of
 from .experiments.sweep import numbers, sweep_conditions, sweep_rows, write_csv
+from .experiments.threads import on_threads, threads_for
 from .records import trusting, write_record
 from .spec import check_choice
 
@@ -26,8 +27,6 @@ with demo_extra():
 
     from .cli_bench import bench
     from .experiments import console as show
-
-WORKERS = workers_here()
 
 app = typer.Typer(
     cls=Commands,
@@ -46,8 +45,11 @@ Download = Annotated[bool, typer.Option("--download", help="Fetch MNIST into --d
 Preset = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 Loss = Annotated[str, typer.Option(help="l1 or mse.")]
 Backend = Annotated[str | None, typer.Option(help="Who computes BCL.", show_default="the fastest")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="Threads of each process.", show_default="by the size of the network")
+]
 Workers = Annotated[
-    int, typer.Option(min=1, help="Processes of one thread each.", show_default="one per core, 8 at most")
+    int | None, typer.Option(min=1, help="Processes at a time.", show_default="cores / threads, 8 at most")
 ]
 
 
@@ -72,6 +74,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Images in a batch.")] = 128,
     backend: Backend = None,
     device: Device = "cpu",
+    threads: Threads = None,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write scalars to OUT/tensorboard.")] = False,
     out: Annotated[
         Path | None,
@@ -95,12 +98,14 @@ def train(
             data, config, steps, seed, features, batch_size, loss=loss, backend=backend, device=device
         )
         images = load(data, data_dir, download)
+        threads = threads or threads_for(batch_size, features, images.train.shape[1])
         pair = {"bcl": condition, "plain": condition.control()}
         trainings = {name: Training(each, images, row_steps(steps)) for name, each in pair.items()}
 
     console, start = show.make_console(), time.perf_counter()
     writers = [SummaryWriter(str(out / "tensorboard" / name)) for name in pair] if tensorboard else []
-    with show.TrainingTable(console, steps) as table:
+    show.print_threads(console, threads)
+    with on_threads(threads), show.TrainingTable(console, steps) as table:
 
         def on_step(rows: list[dict[str, float] | None]) -> None:
             table.on_step(rows)
@@ -113,7 +118,7 @@ def train(
         writer.close()
     runs = {name: plots.Run(training.record(), training.snapshot()) for name, training in trainings.items()}
     record = {
-        **origin(context, start, out=out),
+        **origin(context, start, threads, out=out),
         "interrupted": any(run.record["interrupted"] for run in runs.values()),
         "conditions": {name: run.record for name, run in runs.items()},
     }
@@ -130,19 +135,29 @@ def train(
 # --- table, sweep, report ---------------------------------------------------------------------------------------------
 
 
-def check_jobs(jobs: Sequence[Job], data: str, data_dir: Path, download: bool) -> None:
-    """Raise what a run would raise for its data, device or backend, before any process starts."""
+def check_jobs(jobs: Sequence[Job], data: str, data_dir: Path, download: bool) -> int:
+    """Raise what a run would raise for its data, device or backend, before any process starts.
+
+    Returns how many threads the largest network is worth.
+    """
     images = load(data, data_dir, download)
-    first = next((job for job in jobs if isinstance(job, Condition) and job.config is not None), None)
+    conditions = [job for job in jobs if isinstance(job, Condition)]
+    first = next((condition for condition in conditions if condition.config is not None), None)
     if first is not None:
         Training(first, images, ())
+    inputs = images.train.shape[1]
+    return max((threads_for(each.batch_size, each.features, inputs) for each in conditions), default=1)
 
 
-def complete(console: Console, jobs: Sequence[Job], out: Path, data_dir: Path, workers: int) -> None:
+def complete(
+    console: Console, jobs: Sequence[Job], out: Path, data_dir: Path, workers: int | None, threads: int
+) -> None:
     """Do the jobs that are not done yet; a KeyboardInterrupt ends the program."""
+    workers = workers or workers_here(threads)
+    show.print_threads(console, threads, workers)
     try:
         with show.JobsProgress(console, list(dict.fromkeys(jobs))) as progress:
-            run_jobs(jobs, out / "runs", data_dir, workers, progress.on_done)
+            run_jobs(jobs, out / "runs", data_dir, workers, progress.on_done, threads)
     except KeyboardInterrupt:
         console.print(f"Interrupted. Finished runs are in {out / 'runs'}: the same command goes on from there.")
         raise typer.Exit(130) from None
@@ -159,7 +174,8 @@ def table(
     steps: Annotated[int, typer.Option(min=1, help="Cut every run to this, to try a table out.")] = LONG,
     backend: Backend = None,
     device: Device = "cpu",
-    workers: Workers = WORKERS,
+    threads: Threads = None,
+    workers: Workers = None,
     out: Annotated[Path, typer.Option(readable=False, help="Folder for runs, records, pictures.")] = Path(
         "runs/tables"
     ),
@@ -177,10 +193,11 @@ def table(
         common = dict(data=data, seeds=seeds, most_steps=steps, backend=backend, device=device)
         jobs = {name: jobs_of(name, **common) for one in chosen for name in tables.conditions_of(one)}
         every = [job for some in jobs.values() for job in some]
-        check_jobs(every, data, data_dir, download)
+        worth = check_jobs(every, data, data_dir, download)
+        threads = threads or worth
 
     console, start = show.make_console(), time.perf_counter()
-    complete(console, every, out, data_dir, workers)
+    complete(console, every, out, data_dir, workers, threads)
     records = {name: {job.seed: read(job, out / "runs") for job in some} for name, some in jobs.items()}
     for name, job in ((name, job) for name, some in jobs.items() for job in some):
         with trusting(path_of(job, out / "runs"), AGAIN):
@@ -194,7 +211,7 @@ def table(
             plots.save(draw(tables.TABLES[name].title, own), out / f"{name}.png")
     show.print_verdicts(console, rows)
     found = {"options": common, "reasons": judging.REASONS, "rows": rows}
-    write_record(out / "tables.json", origin(context, start, threads=1) | found)
+    write_record(out / "tables.json", origin(context, start, threads) | found)
     show.print_written(console, out, "tables.json and a picture of each table")
 
 
@@ -212,7 +229,8 @@ def sweep(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each cell.")] = 3,
     backend: Backend = None,
     device: Device = "cpu",
-    workers: Workers = WORKERS,
+    threads: Threads = None,
+    workers: Workers = None,
     out: Annotated[Path, typer.Option(readable=False, help="Folder for runs, CSV and heat map.")] = Path("runs/sweep"),
 ) -> None:
     """Train every pair of --som-lr and --rescue-k, and a plain control; write a CSV and a heat map.
@@ -225,14 +243,15 @@ def sweep(
         grid = numbers("som_lr", som_lr), numbers("rescue_k", rescue_k, int)
         common = dict(data=data, steps=steps, loss=loss, backend=backend, device=device)
         conditions = sweep_conditions(preset, *grid, seeds, **common)
-        check_jobs(conditions, data, data_dir, download)
+        worth = check_jobs(conditions, data, data_dir, download)
+        threads = threads or worth
 
     console, start = show.make_console(), time.perf_counter()
-    complete(console, conditions, out, data_dir, workers)
+    complete(console, conditions, out, data_dir, workers, threads)
     rows = sweep_rows(conditions, out / "runs")
     title = f"{preset} on {data} after {steps:,} steps, {loss} loss: median of {seeds} seeds"
     write_csv(out / "sweep.csv", rows)
-    write_record(out / "sweep.json", {**origin(context, start, threads=1), "title": title, "rows": rows})
+    write_record(out / "sweep.json", {**origin(context, start, threads), "title": title, "rows": rows})
     plots.save(charts.sweep_picture(title, rows), out / "sweep.png")
     show.print_sweep(console, title, rows)
     show.print_written(console, out, "sweep.csv, sweep.json, sweep.png")

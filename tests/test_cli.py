@@ -19,6 +19,7 @@ from bcl_fast import backends  # noqa: E402
 from bcl_fast.experiments import console as show  # noqa: E402
 from bcl_fast.experiments.data import digits  # noqa: E402
 from bcl_fast.experiments.run import Condition, Training, row_steps, trained  # noqa: E402
+from bcl_fast.experiments.threads import threads_for  # noqa: E402
 from bcl_fast.spec import BCLConfig  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +66,25 @@ def test_recorded_command_repeats_the_run(tmp_path):
     assert invoke(*words[3:]).exit_code == 0
     again = json.loads((tmp_path / "two" / "train.json").read_text())
     assert again["conditions"] == record["conditions"]
+
+
+@pytest.mark.parametrize("words, threads", [((), 1), (("--threads", 2), 2)])
+def test_train_says_and_records_its_threads(words, threads, tmp_path, monkeypatch):
+    """A network as small as this is worth one, whatever torch would take; afterwards torch has its own number again."""
+    asked = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    result = invoke("train", "--steps", 3, "--out", tmp_path, *words)
+    assert result.exit_code == 0, result.output
+    assert f"On {threads} thread{'s' * (threads > 1)} (--threads)." in result.output
+    assert asked == [threads, 7]
+    assert json.loads((tmp_path / "train.json").read_text())["environment"]["threads"] == threads
+
+
+def test_larger_networks_are_worth_more_threads(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    sizes = [(128, 64, 64), (128, 64, 784), (128, 256, 784), (512, 512, 784)]
+    assert [threads_for(*size) for size in sizes] == [1, 1, 3, 6]
 
 
 def test_interrupt_keeps_what_is_done(tmp_path, monkeypatch):

@@ -171,7 +171,14 @@ def test_a_list_of_numbers():
         numbers("rescue_k", "1.5", int)
 
 
-def test_a_worker_has_one_thread(monkeypatch):
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_worker_has_the_threads_it_is_given(threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")  # what a process starts with
-    with jobs.pool(1) as workers:
-        assert workers.submit(torch.get_num_threads).result() == 1
+    with jobs.pool(1, threads) as workers:
+        assert workers.submit(torch.get_num_threads).result() == threads
+
+
+@pytest.mark.parametrize("cores, threads, workers", [(8, 1, 8), (64, 1, 8), (8, 3, 2), (2, 4, 1)])
+def test_workers_share_the_cores(cores, threads, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(cores), raising=False)
+    assert jobs.workers_here(threads) == workers

@@ -37,6 +37,12 @@ def make_console() -> Console:
     return console if console.is_terminal else Console(width=PIPE_WIDTH)
 
 
+def print_threads(console: Console, threads: int, workers: int | None = None) -> None:
+    """On how many threads a command computes, and how to change that."""
+    whose = "" if workers is None else f"{workers} process{'es' * (workers > 1)} of "
+    console.print(f"On {whose}{threads} thread{'s' * (threads > 1)} (--threads).", highlight=False)
+
+
 def print_written(console: Console, out: Path, names: str) -> None:
     """The last line of a command: what it has left where."""
     console.print(f"Written to {out}: {names}", soft_wrap=True, highlight=False)

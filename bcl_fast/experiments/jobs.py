@@ -34,10 +34,10 @@ def rows_of(steps: int) -> tuple[int, ...]:
     return tuple(sorted({*row_steps(steps), *range(min(DENSE_ROWS, steps))}))
 
 
-def workers_here() -> int:
-    """One process per core that this process may use, within reason."""
+def workers_here(threads: int = 1) -> int:
+    """As many processes as the cores that this one may use have threads for, within reason."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MAX_WORKERS)
+    return max(1, min(cores // threads, MAX_WORKERS))
 
 
 def path_of(job: Job, folder: Path) -> Path:
@@ -84,8 +84,9 @@ def run_jobs(
     data_dir: Path,
     workers: int = 1,
     on_done: Callable[[Job], None] = lambda job: None,
+    threads: int = 1,
 ) -> None:
-    """Do all jobs that have no record in `folder` yet, `workers` at a time in processes of one thread each.
+    """Do all jobs that have no record in `folder` yet, `workers` at a time in processes of so many threads each.
 
     `on_done` is called for every job, also for those found done. A KeyboardInterrupt, or an error of one job, ends the
     others at once; finished records are kept.
@@ -100,18 +101,18 @@ def run_jobs(
     # The longest first: no core then waits for a long one that began last.
     missing.sort(key=lambda job: -job.steps)
     if missing:
-        for job in _in_processes(missing, folder, data_dir, min(workers, len(missing))):
+        for job in _in_processes(missing, folder, data_dir, min(workers, len(missing)), threads):
             on_done(job)
 
 
-def pool(workers: int) -> ProcessPoolExecutor:
-    """Processes of one thread each that leave Ctrl-C to this one."""
+def pool(workers: int, threads: int = 1) -> ProcessPoolExecutor:
+    """Processes of so many threads each that leave Ctrl-C to this one."""
     context = multiprocessing.get_context("spawn")  # a forked torch hangs with more than one thread
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(threads,))
 
 
-def _in_processes(jobs: list[Job], folder: Path, data_dir: Path, workers: int) -> Iterator[Job]:
-    with pool(workers) as processes:
+def _in_processes(jobs: list[Job], folder: Path, data_dir: Path, workers: int, threads: int) -> Iterator[Job]:
+    with pool(workers, threads) as processes:
         try:
             waiting, running = iter(jobs), {}
             while True:
@@ -131,9 +132,9 @@ def _in_processes(jobs: list[Job], folder: Path, data_dir: Path, workers: int) -
             raise
 
 
-def _start_worker() -> None:
+def _start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to everybody; the parent decides
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 @functools.lru_cache(maxsize=1)
