@@ -1,15 +1,20 @@
-"""Training the autoencoder: what an epoch takes with each implementation as encoder, and are the curves the same?"""
+"""Training the autoencoder: what a step and an epoch take with each as encoder, and are the curves the same?"""
 
+import itertools
 import statistics
 import time
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
+from bcl_fast import BCLLayer
 from bcl_fast.experiments import charts, plots
 from bcl_fast.experiments.run import Condition, Training, row_steps
 from bcl_fast.measure.implementations import Size, reasons, serving
 from bcl_fast.measure.rows import absent, row
-from bcl_fast.measure.timing import MIN_ROUNDS, interleaved, ratio
+from bcl_fast.measure.timing import MIN_ROUNDS, compared, interleaved, ratio
 from bcl_fast.spec import BCLConfig
 from bcl_fast.testing import relative_error
 
@@ -34,6 +39,56 @@ def training(images, name, seed, steps, device, rows=()):
 
 def absentees(question, size, labels):
     return absent(question, size, reasons(labels["device"], compiled=NO_AUTOGRAD), **labels)
+
+
+# --- A step ----------------------------------------------------------------------------------------------------------
+
+COMPILED = ("linear", "portable", "cpu", "triton", "cuda")  # as encoders of a model under torch.compile
+
+
+def autoencoder(name, size, device, mode):
+    """A call that takes a whole step: L1, and Adam fused. The caches hold other things than the layer's meanwhile."""
+    torch.manual_seed(0)
+    encoder = nn.Linear(size.N, size.D) if name == "linear" else BCLLayer(size.N, size.D, backend=name, som_lr=0.001)
+    model = nn.Sequential(encoder, nn.ReLU(), nn.Linear(size.D, size.N)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    forward = torch.compile(model) if mode == "compiled" else model
+    batches = itertools.cycle(torch.rand(64, size.B, size.N, device=device))
+
+    def step():
+        x = next(batches)
+        optimizer.zero_grad()
+        F.l1_loss(forward(x), x).backward()
+        optimizer.step()
+
+    return step
+
+
+def autoencoder_steps(names, mode, device, **amount):
+    """A row for each encoder; refreshes come in their turn, one in 50 steps.
+
+    Numbers too small to be normal count as zero meanwhile: Adam's means of features that died are such, which some
+    processors take long for, and plain training has more of them.
+    """
+    torch.compiler.reset()
+    size = Size(BATCH, FEATURES, 784)
+    torch.set_flush_denormal(True)
+    try:
+        windows, _ = compared({name: autoencoder(name, size, device, mode) for name in names}, device, **amount)
+    finally:
+        torch.set_flush_denormal(False)
+    rows = []
+    for name, ms in windows.items():
+        found = dict(ms=statistics.median(ms), mode=mode, rounds=len(ms))
+        found |= ratio("ratio_to_linear", ms, windows["linear"])
+        rows.append(row("autoencoder", name, size, device=device, **found))
+    return rows
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_autoencoder(measured, encoders, mode, device, amount):
+    names = encoders if mode == "eager" else [name for name in COMPILED if name in encoders]
+    measured(autoencoder_steps, names, mode, device, **amount)
 
 
 # --- An epoch ---------------------------------------------------------------------------------------------------------

@@ -237,7 +237,10 @@ def _training(blocks: list[Block]) -> str:
         gaps = [_gap(row, curve) for curve in ("loss", "wt_sim")]
         seconds = row["ms"] * row.get("steps", 1) / 1e3  # of an epoch ms are those of all its steps
         what = f"{row['steps']:,} steps" if row["question"] == "training" else "one epoch"
-        lines.append([what, row["contestant"], row["data"], f"{seconds:.1f}", _ratio(row), *gaps])
+        if row["question"] == "autoencoder":
+            what = f"one step, {row['mode']}"
+        taken = f"{seconds:.1f}" if seconds >= 0.1 else f"{seconds:.2g}"
+        lines.append([what, row["contestant"], row.get("data", "random"), taken, _ratio(row), *gaps])
     text = "**Training** the autoencoder (128 images a batch, 64 features). Distance: of the median curve to the "
     text += "reference's, mean over steps; spread: between the reference's seeds.\n\n"
     headings = ["", "encoder", "data", "seconds", "over `nn.Linear`", "loss: distance / spread", "wt_sim"]
@@ -340,7 +343,7 @@ ANSWERS: dict[tuple[str, ...], Callable[[list[Block]], str]] = {
     ("scale-d", "scale-b"): _scaling,
     ("stages", "neighbors", "rank"): _stages,
     ("memory",): _memory,
-    ("epoch", "training"): _training,
+    ("autoencoder", "epoch", "training"): _training,
     ("monitor",): _monitor,
     ("selection",): _selection,
     ("som-epoch",): _som,
