@@ -242,7 +242,11 @@ rows, inverse = torch.ones(2, 33), torch.ones(2)
 struct = cpu_structs.InverseNorm(rows.data_ptr(), inverse.data_ptr(), stride=33, R=2, N=34)
 native.cpu().bcl_cpu_inverse_norm_f32(struct, 1)
 """
-CHOSEN = "bounds or outliers or rescue_k or competition or similarities or threads or feature or interface or index"
+FILES = (__file__, *(str(Path(__file__).with_name(f"test_{name}.py")) for name in ("eager", "neighbors")))
+CHOSEN = (
+    "bounds or outliers or rescue_k or competition or similarities or threads or feature or interface or index "
+    "or in_one_call or first_in_any"
+)
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +276,7 @@ def under_sanitizers(sanitizers, isa, code, *words):
 
 @over_instruction_sets()
 def test_no_stage_leaves_its_memory(sanitizers, isa):
-    code, output = under_sanitizers(sanitizers, isa, TESTS, __file__, "-k", CHOSEN)
+    code, output = under_sanitizers(sanitizers, isa, TESTS, *FILES, "-k", CHOSEN)
     assert code == 0 and " passed" in output, output[-3000:]
 
 
