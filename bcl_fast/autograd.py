@@ -11,7 +11,7 @@ from . import operators, owners, private
 from .backends import GENERAL
 from .owners import Owner
 from .spec import BCLConfig
-from .structures import UNOBSERVED, Observed, PackedStatistics, PendingPull, Statistics, made_of
+from .structures import UNOBSERVED, Observed, PackedStatistics, PendingPull, Statistics, made_of, unpacked
 
 
 class Competed(NamedTuple):
@@ -109,14 +109,16 @@ class Training(torch.autograd.Function):
             owners.require_still(statistics.ticket, ticket, ctx.moves)
         pending = PendingPull(ticket, ctx.observed, statistics.pull(x))
         winner = statistics.winner if gradient_mask == "winner_take_all" else ticket  # which nobody looks at
-        found = statistics.mask, winner, gradient_mask, ctx.dtype
+        found = grad_output, statistics.mask, winner, gradient_mask, ctx.dtype
         if not operators.can_bypass_dispatcher(grad_output):
-            masked, bias_gradient = operators.call("masked_gradient", grad_output, *found, False, ctx.backend, pending)
+            pending = pending._replace(pull=unpacked(pending.pull))
+            masked, bias_gradient = operators.call("masked_gradient", *found, False, ctx.backend, pending)
         else:
             owners.hand_over(pending, ctx.dtype, compiled=False)
             batched = private.is_batched_gradient(grad_output)
             last = not batched and not private.keeps_graph()  # nothing of this forward is read again
-            masked, bias_gradient = operators.masked(grad_output, *found, GENERAL if batched else ctx.backend, last)
+            backend = GENERAL if batched else ctx.backend
+            masked, bias_gradient = operators.run(operators.masked, *found, backend, last)
             if last:
                 ctx.observed = UNOBSERVED
         weight_dtype = ctx.weight.dtype

@@ -86,7 +86,12 @@ def _call(stage: str, dtype: torch.dtype, arguments: Structure) -> int:
     return status
 
 
-def _outside(name: str, index: Tensor, size: int) -> ValueError:
+def _outside(refused: int, pull: Pull, D: int) -> ValueError:
+    """The error for an index of a pull that the library refused."""
+    pairs = refused == BAD_PAIR_FEATURE
+    name, index, size = (
+        ("pair_feature", pull.pair_feature, D) if pairs else ("rescue_rows", pull.rescue_rows, len(pull.x))
+    )
     value = int(index[(index < 0) | (index >= size)][0])
     return ValueError(f"{name} must hold indices 0 .. {size - 1}, got {value}")
 
@@ -229,11 +234,8 @@ def _targets(
     pulling = native.pointer(weight), native.pointer(offset), destination.data_ptr()
     pointers = [tensor.data_ptr() for tensor in (x, *others)]
     struct = cpu_structs.Targets(*pointers, *pulling, x.stride(0), B, D, N, k, r, som_lr)
-    refused = _call("targets", x.dtype, struct)
-    if refused == BAD_PAIR_FEATURE:
-        raise _outside("pair_feature", pull.pair_feature, D)
-    if refused == BAD_RESCUE_ROW:
-        raise _outside("rescue_rows", pull.rescue_rows, B)
+    if refused := _call("targets", x.dtype, struct):
+        raise _outside(refused, pull, D)
 
 
 def targets(pull: Pull) -> Tensor:
@@ -320,7 +322,8 @@ def pull_(weight: Tensor, som_offset: Tensor | None, step: Tensor, som_lr: Tenso
     struct.x, struct.packed, struct.weight = x.data_ptr(), pull.packed.data_ptr(), weight.data_ptr()
     struct.offset, struct.destination = native.pointer(som_offset), destination.data_ptr()
     struct.som_lr, struct.step, struct.x_stride = som_lr.data_ptr(), step.data_ptr(), x.stride(0)
-    _call("pull", dtype, struct)
+    if refused := _call("pull", dtype, struct):
+        raise _outside(refused, pull.unpacked(), weight.shape[0])
     return True
 
 

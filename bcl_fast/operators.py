@@ -62,7 +62,7 @@ def _operator(
             arguments = fields if packed is None else (*fields[:leading], packed(*fields[leading:]))
             if before is not None:
                 before(*arguments)
-            return _call(function, *arguments)
+            return run(function, *arguments)
 
         _library.impl(name, dispatched, "CompositeExplicitAutograd")
         return function
@@ -70,8 +70,8 @@ def _operator(
     return register
 
 
-def _call(function: Callable[..., Any], *arguments: Any) -> Any:
-    """An operator's function, outside any autocast and on the device of its first argument."""
+def run(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function makes of its arguments outside any autocast, on the device of the first of them."""
     device = arguments[0].device
     with no_autocast(device.type):
         if device.type != "cuda" or device.index == torch.cuda.current_device():
@@ -91,7 +91,7 @@ def call(name: str, *arguments: Any) -> Any:
     The dispatcher costs 10 us; a compiler, and tensors that are more than numbers, must go through it.
     """
     if can_bypass_dispatcher(arguments[0]):
-        return _call(_functions[name], *arguments)
+        return run(_functions[name], *arguments)
     return getattr(torch.ops.bcl_fast, name)(*_fields(arguments))
 
 

@@ -1,6 +1,7 @@
 """Steps outside compilers: one call of a library does what the operators do of the same arguments, bit by bit."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -101,3 +102,46 @@ def test_another_thread_s_forward_takes_nothing_of_this_one():
     with ThreadPoolExecutor(2) as pool:
         for i, found in enumerate(pool.map(gradients, range(2))):
             assert all(one.equal(alone[i]) for one in found)
+
+
+@pytest.mark.parametrize("name, place, size", [("pair_feature", 9, 5), ("rescue_rows", 36, 9)])
+def test_a_packed_index_out_of_bounds_is_an_error_that_names_it(name, place, size):
+    """Nothing is pulled then. Only hooks of saved tensors could have damaged it."""
+    x, _, found = both(BCLConfig(rescue_k=2), torch.float32)
+    assert getattr(found.pull(x).unpacked(), name).flatten()[0] == found.packed[place]
+    found.packed[place] = 2**40
+    weight, step = torch.ones(5, x.shape[1]), torch.tensor(3)
+    with pytest.raises(ValueError, match=rf"^{name} must hold indices 0 \.\. {size - 1}, got {2**40}$"):
+        eager.pull_(weight, None, step, torch.tensor(0.5), "none", "cpu", found.pull(x))
+    assert weight.equal(torch.ones_like(weight)) and step.item() == 3
+
+
+def test_a_graph_that_lives_on_keeps_nothing_of_what_was_packed():
+    layer, found = BCLLayer(7, 5, backend="cpu"), []
+    compete = layer._compete
+
+    def watched(*arguments):
+        competed = compete(*arguments)
+        found.extend(map(weakref.ref, (competed.statistics.mask, competed.statistics.packed)))
+        return competed
+
+    layer._compete = watched
+    output = layer(torch.randn(9, 7))
+    assert all(reference() is not None for reference in found)
+    output.sum().backward()
+    assert len(found) == 2 and all(reference() is None for reference in found) and output.grad_fn is not None
+
+
+class Subclass(torch.Tensor):
+    """A tensor that goes through the dispatcher."""
+
+
+def test_a_gradient_of_another_kind_of_tensor_gives_the_same():
+    results = []
+    for kind in (torch.Tensor, Subclass):
+        torch.manual_seed(0)
+        layer, x = BCLLayer(7, 5, backend="cpu", som_lr=0.1), torch.randn(9, 7)
+        output = layer(x)
+        output.backward(torch.ones(9, 5).as_subclass(kind))
+        results.append((layer.weight.grad, layer.weight.detach()))
+    assert all(one.equal(other) for one, other in zip(*results, strict=True))
