@@ -145,6 +145,7 @@ def test_a_file_that_is_not_understood_is_no_success(program, tmp_path):
 SMOOTH = (
     "target_rows",
     "compete_rows",
+    "competition",
     "inverse_norm",
     "inverse_norm_of",
     "inverse_norm_of_huge",

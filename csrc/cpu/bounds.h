@@ -21,6 +21,21 @@ struct ByNeed {
 };
 
 template <class Real>
+struct Extremes {  // of the keys of L features
+    typedef Simd<Real> S;
+    typename S::V least, most;
+    typename S::I unknown;  // whether a key is NaN
+
+    INLINE Extremes()
+        : least(S::all(__builtin_inff())), most(S::all(-__builtin_inff())), unknown(S::all_int(0)) {}
+    INLINE void take(typename S::V key) {
+        least = key < least ? key : least;
+        most = key > most ? key : most;
+        unknown |= key != key;
+    }
+};
+
+template <class Real>
 struct Bounds {
     typedef Simd<Real> S;
     typedef typename S::V V;
@@ -52,15 +67,9 @@ struct Bounds {
           visited(take<int32_t>(memory, padded(B))) {}
 
     // Bins are monotone in the key, roundings included.
-    INLINE void bin_keys() {
-        V least = S::load(key), most = least;
-        open = S::all_int(0);
-        for (int64_t p = 0; p < B; p++) {
-            const V v = S::load(key + p * L);
-            least = v < least ? v : least;
-            most = v > most ? v : most;
-            open |= v != v;
-        }
+    INLINE void bin_keys(const Extremes<Real>& found) {
+        const V least = found.least, most = found.most;
+        open = found.unknown;
         const V width = most - least, scale = Real(H) / width * Real(0.99999);
         const Real limit = Real(3e38);
         open |= ~((scale > 0) & (scale < limit) & (width < limit));

@@ -132,20 +132,23 @@ void select_cosine(const Selection<Real>& s, const Real* key, Real winv, int64_t
 
 // Keys [B, L] of `features` columns from d on, samples in this order (null: that of the batch) with these norms.
 template <class Real>
-INLINE void form_keys(const Selection<Real>& s, int64_t d, int features, const int32_t* order, const Real* norm,
+INLINE Extremes<Real> form_keys(const Selection<Real>& s, int64_t d, int features, const int32_t* order, const Real* norm,
                       Real* key) {
     typedef Simd<Real> S;
     constexpr int L = S::L;
-    const typename S::V bias = s.bias && features == L ? S::load(s.bias + d) : S::all(0);
+    const bool whole = features == L;
+    Real bias[L] = {}, values[L] = {};  // of columns that are not there: 0
+    if (s.bias) memcpy(bias, s.bias + d, features * sizeof(Real));
+    const typename S::V shift = S::load(bias);
+    Extremes<Real> found;
     for (int64_t p = 0; p < s.B; p++) {
         const Real* row = s.activation + (order ? order[p] : p) * s.stride + d;
-        if (features == L) {
-            S::store(key + p * L, (S::load(row) - bias) * norm[p]);
-        } else {
-            S::store(key + p * L, S::all(0));
-            for (int i = 0; i < features; i++) key[p * L + i] = (s.bias ? row[i] - s.bias[d + i] : row[i]) * norm[p];
-        }
+        if (!whole) row = (const Real*)memcpy(values, row, features * sizeof(Real));
+        const typename S::V v = (S::load(row) - shift) * norm[p];
+        S::store(key + p * L, v);
+        found.take(v);
     }
+    return found;
 }
 
 template <class Real>
@@ -166,14 +169,14 @@ KERNEL void select_tile(const Selection<Real>& s, const ByNeed<Real>* by_need, i
     Bounds<Real> bounds(memory, key, B, s.r);
     Column<Real> column(memory, B);
     const int32_t* order = by_need ? by_need->sample : nullptr;
-    form_keys(s, d, features, order, by_need ? by_need->norm : s.x_inverse_norm, key);
+    const Extremes<Real> found = form_keys(s, d, features, order, by_need ? by_need->norm : s.x_inverse_norm, key);
     int64_t kept[L];
     if (by_need) {
-        bounds.bin_keys();
+        bounds.bin_keys(found);
         bounds.bound_ranks();
         typename S::V T;
-        const int64_t found = bounds.search(by_need->need, T);
-        bounds.collect(by_need->need, T, found, SURVIVORS, survivor, kept);
+        const int64_t visited = bounds.search(by_need->need, T);
+        bounds.collect(by_need->need, T, visited, SURVIVORS, survivor, kept);
     }
     for (int i = 0; i < features; i++) {
         int64_t* rows = s.rows + (d + i) * s.r;

@@ -1,8 +1,12 @@
-// Vectors of BYTES, in GCC's and Clang's vector extensions, and what they need beyond arithmetic.
+// Vectors of BYTES, in GCC's and Clang's vector extensions, and what they need beyond arithmetic: one instruction, to ask
+// whether any lane of a mask is set, is Intel's own.
 //
 // Nothing of the standard library's templates: the linker may merge copies of them across instruction sets.
 #pragma once
 #include "interface.h"
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #define INLINE inline __attribute__((always_inline))
 #define KERNEL __attribute__((noinline))  // one copy, with one thread and with many
@@ -27,10 +31,18 @@ struct Simd {
     static INLINE V all(Real value) { return V{} + value; }
     static INLINE I all_int(Int value) { return I{} + value; }
     static INLINE bool any(I mask) {
+#if defined(__x86_64__) && BYTES == 64
+        return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__x86_64__) && BYTES == 32
+        return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#elif defined(__x86_64__)
+        return _mm_movemask_epi8((__m128i)mask) != 0;
+#else
         uint64_t words[BYTES / 8], some = 0;
         __builtin_memcpy(words, &mask, BYTES);
         for (int i = 0; i < BYTES / 8; i++) some |= words[i];
         return some != 0;
+#endif
     }
     // The elements of two vectors in turn, from the first half of each, or from the second.
 #if defined(__clang__)  // its shuffle takes constants alone
