@@ -1,8 +1,8 @@
 // Selection by rank * need without a sort (step 9b), for L features at once: a lane of every vector is one of them.
 //
-// A histogram of a feature's keys bounds every rank, hence every score, by the same rounded product as the score itself.
-// Samples come by falling need, until need cannot beat T, the r-th best lower bound so far; those whose upper bound
-// reaches T in the end survive. If just r do, no rank is needed.
+// A histogram of a feature's keys bounds every rank, hence every score, by the same rounded product as the score
+// itself. Samples come by falling need, until need cannot beat T, the r-th best lower bound so far; those whose upper
+// bound reaches T in the end survive. If just r do, no rank is needed.
 #pragma once
 #include "sort.h"
 
@@ -119,7 +119,7 @@ struct Bounds {
         return first;
     }
 
-    // T of every feature, from the samples that can raise it: their number, and their places in `visited`. A sample that
+    // T of every feature, from the samples that can raise it: their number, and their places in `visited`. What
     // survives is among them, as T only rises and needs only fall.
     INLINE int64_t search(const Real* need, V& T) {
         V best[FEW];  // the r best lower bounds, falling; bounds of true scores are >= 0

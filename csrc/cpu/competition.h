@@ -182,7 +182,8 @@ int competition(const Competition<Real>& c, int threads) {
     }
     memset(sums.data, 0, blocks.count * 2 * D * sizeof(double));
     const int64_t bytes = competition_scratch<Real>(D);
-    const bool done = parallel(threads, c.B * (1.5 * D + 0.05 * c.N), blocks.count, bytes, [&](int64_t i, char* scratch) {
+    const double work = c.B * (1.5 * D + 0.05 * c.N);
+    const bool done = parallel(threads, work, blocks.count, bytes, [&](int64_t i, char* scratch) {
         double* own = sums.data + i * 2 * D;
         compete_rows(c, neighbors.data, blocks.first(i), blocks.last(i), (Real*)scratch, own);
     });

@@ -22,9 +22,12 @@ struct Nearest {
     // Whatever order others come in, the list is the same.
     INLINE void offer(Real value, int64_t other) {
         value = known(value);
-        if (!(value > similarity[k - 1] || (value == similarity[k - 1] && other < feature[k - 1]))) return;
+        auto beats = [&](int64_t i) {
+            return value > similarity[i] || (value == similarity[i] && other < feature[i]);
+        };
         int64_t at = k - 1;
-        for (; at > 0 && (similarity[at - 1] < value || (similarity[at - 1] == value && other < feature[at - 1])); at--) {
+        if (!beats(at)) return;
+        for (; at > 0 && beats(at - 1); at--) {
             similarity[at] = similarity[at - 1];
             feature[at] = feature[at - 1];
         }

@@ -26,8 +26,8 @@ struct Buffer {
     Buffer(const Buffer&) = delete;
 };
 
-// f(i, scratch) for i in [0, n), which take one thread `work` nanoseconds or so in all, on at most `threads` threads, each
-// with `bytes` of its own. False where memory ran out.
+// f(i, scratch) for i in [0, n), which take one thread `work` nanoseconds or so in all, on at most `threads` threads,
+// each with `bytes` of its own. False where memory ran out.
 template <class F>
 bool parallel(int threads, double work, int64_t n, int64_t bytes, F f) {
     int failed = 0;

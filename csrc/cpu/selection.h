@@ -81,8 +81,8 @@ INLINE Real counted_rank(const Real* key, const int32_t* order, int64_t B, Real 
     return Real(below);
 }
 
-// The r best of the samples that may be among them -> rows, and their ranks -> affinity, if asked for. place [kept]: where
-// they stand by falling need; key [B, L] of this feature, likewise.
+// The r best of the samples that may be among them -> rows, and their ranks -> affinity, if asked for. place [kept]:
+// where they stand by falling need; key [B, L] of this feature, likewise.
 template <class Real>
 void select_survivors(const Selection<Real>& s, const ByNeed<Real>& by_need, const Real* key, int32_t* place,
                       int64_t kept, int64_t* rows, Real* affinity, Column<Real>& column) {
@@ -132,8 +132,8 @@ void select_cosine(const Selection<Real>& s, const Real* key, Real winv, int64_t
 
 // Keys [B, L] of `features` columns from d on, samples in this order (null: that of the batch) with these norms.
 template <class Real>
-INLINE Extremes<Real> form_keys(const Selection<Real>& s, int64_t d, int features, const int32_t* order, const Real* norm,
-                      Real* key) {
+INLINE Extremes<Real> form_keys(const Selection<Real>& s, int64_t d, int features, const int32_t* order,
+                                const Real* norm, Real* key) {
     typedef Simd<Real> S;
     constexpr int L = S::L;
     const bool whole = features == L;

@@ -1,5 +1,5 @@
-// Vectors of BYTES, in GCC's and Clang's vector extensions, and what they need beyond arithmetic: one instruction, to ask
-// whether any lane of a mask is set, is Intel's own.
+// Vectors of BYTES, in GCC's and Clang's vector extensions, and what they need beyond arithmetic. Whether any lane of a
+// mask is set is asked in each processor's own way.
 //
 // Nothing of the standard library's templates: the linker may merge copies of them across instruction sets.
 #pragma once
@@ -109,7 +109,7 @@ INLINE typename Simd<Real>::V sigmoid(typename Simd<Real>::V x) {
     x = x > most ? S::all(most) : x;
     x = lost ? S::all(-most) : x;
     const typename S::V y = Real(1) / (Real(1) + exponential(-x));
-    // Not e^-87: its product with a gradient is no normal number, and some processors take 100 cycles for such operands.
+    // Not e^-87: its product with a gradient is subnormal, and some processors take 100 cycles for such operands.
     return lost ? S::all(0) : y;
 }
 
