@@ -31,7 +31,7 @@ def test_floor_is_bytes_over_bandwidth():
     floor = ROOF.floor_ms(Size(B, D, N))
     assert floor == pytest.approx(
         {
-            "neighbors": (4 * D * N + 8 * D * k) / 1e6 + 2 * D * D * N / 1e9,
+            "neighbors": (4 * D * N + 8 * D * k) / 1e6 + D * (D - 1) * N / 1e9,
             "competition": (8 * B * D + 4 * B * N) / 1e6,
             "inverse_norm": 4 * B * N / 1e6,
             "selection": 4 * B * D / 1e6,

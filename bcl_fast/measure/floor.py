@@ -25,13 +25,14 @@ def work(size: Size) -> dict[str, Work]:
 
     Each [B, D] matrix moves once: the competition reads the activation and writes rank_score, the selection reads the
     activation, the gradient reads two and writes one, the rank reads one and writes int64. Targets gather B * k + D * r
-    rows of x through the cache and read and write the weight. A product of P x Q x R is 2 P Q R operations.
+    rows of x through the cache and read and write the weight. A product of P x Q x R is 2 P Q R operations; neighbors
+    need that of every pair of features once.
     """
     B, D, N = size.B, size.D, size.N
     k, r = min(CONFIG.neighborhood_k, D - 1), min(CONFIG.rescue_k, B)
     matrix, x, weight = 4 * B * D, 4 * B * N, 4 * D * N
     return {
-        "neighbors": Work(moved=weight + 8 * D * k, operations=2 * D * D * N),
+        "neighbors": Work(moved=weight + 8 * D * k, operations=D * (D - 1) * N),
         "competition": Work(moved=2 * matrix + x),
         "inverse_norm": Work(moved=x),
         "selection": Work(moved=matrix),
