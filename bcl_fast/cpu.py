@@ -271,6 +271,7 @@ class _Forward:
         (B, D), (features, k) = activation, neighbors
         self.valid = 1 <= D == features and k >= 1
         self.sizes = PackedSizes(B, D, N, k, min(config.rescue_k or B, B), dtype)
+        self.words = self.sizes.words
         *sizes, _ = self.sizes
         pointers_and_strides = [None] * 7 + [0] * 2
         forces = config.temperature, config.rescue_onset, config.pull_onset, config.forces == "coupled"
@@ -297,7 +298,7 @@ def forward(
     if not plan.valid or neighbors.dtype != torch.int64:
         raise native.bad_neighbors(neighbors, activation.shape[1])
     activation, neighbors, x = activation.contiguous(), neighbors.contiguous(), _rows_of(x, dtype)
-    mask, packed = torch.empty_like(activation), neighbors.new_empty(plan.sizes.words)
+    mask, packed = torch.empty_like(activation), neighbors.new_empty(plan.words)
     struct = cpu_structs.Forward.from_buffer_copy(plan.struct)  # its own: other threads run forwards meanwhile
     struct.activation, struct.neighbors, struct.x = activation.data_ptr(), neighbors.data_ptr(), x.data_ptr()
     struct.x_stride = x.stride(0)

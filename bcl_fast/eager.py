@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import backends, operators
-from .spec import StatisticsOptions
 from .structures import PackedPull, PackedStatistics, Pull, Statistics, unpacked
 
 
 def statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: Tensor,
-    neighbors: Tensor,
-    step: Tensor,
-    refreshed_at: Tensor,
-    ticket: Tensor,
-    backend: str,
-    config: StatisticsOptions,
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: Tensor, *state: Any
 ) -> Statistics | PackedStatistics:
-    """What the operator `statistics_` makes of these arguments."""
-    state = neighbors, step, refreshed_at, ticket, backend, config
+    """What the operator `statistics_` makes of these arguments, which are its own; `state` from `neighbors` on."""
+    neighbors, *_, backend, config = state
     if backend not in backends.WHOLE or not operators.can_bypass_dispatcher(x):
         return Statistics(*operators.call("statistics_", x, weight, bias, activation, *state))
     ticket = operators.begin_(x, weight, activation, *state)

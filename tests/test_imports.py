@@ -39,7 +39,7 @@ ALLOWED = {
     "private": set(),
     "owners": {"structures"},
     "operators": {"spec", "backends", "counters", "owners", "private", "projection", "structures"},
-    "eager": {"spec", "backends", "operators", "structures"},
+    "eager": {"backends", "operators", "structures"},
     "autograd": {"spec", "backends", "operators", "owners", "private", "structures"},
     "checks": set(),
     "transforms": set(),
