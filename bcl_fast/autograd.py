@@ -70,10 +70,11 @@ class Training(torch.autograd.Function):
     """A training forward outside compilers: product, competition and choices, and the backward that follows from them.
 
     x [B, N], weight [D, N], bias [D] or None receive gradients; the output [B, D] and the products of the backward have
-    `dtype`.
+    `dtype`. A compiler that runs the layer as it is, after a graph break, must not look into either.
     """
 
     @staticmethod
+    @private.skipped_by_compilers
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, layer: TrainedLayer, dtype: torch.dtype
     ) -> Tensor:
@@ -91,6 +92,7 @@ class Training(torch.autograd.Function):
         return _to(activation, dtype)
 
     @staticmethod
+    @private.skipped_by_compilers
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # once: checkpoint gives them away
         if not torch.is_grad_enabled():

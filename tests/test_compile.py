@@ -40,6 +40,21 @@ def test_training_is_bit_equal_across_the_refresh(backend, compiler):
     assert same(state(plain), state(other)) and int(other.step) == 10
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_what_a_compiler_gives_up_on_trains_as_it_is():
+    """Beyond its limit of recompilations it runs a frame as it is, and looks into those that this one calls."""
+    plain, other = make(FASTEST["cpu"][0]), make(FASTEST["cpu"][0])
+    compiled = torch.compile(other, dynamic=False, backend="aot_eager")
+    gradients = []
+    for layer, call in ((plain, plain), (other, compiled)):
+        for seed, rows in enumerate((9, 9, 11, 12, 13, 9)):
+            layer.zero_grad()
+            x = batch(seed=seed)[:1].repeat(rows, 1) * torch.linspace(-1, 1, rows)[:, None]
+            call(x).square().mean().backward()
+        gradients.append(layer.weight.grad)
+    assert gradients[0].equal(gradients[1]) and same(state(plain), state(other)) and int(other.step) == 6
+
+
 @pytest.mark.parametrize("name", ["cosine-soft", "winner-take-all", "dense-rank", "pull-onset", "offset-coupled"])
 def test_variants_compile(name):
     """What the graph sees of the options: a mask, how many samples are chosen, where the pull goes."""
