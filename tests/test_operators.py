@@ -54,7 +54,7 @@ def test_an_operator_runs_on_the_device_of_its_tensors(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or nullcontext())
     for device, expected in (("cpu", []), ("cuda:0", []), ("cuda:1", [torch.device("cuda:1")])):
         like = SimpleNamespace(device=torch.device(device))
-        assert operators._call(lambda *arguments: arguments, like, 2) == (like, 2)
+        assert operators.run(lambda *arguments: arguments, like, 2) == (like, 2)
         assert entered == expected
 
 
