@@ -113,8 +113,16 @@ class _Lists:
         self.near = torch.full((D, k), torch.iinfo(torch.int64).max)
         self.best = torch.full((D, k), -torch.inf, dtype=dtype)
 
-    def pointers(self, first: int) -> tuple[int, int]:
-        """Where the lists from feature `first` on lie."""
+    def take(self, similarity: Tensor, first_row: int, first_column: int, rows: int, columns: int | None) -> None:
+        """Take in the similarities of a tile, of features from first_row on with features from first_column on.
+
+        The lists of its rows begin at the list `rows`, those of its columns at `columns`; None: only the rows look.
+        """
+        pointers = *self._pointers(rows), *((None, None) if columns is None else self._pointers(columns))
+        sizes = similarity.stride(0), *similarity.shape, first_row, first_column, self.near.shape[1]
+        _call("neighbors", similarity.dtype, cpu_structs.Neighbors(similarity.data_ptr(), *pointers, *sizes))
+
+    def _pointers(self, first: int) -> tuple[int, int]:
         at = first * self.near.shape[1]
         return self.near.data_ptr() + at * self.near.itemsize, self.best.data_ptr() + at * self.best.itemsize
 
@@ -124,22 +132,8 @@ def nearest(similarity: Tensor, first: int, neighborhood_k: int) -> Tensor:
     similarity = _rows(similarity)
     R, D = similarity.shape
     lists = _Lists(R, min(neighborhood_k, D - 1), similarity.dtype)
-    _look(similarity, first, 0, lists.pointers(0), (None, None), lists)
+    lists.take(similarity, first, 0, rows=0, columns=None)
     return lists.near
-
-
-def _look(
-    similarity: Tensor,
-    first_row: int,
-    first_column: int,
-    rows: tuple[int, int],
-    columns: tuple[Any, Any],
-    lists: _Lists,
-) -> None:
-    """Take the similarities of a tile into the lists of its rows and, where there are any, of its columns."""
-    sizes = similarity.stride(0), *similarity.shape, first_row, first_column, lists.near.shape[1]
-    struct = cpu_structs.Neighbors(similarity.data_ptr(), *rows, *columns, *sizes)
-    _call("neighbors", similarity.dtype, struct)
 
 
 def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
@@ -157,7 +151,7 @@ def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
             one, other = unit[i : i + TILE], unit[j : j + TILE]
             tile = memory[: len(one) * len(other)].view(len(one), len(other))
             torch.mm(one, other.T, out=tile)
-            _look(tile, i, j, lists.pointers(i), (None, None) if i == j else lists.pointers(j), lists)
+            lists.take(tile, i, j, rows=i, columns=None if i == j else j)
     return lists.near
 
 

@@ -8,6 +8,7 @@ are sums of a few rows of X.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from .structures import Competition, Pull, leading
 # Elements of one working tile: on a CPU half a level-2 cache of float32, on an accelerator enough to fill it.
 CPU_TILE, DEVICE_TILE = 1 << 18, 1 << 25
 
-# Features of a tile of the neighbor search, and of a group in it, of which the largest alone is looked at at first.
+# Features of a tile of the neighbor search on a CPU; columns of a group, of which the largest is looked at first.
 NEAR_TILE, GROUP = 1024, 16
 
 # Where torch is built with FBGEMM it sorts flat integers of at least this many elements by radix.
@@ -107,14 +108,14 @@ def neighbors(weight: Tensor, neighborhood_k: int) -> Tensor:
     unit = rows / norm
     D = weight.shape[0]
     k = min(neighborhood_k, D - 1)
-    if D <= NEAR_TILE:
+    tile = NEAR_TILE if unit.device.type == "cpu" else math.isqrt(DEVICE_TILE)
+    if D <= tile:
         return nearest(unit @ unit.T, 0, k)
     best, near = unit.new_full((D, k), -torch.inf), torch.zeros(D, k, dtype=torch.int64, device=unit.device)
-    starts = range(0, D, NEAR_TILE)
-    for i in starts:
-        here = slice(i, i + NEAR_TILE)
-        for j in starts[i // NEAR_TILE :]:
-            there = slice(j, j + NEAR_TILE)
+    for i in range(0, D, tile):
+        here = slice(i, i + tile)
+        for j in range(i, D, tile):
+            there = slice(j, j + tile)
             similarity = (unit[here] @ unit[there].T).nan_to_num_(nan=-2.0)
             if i == j:
                 similarity.fill_diagonal_(-torch.inf)
