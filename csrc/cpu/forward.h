@@ -23,13 +23,10 @@ struct Packed {
           som_strength(winner_share + D) {}
 };
 
-// Step 11 of coupled forces: row by row of mask [B, D], what of it depends on the feature alone.
+// Step 11 of coupled forces: a row of the mask [D], times what depends on the feature alone.
 template <class Real>
-KERNEL void couple_rows(const Forward<Real>& f, const Real* novelty, Real* factor) {
-    for (int64_t d = 0; d < f.D; d++) factor[d] *= novelty[d];  // win_rate on entry
-    for (int64_t d = 0; d < f.D; d++) factor[d] *= novelty[d];
-    for (int64_t b = 0; b < f.B; b++)
-        for (int64_t d = 0; d < f.D; d++) f.mask[b * f.D + d] *= factor[d];
+KERNEL void couple_row(Real* mask, const Real* factor, int64_t D) {
+    for (int64_t d = 0; d < D; d++) mask[d] *= factor[d];
 }
 
 template <class Real>
@@ -54,8 +51,11 @@ int forward(const Forward<Real>& f, int threads) {
         f.activation, f.bias, x_inverse_norm, f.weight ? weight_inverse_norm : nullptr, f.need ? need : nullptr,
         p.rescue_rows, p.rescue_weight, D, B, D, f.r, f.rule, f.soft};
     status = selection(selected, threads);
-    if (status == DONE && f.coupled) couple_rows(f, novelty, win_rate);
-    return status;
+    if (status != DONE || !f.coupled) return status;
+    Real* factor = win_rate;
+    for (int64_t d = 0; d < D; d++) factor[d] = novelty[d] * (win_rate[d] * novelty[d]);
+    parallel(threads, 0.5 * B * D, B, 0, [&](int64_t b, char*) { couple_row(f.mask + b * D, factor, D); });
+    return DONE;
 }
 
 template <class Real>
